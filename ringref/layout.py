@@ -393,6 +393,23 @@ def strands(dilation: Dilation | None, h: int) -> list[Strand]:
     return [strand for strand in found if strand.heads]
 
 
+def serving(heads: range, group: int) -> range:
+    """The key/value heads of evenly spaced query heads: j // group, which must be evenly spaced too."""
+    used = sorted({j // group for j in heads})
+    return range(used[0], used[-1] + 1, used[1] - used[0] if len(used) > 1 else 1)
+
+
+def regular(heads: range, group: int) -> list[range]:
+    """Query heads in sets whose key/value heads (j // group) are evenly spaced and serve equally many heads each."""
+    used = [j // group for j in heads]
+    distinct = sorted(set(used))
+    even = used == [x for x in distinct for _ in range(len(used) // len(distinct))]
+    if even and len({b - a for a, b in zip(distinct, distinct[1:], strict=False)}) < 2:
+        return [heads]
+    step = math.lcm(heads.step, group)
+    return [range(j, heads.stop, step) for j in heads[: step // heads.step]]
+
+
 class Rows:
     """m segments of c rows of a tensor `b s …`, seen as `b m c …`: a strided view where the indices allow it, else a copy."""
 
@@ -542,8 +559,9 @@ class Route(NamedTuple):
 def route(strand: Strand, table: Table, rank: int, causal: bool) -> Route:
     """The route of one strand from the point of view of one rank; every rank computes the same."""
     ranks = range(len(table.keys))
+    # rows in the order of the tensor, so that all of them are the tensor itself
     q_at = [one.index[strand.rows(one)] for one in table.queries]
-    k_rows = [strand.rows(one) for one in table.keys]
+    k_rows = [strand.rows(one).sort().values for one in table.keys]
     k_segment = [one.index[rows] // strand.w for one, rows in zip(table.keys, k_rows, strict=True)]
     q_segment = [(at // strand.w).unique_consecutive() for at in q_at]
     meets = {(i, j): torch.isin(k_segment[j], q_segment[i]) for i in ranks for j in ranks if i != j}
