@@ -266,10 +266,14 @@ def backward(dout, dlse, q, k, v, out, lse, seen: Seen, call: Call) -> tuple[Ten
 
 
 def _folded(kernel: Kernel, q: Tensor, *keys: Tensor) -> tuple[Tensor, ...]:
-    """Segments into the batch, b m s h d → (b m) h s d; key heads repeated for a kernel that wants as many as queries."""
+    """Segments into the batch, b m s h d → (b m) h s d; key heads repeated for a kernel that wants as many as queries.
+
+    Kernels take any strides but for the head dim's, which they believe to be 1 (the CPU's does not even look).
+    """
     group = q.shape[3] // keys[0].shape[3] if keys and not kernel.grouped else 1
     keys = tuple(x if group == 1 else x.repeat_interleave(group, 3) for x in keys)
-    return tuple(x.flatten(0, 1).transpose(1, 2) for x in (q, *keys))
+    solid = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, *keys))
+    return tuple(x.flatten(0, 1).transpose(1, 2) for x in solid)
 
 
 def _with_lse_gradient(dlse, dout, q, k, v, out, columns: int):
