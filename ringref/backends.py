@@ -81,12 +81,18 @@ def _cpu_flash_backward(dout, q, k, v, out, lse, causal, scale):
     return backward(dout, q, k, v, out, lse, 0.0, causal, scale=scale)
 
 
+@lru_cache(maxsize=64)
+def _seed(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The random state of the dropout that there is not."""
+    return torch.zeros(size, dtype=dtype, device=device)
+
+
 def _flash_forward(q, k, v, causal, scale):
     return aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, scale=scale)[:2]
 
 
 def _flash_backward(dout, q, k, v, out, lse, causal, scale):
-    seed = torch.zeros(2, dtype=torch.uint64, device=q.device)  # of the dropout that there is not
+    seed = _seed(2, torch.uint64, q.device)
     return aten._scaled_dot_product_flash_attention_backward(
         dout, q, k, v, out, lse.contiguous(), None, None, q.shape[2], k.shape[2], 0.0, causal, seed, seed, scale=scale
     )
@@ -98,7 +104,7 @@ def _cudnn_forward(q, k, v, causal, scale):
 
 
 def _cudnn_backward(dout, q, k, v, out, lse, causal, scale):
-    seed = torch.zeros((), dtype=torch.int64, device=q.device)
+    seed = _seed(1, torch.int64, q.device)
     return aten._scaled_dot_product_cudnn_attention_backward(
         dout, q, k, v, out, lse.contiguous()[..., None], seed, seed, None, None, None, q.shape[2], k.shape[2], 0.0,
         causal, scale=scale,
@@ -247,18 +253,16 @@ def forward(q: Tensor, k: Tensor, v: Tensor, seen: Seen, call: Call) -> Attended
 
 
 def backward(dout, dlse, q, k, v, out, lse, seen: Seen, call: Call) -> tuple[Tensor, Tensor, Tensor]:
-    """dQ, dK, dV of one block from the merged out and lse, in the same shapes; dlse may be None."""
+    """dQ, dK, dV of one block from the merged out and lse (+inf where nothing was seen); dlse may be None."""
     task = Task(q.device.type, q.dtype, q.shape[-1], seen.kind, dlse is not None)
     kernel = choose(call.backend, task) if q.numel() else None
     if kernel is None:
         return block.backward(dout, dlse, q, k, v, out, lse, call.scale, _keep(q, k, seen))
-    lse = lse.masked_fill(lse == -math.inf, math.inf)  # exp(score − inf) is the 0 of a query that saw nothing
     d = q.shape[-1]
     if dlse is not None:
         dout, q, k, v, out = _with_lse_gradient(dlse, dout, q, k, v, out, kernel.granularity)
-    dout_, q_, k_, v_ = _folded(kernel, dout, q, k, v)[:1] + _folded(kernel, q, k, v)
-    out_, lse_ = out.flatten(0, 1).transpose(1, 2), lse.flatten(0, 1).transpose(1, 2)
-    grads = kernel.backward(dout_, q_, k_, v_, out_, lse_, seen.kind == "causal", call.scale)
+    dout, out, lse = (x.flatten(0, 1).transpose(1, 2) for x in (dout, out, lse))
+    grads = kernel.backward(dout, *_folded(kernel, q, k, v), out, lse, seen.kind == "causal", call.scale)
     dq, dk, dv = (x.transpose(1, 2)[..., :d].unflatten(0, q.shape[:2]) for x in grads)
     if dk.shape[3] != k.shape[3]:
         dk, dv = (x.unflatten(3, (k.shape[3], -1)).sum(4) for x in (dk, dv))
@@ -267,7 +271,7 @@ def backward(dout, dlse, q, k, v, out, lse, seen: Seen, call: Call) -> tuple[Ten
 
 def _folded(kernel: Kernel, q: Tensor, *keys: Tensor) -> tuple[Tensor, ...]:
     """Segments into the batch, b m s h d → (b m) h s d; key heads repeated for a kernel that wants as many as queries."""
-    group = q.shape[3] // keys[0].shape[3] if keys and not kernel.grouped else 1
+    group = 1 if kernel.grouped else q.shape[3] // keys[0].shape[3]
     keys = tuple(x if group == 1 else x.repeat_interleave(group, 3) for x in keys)
     return tuple(x.flatten(0, 1).transpose(1, 2) for x in (q, *keys))
 
