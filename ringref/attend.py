@@ -323,7 +323,7 @@ def _seen(call: Call, meeting: Meeting, like: Tensor) -> backends.Seen:
         batch = torch.arange(like.shape[0], device=like.device)[:, None, None, None]
         head = torch.tensor(meeting.heads, device=like.device)[None, :, None, None]
         segments = zip(q_idx[:, None, None, :, None], kv_idx[:, None, None, None, :], strict=True)
-        kept = torch.stack([torch.as_tensor(call.mask_mod(batch, head, x, y), device=like.device) for x, y in segments], 1)
+        kept = torch.stack([call.keep(batch, head, x, y) for x, y in segments], 1)
         keep = kept if keep is None else keep & kept
     return backends.Seen("mask", keep)
 

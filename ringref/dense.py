@@ -103,7 +103,7 @@ def _log_times_seen(q_idx: Tensor, kv_idx: Tensor, scores: Tensor, call: Call) -
     if call.causal:
         times = times * (kv_idx <= q_idx)
     if call.mask_mod is not None:
-        times = times * call.mask_mod(batch, head, q_idx, kv_idx)
+        times = times * call.keep(batch, head, q_idx, kv_idx)
     return times.log()
 
 
