@@ -23,8 +23,8 @@ from . import backends
 from .block import blend, weigh
 from .comm import Message, Ring
 from .layout import (
-    Attended, Call, Dilation, Positions, Route, Rows, Strand, Table, Visit, agree, regular, route, serving, strands,
-    visits, wide,
+    Attended, Call, Dilation, Positions, Route, Rows, Strand, Table, Visit, agree, exactly, regular, route, serving,
+    strands, visits, wide,
 )  # fmt: skip
 
 # --------------------------------------------------------------------------------------------------- what accumulates
@@ -332,6 +332,7 @@ class _Attend(torch.autograd.Function):
     """Forward and backward of every method: two loops over the same visits."""
 
     @staticmethod
+    @exactly
     def forward(ctx, q, k, v, anchor, job: Job):
         whole = len(job.parts) == 1
         out = None if whole else torch.empty_like(q, memory_format=torch.contiguous_format)
@@ -360,6 +361,7 @@ class _Attend(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @exactly
     def backward(ctx, dout, dlse):
         (q, k, v, out, lse), job = ctx.saved_tensors, ctx.job
         dout = torch.zeros_like(out) if dout is None else dout

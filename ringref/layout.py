@@ -16,7 +16,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, wraps
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -42,6 +42,20 @@ class Attended(NamedTuple):
 def wide(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which results are merged and gradients accumulate: float32, or float64 for float64."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def exactly(step: Callable) -> Callable:
+    """`step` without autocast: mixed precision is the caller's choice of q, k and v, not of what is computed with them."""
+
+    @wraps(step)
+    def run(*args):
+        device = next(x for x in args if isinstance(x, Tensor)).device.type
+        if not torch.amp.is_autocast_available(device):
+            return step(*args)
+        with torch.autocast(device, enabled=False):
+            return step(*args)
+
+    return run
 
 
 # ---------------------------------------------------------------------------------------------------------- positions
