@@ -204,7 +204,7 @@ def window(b, h, q_idx, kv_idx):
 DILATIONS = {
     "none": None,
     "one": Dilation([64], [1]),
-    "longnet": Dilation([4, 8, 16], [1, 2, 4]),
-    "odd": Dilation([5, 9, 40], [2, 4, 3]),  # r does not divide w, nor w or h anything; tails
+    "longnet": Dilation([4, 16], [1, 4]),
+    "odd": Dilation([5, 40], [2, 3]),  # neither divides w, n or h; a tail; w > n
     "grouped": Dilation([6, 12, 30], [1, 2, 3], heads="grouped"),
 }

@@ -1,9 +1,12 @@
 """One deterministic hypothesis profile, and what the swap test took and skipped."""
 
 import hypothesis
+import torch
 
 hypothesis.settings.register_profile("exact", derandomize=True, deadline=None, database=None)
 hypothesis.settings.load_profile("exact")
+
+torch.set_num_threads(1)  # the tensors are tiny, and rank threads take turns anyway
 
 taken: list[str] = []  # the combinations that the swap test compared
 skipped: list[str] = []

@@ -31,7 +31,7 @@ from ringref import Dilation, Shard, attend, dense_attention, partition, ring_at
 RANKS = (1, 2, 3, 4, 5, 8)
 MASKS = (None, documents, window)
 CHUNKS = (None, 1, 3, 7)
-HEADS = ((4, 2), (6, 2), (3, 3), (5, 1))
+HEADS = ((4, 2), (3, 1), (2, 2), (6, 2))
 BACKENDS = ("auto", "math")
 
 
