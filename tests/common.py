@@ -203,7 +203,6 @@ def window(b, h, q_idx, kv_idx):
 
 DILATIONS = {
     "none": None,
-    "one": Dilation([64], [1]),
     "longnet": Dilation([4, 16], [1, 4]),
     "odd": Dilation([5, 40], [2, 3]),  # neither divides w, n or h; a tail; w > n
     "grouped": Dilation([6, 12, 30], [1, 2, 3], heads="grouped"),

@@ -38,20 +38,22 @@ BACKENDS = ("auto", "math")
 @pytest.mark.parametrize("p", RANKS)
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_swap(name, p):
-    """The product of methods, layouts, p, dilations and causal; the other arguments take turns, so that each of their
-    values meets every (layout, p), every (layout, dilation, causal) and every (p, dilation, causal)."""
+    """The product of methods, layouts, p, dilations and causal (with many ranks causal takes turns
+    with the layouts, p and dilations); the other arguments take turns with all of them."""
     i, j = LAYOUTS.index(name), RANKS.index(p)
     split = Split(layout(name, 23, p))
     m = sum(len(queries) for queries, _ in split.positions)
     for (x, dilation), causal in itertools.product(enumerate(DILATIONS), (False, True)):
-        turn = i + j + x + causal
+        if p > 4 and (i + j + x + causal) % 2:
+            continue
+        turn = 2 * i + j + x + causal
         h, g = HEADS[(i + 2 * j + x + 2 * causal) % len(HEADS)]
         arguments = {
             "causal": causal,
             "dilation": DILATIONS[dilation],
             "mask_mod": MASKS[turn % len(MASKS)],
             "q_chunk": CHUNKS[(turn + 2 * i + j) % len(CHUNKS)],
-            "scale": (None, 0.7)[(i + x) % 2],
+            "scale": (None, 0.7)[(i + j + x) % 2],
         }
         given = inputs(m, 23, b=1 + turn % 2, h=h, g=g, seed=turn)
         true = split.true(given, **arguments)
