@@ -239,7 +239,7 @@ class Pool:
             self.pipes.append(here)
             self.workers.append(worker)
 
-    def run(self, candidates, case, layout, backward=True, timeout=60):
+    def run(self, candidates, case, layout, backward=True, timeout=20):
         """Answers of the members in rank order, one list a candidate."""
         if not self.workers:
             self.start()
@@ -250,7 +250,9 @@ class Pool:
             ready = wait_for(missing, timeout)
             if not ready:
                 self.stop()
-                raise Hang(f"{len(missing)} of {self.size} ranks after {timeout} s")
+                errors = [x for xs in answers.values() for x in xs if isinstance(x, str)]
+                waiting = f"{len(missing)} of {self.size} ranks after {timeout} s"
+                raise Hang("\n".join([waiting, *errors]))
             for pipe in ready:
                 missing.discard(pipe)
                 try:

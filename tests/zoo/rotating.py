@@ -104,7 +104,7 @@ def block_backward(q, k, v, dout, delta, lse, keep, scale):
     logits = scores(q, k, keep, scale)
     p = torch.exp(logits - lse.masked_fill(lse == -INF, INF).unsqueeze(-1))
     p = p.reshape(b, g, h // g, s, t)
-    dout = dout.reshape(b, s, g, h // g, -1)
+    dout = dout.reshape(b, s, g, h // g, d)
     dv = torch.einsum("bgmqk,bqgmd->bkgd", p, dout)
     dp = torch.einsum("bqgmd,bkgd->bgmqk", dout, v)
     ds = p * (dp - delta.reshape(b, g, h // g, s, 1)) * scale
