@@ -10,9 +10,9 @@ class AllGather(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, group):
         ctx.group, ctx.size = group, dist.get_world_size(group)
-        parts = [torch.empty_like(x, memory_format=torch.contiguous_format)] * ctx.size
-        parts = [torch.empty_like(part) for part in parts]
-        dist.all_gather(parts, x.contiguous(), group=group)
+        x = x.contiguous()
+        parts = [torch.empty_like(x) for _ in range(ctx.size)]
+        dist.all_gather(parts, x, group=group)
         return torch.stack(parts)
 
     @staticmethod
