@@ -75,17 +75,15 @@ class Candidate:
 
     def __init__(self, name, text):
         self.name, self.text, self._attention = name, text, None
-
-    @property
-    def __name__(self):
-        return self.name
+        # launchers ask a callable for these
+        self.__name__ = self.__qualname__ = name
 
     @property
     def filename(self):
         return f"<zoo:{self.name}>"
 
     def __getstate__(self):
-        return {"name": self.name, "text": self.text, "_attention": None}
+        return {**self.__dict__, "_attention": None}
 
     def __setstate__(self, state):
         self.__dict__.update(state)

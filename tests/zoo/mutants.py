@@ -746,15 +746,6 @@ BACKWARD = [
 """,
     ),
     Mutant(
-        "rotating_gradients_travel_in_input_dtype",
-        "rotating",
-        "backward",
-        "gradients-accumulate-in-bf16",
-        "dK and dV are rounded to the input dtype (bf16) at every hop.",
-        "                leaving = [x.contiguous() for x in home]\n",
-        "                leaving = [x.to(k.dtype).contiguous() for x in home]\n",
-    ),
-    Mutant(
         "gathering_backward_of_blind_row",
         "gathering",
         "backward",
