@@ -66,12 +66,16 @@ class Ring:
         self.traffic.received += sum(x.nbytes for message in into.values() for x in message)
         return Pending(self._post(outgoing, into) if outgoing or into else None, into)
 
+    def share(self, row: Tensor, lengths: Sequence[int]) -> list[Tensor]:
+        """Every rank's 1-D int64 CPU tensor, in rank order; lengths are known. Metadata: not counted as traffic."""
+        rows = [row if r == self.rank else row.new_empty(lengths[r]) for r in range(self.size)]
+        others = [r for r in range(self.size) if r != self.rank]
+        self._post(_solid({r: (row,) for r in others}), _solid({r: (rows[r],) for r in others}))()
+        return rows
+
     def announce(self, row: Sequence[int]) -> list[list[int]]:
         """Every rank's row of integers, in rank order: the one fixed-size header of a call."""
-        mine = torch.tensor(row, dtype=torch.int64)
-        rows = [mine if r == self.rank else torch.empty_like(mine) for r in range(self.size)]
-        others = {r: (rows[r],) for r in range(self.size) if r != self.rank}
-        self._post({r: (mine,) for r in others}, others)()
+        rows = self.share(torch.tensor(row, dtype=torch.int64), [len(row)] * self.size)
         return [x.tolist() for x in rows]
 
     def _shapes(self, x: Tensor) -> list[tuple[int, ...]]:
@@ -184,16 +188,17 @@ class ProcessRing(Ring):
 
         return finish
 
-    def announce(self, row):
+    def share(self, row, lengths):
         device = "cpu" if "cpu" in dist.get_backend_config(self.group) else "cuda"
         if device == "cuda" and self._side is None:
             self._side = torch.cuda.Stream()
-        # a stream of its own, so that reading the header does not wait for the computation queued before it
+        # a stream of its own, so that reading a header does not wait for the computation queued before it
         with torch.cuda.stream(self._side):
-            mine = torch.tensor(row, dtype=torch.int64, device=device)
-            rows = [torch.empty_like(mine) for _ in range(self.size)]
-            dist.all_gather(rows, mine, group=self.group)
-            return torch.stack(rows).tolist()
+            mine = torch.nn.functional.pad(row, (0, max(lengths) - len(row))).to(device)
+            rows = mine.new_empty(self.size * len(mine))
+            dist.all_gather_into_tensor(rows, mine, group=self.group)
+            every = rows.cpu().unflatten(0, (self.size, -1))
+        return [every[r, : lengths[r]] for r in range(self.size)]
 
 
 class Deadlock(RuntimeError):

@@ -1,0 +1,419 @@
+"""What the three conductors share: one autograd Function, two loops over the same visits.
+
+A *conductor* is a generator of blocks of keys. It posts its messages, yields the next block that is here, and is sent that
+block's dK and dV in the backward (None in the forward); when only messages are left it yields None, and once resumed it
+returns what came home. It decides in which order keys travel and nothing else.
+
+The work is done part by part: a part is a contiguous range of key/value heads with their query heads, so what is in flight
+and what accumulates is a part's share. Running out, lse and gradients are float32 (float64 for float64); K and V travel in
+their own dtype, dK and dV in the accumulating one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterator, Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import backends
+from .block import blend, weigh
+from .comm import Message, Ring
+from .layout import (
+    Attended, Call, Dilation, Positions, Route, Rows, Strand, Table, Visit, agree, regular, route, serving, strands,
+    visits, wide,
+)  # fmt: skip
+
+# --------------------------------------------------------------------------------------------------- what accumulates
+
+
+class Running:
+    """The running merge of blocks, `out` b s h d and `lse` b s h.
+
+    The first block is kept as it came and the last is merged as the result is written, so up to two cost no extra copy.
+    """
+
+    def __init__(self, like: Tensor, heads: int):
+        self.shape, self.like = (*like.shape[:2], heads, like.shape[3]), like
+        self.out = self.lse = self.last = None
+
+    def merge(self, rows: Rows, heads: slice, out: Tensor, lse: Tensor) -> None:
+        if self.out is None and rows.all_of(self.shape[1]) and out.shape[3] == self.shape[2]:
+            self.out, self.lse = out.flatten(1, 2), lse.flatten(1, 2)
+            return
+        if self.out is None:
+            self.out = self.like.new_zeros(self.shape, dtype=wide(self.like.dtype))
+            self.lse = self.out.new_full(self.shape[:3], -torch.inf)
+        if self.last is not None:
+            self.out = self.out.to(wide(self.like.dtype))
+            self._merge_last(self.out)
+        with rows.opened(self.lse[:, :, heads]) as running:
+            share = weigh(running, lse)[..., None]
+        self.last = rows, heads, out, share
+
+    def _merge_last(self, into: Tensor) -> None:
+        rows, heads, out, share = self.last
+        with rows.opened(into[:, :, heads]) as part:
+            blend(rows.of(self.out[:, :, heads]), out, share, part)
+
+    def result(self, out: Tensor | None, lse: Tensor | None) -> tuple[Tensor, Tensor]:
+        """out and lse (b s h), written into these if they are given."""
+        if self.out is None:
+            self.out, self.lse = self.like.new_zeros(self.shape), self.like.new_zeros(())
+            self.lse = torch.full(self.shape[:3], -torch.inf, dtype=wide(self.like.dtype), device=self.like.device)
+        if out is None and self.last is None:
+            return self.out.to(self.like.dtype), self.lse
+        out = self.like.new_empty(self.shape) if out is None else out
+        if self.last is None or not _covers(self.last, self.shape):
+            out.copy_(self.out)
+        if self.last is not None:
+            self._merge_last(out)
+        return out, self.lse if lse is None else lse.copy_(self.lse)
+
+
+class Sum:
+    """A running sum of blocks of rows, `b s h d`.
+
+    The first block is kept as it came and the last is added as the result is written, so up to two cost no extra copy.
+    """
+
+    def __init__(self, like: Tensor, rows: int, heads: int):
+        self.shape, self.like = (like.shape[0], rows, heads, like.shape[3]), like
+        self.total = self.last = None
+
+    def add(self, rows: Rows, heads: slice, x: Tensor) -> None:
+        if self.total is None and rows.all_of(self.shape[1]) and x.shape[3] == self.shape[2]:
+            self.total = x.flatten(1, 2)
+            return
+        if self.last is not None:
+            self.wide()
+        self.last = rows, heads, x
+
+    def _add_last(self, into: Tensor) -> None:
+        rows, heads, x = self.last
+        with rows.opened(into[:, :, heads]) as part:
+            torch.add(rows.of(self.total[:, :, heads]), x, out=part)
+
+    def wide(self) -> Tensor:
+        """The sum, in the accumulating dtype and free to be added to."""
+        dtype = wide(self.like.dtype)
+        self.total = self.like.new_zeros(self.shape, dtype=dtype) if self.total is None else self.total.to(dtype)
+        if self.last is not None:
+            self._add_last(self.total)
+            self.last = None
+        return self.total
+
+    def onto(self, total: Tensor) -> None:
+        """Add the sum to a whole tensor, in place."""
+        if self.total is not None:
+            total += self.total
+        if self.last is not None:
+            rows, heads, x = self.last
+            with rows.opened(total[:, :, heads]) as part:
+                part += x
+
+    def result(self, into: Tensor | None) -> Tensor:
+        """The sum in the inputs' dtype, written into this tensor if it is given."""
+        if self.total is None:
+            self.total = self.like.new_zeros(self.shape)
+        if into is None and self.last is None:
+            return self.total.to(self.like.dtype)
+        into = self.like.new_empty(self.shape) if into is None else into
+        if self.last is None or not _covers(self.last, self.shape):
+            into.copy_(self.total)
+        if self.last is not None:
+            self._add_last(into)
+        return into
+
+
+def _covers(last: tuple, shape: Sequence[int]) -> bool:
+    rows, _, x, *_ = last
+    return rows.all_of(shape[1]) and x.shape[3] == shape[2]
+
+
+class Gradients(NamedTuple):
+    """dK and dV of one block, on their way to the rank that owns it."""
+
+    dk: Sum
+    dv: Sum
+
+    def onto(self, arrived: Message | None) -> Message:
+        """Added in place to what came from the rank before; on the first stop they are the beginning of the sum."""
+        if arrived is None:
+            return self.dk.wide(), self.dv.wide()
+        for mine, total in zip(self, arrived, strict=True):
+            mine.onto(total)
+        return arrived
+
+
+# ----------------------------------------------------------------------------------------------------------- the plan
+
+
+class Leg(NamedTuple):
+    """A strand of a part: the key/value heads that travel for it, and between whom."""
+
+    strand: Strand
+    kv_heads: range
+    route: Route
+
+
+class Part(NamedTuple):
+    """A contiguous range of key/value heads and the query heads that use them."""
+
+    heads: range
+    kv_heads: range
+    legs: tuple[Leg, ...]
+
+
+class Meeting(NamedTuple):
+    """A visit of some heads in even steps: which query heads, of the whole and of the part; which key/value heads, of what
+    travels and of the part."""
+
+    visit: Visit
+    heads: range
+    whole: slice
+    in_part: slice
+    used: slice
+    used_in_part: slice
+
+
+def _cut(heads: range, of: range) -> slice:
+    """These heads as a slice of those."""
+    return slice((heads[0] - of.start) // of.step, (heads[-1] - of.start) // of.step + 1, max(1, heads.step // of.step))
+
+
+_PART_BYTES, _MOST_PARTS = 8 * 2**20, 4
+
+
+@lru_cache(maxsize=256)
+def _plan(dilation: Dilation | None, h: int, g: int, row_bytes: int, table: Table, rank: int, causal: bool) -> tuple[Part, ...]:
+    """As many parts as keep what is in flight small while a part still fills a GPU; alike on every rank."""
+    group, alone = h // g, len(table.keys) == 1
+    longest = max(map(len, (*table.queries, *table.keys)))
+    # on one rank nothing travels and one strand accumulates nothing
+    count = 1 if alone and dilation is None else max(1, min(longest * row_bytes // _PART_BYTES, g, _MOST_PARTS))
+    parts = []
+    for some in torch.arange(g).tensor_split(count):
+        kv_heads = range(int(some[0]), int(some[-1]) + 1)
+        heads = range(kv_heads.start * group, kv_heads.stop * group)
+        legs = []
+        for strand in strands(dilation, h):
+            within = range(h)[heads.start : heads.stop]
+            mine = [j for j in strand.heads if j in within]
+            for each in _even(range(mine[0], mine[-1] + 1, strand.heads.step), group) if mine else ():
+                one = strand._replace(heads=each)
+                legs.append(Leg(one, serving(each, group), route(one, table, rank, causal)))
+        parts.append(Part(heads, kv_heads, tuple(legs)))
+    return tuple(parts)
+
+
+def _even(heads: range, group: int) -> list[range]:
+    """Split heads whose key/value heads are not evenly spaced, so that what travels is a strided view."""
+    used = sorted({j // group for j in heads})
+    even = len({b - a for a, b in zip(used, used[1:], strict=False)}) < 2
+    return [heads] if even else regular(heads, group)
+
+
+@lru_cache(maxsize=4096)
+def _meetings(
+    strand: Strand, kv_heads: range, part_heads: range, part_kv_heads: range, group: int,
+    queries: Positions, keys: Positions, causal: bool, masked: bool, q_chunk: int | None,
+) -> tuple[Meeting, ...]:  # fmt: skip
+    """Everything that one strand of one part does with one block of keys."""
+    found = []
+    for visit in visits(strand, queries, keys, causal, masked, q_chunk):
+        for heads in regular(strand.heads, group):
+            used = serving(heads, group)
+            whole = slice(heads.start, heads[-1] + 1, heads.step)
+            found.append(
+                Meeting(visit, heads, whole, _cut(heads, part_heads), _cut(used, kv_heads), _cut(used, part_kv_heads))
+            )
+    return tuple(found)
+
+
+# ------------------------------------------------------------------------------------------------------ the conductor
+
+
+class Block(NamedTuple):
+    """Keys and values `b k g d` that are here, and the global positions of their rows."""
+
+    positions: Positions
+    k: Tensor
+    v: Tensor
+
+
+class Trip:
+    """One strand's keys as a conductor sees them: the ranks that share a segment, and what to send and receive."""
+
+    def __init__(self, call: Call, leg: Leg, k: Tensor, v: Tensor):
+        self._keys, self._route = call.table.keys, leg.route
+        self.ring: Ring = call.ring.among(leg.route.members)
+        heads = _cut(leg.kv_heads, range(k.shape[2]))
+        self._k, self._v = k[:, :, heads], v[:, :, heads]
+        self.own = Block(self._keys[call.ring.rank], self._k, self._v)
+
+    def load(self, member: int) -> Tensor:
+        """The rows of this member that any other one needs."""
+        return self._route.load[self._route.members[member]]
+
+    def wanted(self, by: int, of: int) -> Tensor:
+        """The rows of member `of` that member `by` needs."""
+        return self._route.wanted[self._route.members[by]][self._route.members[of]]
+
+    def pack(self, rows: Tensor) -> Message:
+        """My K and V at these rows, ready to be sent."""
+        if len(rows) == self._k.shape[1]:
+            return self._k.contiguous(), self._v.contiguous()
+        rows = rows.to(self._k.device)
+        return self._k.index_select(1, rows), self._v.index_select(1, rows)
+
+    def space(self, rows: Tensor, gradients: bool = False) -> Message:
+        """Buffers for the K and V, or dK and dV, of that many rows."""
+        dtype = wide(self._k.dtype) if gradients else self._k.dtype
+        shape = (self._k.shape[0], len(rows), *self._k.shape[2:])
+        return tuple(self._k.new_empty(shape, dtype=dtype) for _ in range(2))
+
+    def block(self, member: int, rows: Tensor, message: Message) -> Block:
+        keys = self._keys[self._route.members[member]]
+        return Block(keys if len(rows) == len(keys) else _some(keys, rows), *message)
+
+
+def _some(keys: Positions, rows: Tensor, _known: dict = {}) -> Positions:  # noqa: B006
+    """`keys[rows]`, remembered: hashing positions costs more than a small block."""
+    key = keys, id(rows)
+    if key not in _known:
+        if len(_known) > 4096:
+            _known.clear()
+        _known[key] = keys[rows], rows  # rows live as long as their id is a key
+    return _known[key][0]
+
+
+# yields the blocks, is sent their gradients, and returns what came home: rows of mine with their dK and dV
+Homecoming = Sequence[tuple[Tensor, Message]]
+Conductor = Callable[[Trip], Generator["Block | None", "Gradients | None", Homecoming]]
+
+
+class Job(NamedTuple):
+    """A call and the conductor that carries it out."""
+
+    call: Call
+    conduct: Conductor
+    parts: tuple[Part, ...]
+    group: int  # query heads per key/value head
+
+    def meetings(self, part: Part, leg: Leg, block: Block) -> Iterator[tuple[Meeting, backends.Seen]]:
+        call = self.call
+        mine, masked = call.table.queries[call.ring.rank], call.mask_mod is not None
+        where = leg.strand, leg.kv_heads, part.heads, part.kv_heads, self.group
+        for meeting in _meetings(*where, mine, block.positions, call.causal, masked, call.q_chunk):
+            yield meeting, _seen(call, meeting, block.k)
+
+
+def _seen(call: Call, meeting: Meeting, like: Tensor) -> backends.Seen:
+    """What of a visit's square is seen: a kind that kernels know, or a mask b m h q k (broadcastable)."""
+    visit = meeting.visit
+    if visit.kind != "mask":
+        return backends.Seen(visit.kind, None)
+    q_idx, kv_idx = visit.q_positions.to(like.device), visit.k_positions.to(like.device)
+    keep = (kv_idx[:, None, :] <= q_idx[:, :, None])[None, :, None] if call.causal else None
+    if call.mask_mod is not None:
+        batch = torch.arange(like.shape[0], device=like.device)[:, None, None, None]
+        head = torch.tensor(meeting.heads, device=like.device)[None, :, None, None]
+        segments = zip(q_idx[:, None, None, :, None], kv_idx[:, None, None, None, :], strict=True)
+        kept = torch.stack([torch.as_tensor(call.mask_mod(batch, head, x, y), device=like.device) for x, y in segments], 1)
+        keep = kept if keep is None else keep & kept
+    return backends.Seen("mask", keep)
+
+
+class _Attend(torch.autograd.Function):
+    """Forward and backward of every method: two loops over the same visits."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, anchor, job: Job):
+        whole = len(job.parts) == 1
+        out = None if whole else torch.empty_like(q, memory_format=torch.contiguous_format)
+        lse = None if whole else q.new_empty(q.shape[:3], dtype=wide(q.dtype))
+        for part in job.parts:
+            running = Running(q, len(part.heads))
+            for leg in part.legs:
+                walk = job.conduct(Trip(job.call, leg, k, v))
+                block = next(walk)
+                while block is not None:
+                    for meeting, seen in job.meetings(part, leg, block):
+                        rows, keys = meeting.visit[:2]
+                        there = (keys.of(x[:, :, meeting.used]) for x in (block.k, block.v))
+                        piece = backends.forward(rows.of(q[:, :, meeting.whole]), *there, seen, job.call)
+                        running.merge(rows, meeting.in_part, *piece)
+                    block = walk.send(None)
+                walk.close()
+            heads = slice(part.heads.start, part.heads.stop)
+            some = running.result(*(None if x is None else x[:, :, heads] for x in (out, lse)))
+        out, lse = some if whole else (out, lse)
+        lse = lse.transpose(1, 2).contiguous()
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.job = job
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout, dlse):
+        (q, k, v, out, lse), job = ctx.saved_tensors, ctx.job
+        dout = torch.zeros_like(out) if dout is None else dout
+        # exp(score − inf) is the 0 of a query that saw nothing
+        lse = lse.masked_fill(lse == -torch.inf, torch.inf).transpose(1, 2)
+        dlse = None if dlse is None else dlse.transpose(1, 2)  # b s h
+        contiguous = torch.contiguous_format
+        wholes = [None if len(job.parts) == 1 else torch.empty_like(x, memory_format=contiguous) for x in (q, k, v)]
+        travelling = None
+        for part in job.parts:
+            sums = [Sum(x, x.shape[1], len(heads)) for x, heads in zip((q, k, v), (part.heads, *[part.kv_heads] * 2), strict=True)]
+            for leg in part.legs:
+                walk = job.conduct(Trip(job.call, leg, k, v))
+                block = own = next(walk)
+                while block is not None:
+                    theirs = None
+                    if block is not own:
+                        theirs = Gradients(*(Sum(k, x.shape[1], x.shape[2]) for x in (block.k, block.v)))
+                    for meeting, seen in job.meetings(part, leg, block):
+                        (rows, keys), some = meeting.visit[:2], meeting.whole
+                        mine = [None if x is None else rows.of(x[:, :, some]) for x in (dout, dlse, q, out, lse)]
+                        there = (keys.of(x[:, :, meeting.used]) for x in (block.k, block.v))
+                        dq, dk, dv = backends.backward(*mine[:3], *there, *mine[3:], seen, job.call)
+                        sums[0].add(rows, meeting.in_part, dq)
+                        for total, x in zip(theirs or sums[1:], (dk, dv), strict=True):
+                            total.add(keys, meeting.used if theirs else meeting.used_in_part, x)
+                    if travelling:  # the gradients of the strand before have travelled under this computation
+                        _come_home(*travelling)
+                        travelling = None
+                    block = walk.send(theirs)
+                travelling = walk, part, leg, sums, wholes
+        _come_home(*travelling)
+        return *wholes, None, None
+
+
+def _come_home(walk: Generator, part: Part, leg: Leg, sums: list[Sum], wholes: list[Tensor | None]) -> None:
+    """Add the gradients that other ranks computed for my rows; a part's gradients are complete after its last strand."""
+    try:
+        next(walk)
+    except StopIteration as end:
+        for rows, message in end.value:
+            for total, x in zip(sums[1:], message, strict=True):
+                total.add(Rows(rows[None]), _cut(leg.kv_heads, part.kv_heads), x[:, None])
+    if leg is part.legs[-1]:
+        for i, (total, heads) in enumerate(zip(sums, (part.heads, part.kv_heads, part.kv_heads), strict=True)):
+            whole = wholes[i]
+            some = total.result(None if whole is None else whole[:, :, heads.start : heads.stop])
+            wholes[i] = some if whole is None else whole
+
+
+def attend(conduct: Conductor, method: str, q: Tensor, k: Tensor, v: Tensor, **arguments) -> Attended:
+    """Validate, agree with the other ranks, and carry out the call."""
+    call = agree(method, q, k, v, **arguments)
+    backends.check(q, call)
+    (b, _, h, d), g = q.shape, k.shape[2]
+    parts = _plan(call.dilation, h, g, b * h * d * q.element_size(), call.table, call.ring.rank, call.causal)
+    return Attended(*_Attend.apply(q, k, v, call.anchor, Job(call, conduct, parts, h // g)))
