@@ -23,8 +23,8 @@ from . import backends
 from .block import blend, weigh
 from .comm import Message, Ring
 from .layout import (
-    Attended, Call, Dilation, Positions, Route, Rows, Strand, Table, Visit, agree, regular, route, serving, strands,
-    travels, visits, wide,
+    Attended, Call, Dilation, Positions, Route, Rows, Strand, Table, Visit, agree, exactly, regular, route, serving,
+    strands, travels, visits, wide,
 )  # fmt: skip
 
 # --------------------------------------------------------------------------------------------------- what accumulates
@@ -371,7 +371,7 @@ def _seen(call: Call, meeting: Meeting, like: Tensor) -> backends.Seen:
         batch = torch.arange(like.shape[0], device=like.device)[:, None, None, None]
         head = torch.tensor(meeting.heads, device=like.device)[None, :, None, None]
         segments = zip(q_idx[:, None, None, :, None], kv_idx[:, None, None, None, :], strict=True)
-        kept = torch.stack([torch.as_tensor(call.mask_mod(batch, head, x, y), device=like.device) for x, y in segments], 1)
+        kept = torch.stack([call.keep(batch, head, x, y) for x, y in segments], 1)
         keep = kept if keep is None else keep & kept
     return backends.Seen("mask", keep)
 
@@ -380,6 +380,7 @@ class _Attend(torch.autograd.Function):
     """Forward and backward of every method: two loops over the same visits."""
 
     @staticmethod
+    @exactly
     def forward(ctx, q, k, v, anchor, job: Job):
         whole = len(job.parts) == 1
         out = None if whole else torch.empty_like(q, memory_format=torch.contiguous_format)
@@ -408,6 +409,7 @@ class _Attend(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @exactly
     def backward(ctx, dout, dlse):
         (q, k, v, out, lse), job = ctx.saved_tensors, ctx.job
         dout = torch.zeros_like(out) if dout is None else dout

@@ -237,6 +237,8 @@ def check(q: Tensor, call: Call) -> None:
     if call.backend in ("auto", "math"):
         return
     task = Task(q.device.type, q.dtype, q.shape[-1], "full" if call.mask_mod is None else "mask")
+    if call.scale <= 0:  # they take the masked score −inf times the scale
+        raise NotImplementedError(f"backend={call.backend!r} needs a scale above 0, got {call.scale}")
     if choose(call.backend, task) is None:
         reasons = [f"{kernel.name} {kernel.why_not(task)}" for kernel in _ranked(call.backend)]
         raise NotImplementedError(f"backend={call.backend!r} cannot do this: {'; '.join(reasons)}")
@@ -275,7 +277,7 @@ def backward(dout, dlse, q, k, v, out, lse, seen: Seen, call: Call) -> tuple[Ten
 def _kernel(q: Tensor, k: Tensor, seen: Seen, call: Call, lse_gradient: bool = False) -> Kernel | None:
     single = q.shape[2] == k.shape[2] == 1
     task = Task(q.device.type, q.dtype, q.shape[-1], seen.kind, lse_gradient, single)
-    return choose(call.backend, task) if q.numel() else None
+    return choose(call.backend, task) if q.numel() and call.scale > 0 else None
 
 
 def _folded(kernel: Kernel, q: Tensor, *keys: Tensor) -> tuple[Tensor, ...]:

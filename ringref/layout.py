@@ -15,7 +15,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, wraps
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -41,6 +41,20 @@ class Attended(NamedTuple):
 def wide(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which results are merged and gradients accumulate: float32, or float64 for float64."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def exactly(step: Callable) -> Callable:
+    """`step` without autocast: mixed precision is the caller's choice of q, k and v, not of what is computed with them."""
+
+    @wraps(step)
+    def run(*args):
+        device = next(x for x in args if isinstance(x, Tensor)).device.type
+        if not torch.amp.is_autocast_available(device):
+            return step(*args)
+        with torch.autocast(device, enabled=False):
+            return step(*args)
+
+    return run
 
 
 # ---------------------------------------------------------------------------------------------------------- positions
@@ -273,6 +287,16 @@ class Call(NamedTuple):
     ring: Ring
     table: Table
     anchor: Tensor | None  # makes autograd visit this rank's backward when only its neighbours need a gradient
+
+    def keep(self, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        """What `mask_mod` says of these indices: booleans of four dimensions that broadcast to b h q k."""
+        keep = torch.as_tensor(self.mask_mod(b, h, q_idx, kv_idx), device=q_idx.device)
+        if keep.dtype != torch.bool:
+            raise TypeError(f"mask_mod must return booleans (True: the key is seen), got {keep.dtype}")
+        full = (len(b), h.shape[1], q_idx.shape[2], kv_idx.shape[3])
+        if keep.dim() > 4 or any(x not in (1, y) for x, y in zip(keep.shape[::-1], full[::-1], strict=False)):
+            raise ValueError(f"mask_mod must return what broadcasts to b h q k = {full}, got shape {tuple(keep.shape)}")
+        return keep[(None,) * (4 - keep.dim())]
 
 
 _HEADER = ("method", "batch (dim 0 of q)", "heads (dim 2 of q)", "key/value heads (dim 2 of k)", "head dim", "dtype")
