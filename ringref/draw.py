@@ -5,6 +5,7 @@ lightness), in hatch, in line style and in marker. `save` writes SVGs that are e
 when the data are.
 """
 
+from functools import wraps
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +31,19 @@ STYLE = {
 }
 
 
+def _styled(draw):
+    """Run in the style. A notebook's backend, loaded with the first figure, keeps its interactive mode."""
+
+    @wraps(draw)
+    def styled(*args, **kwargs):
+        with plt.rc_context(STYLE):
+            drawn, interactive = draw(*args, **kwargs), plt.isinteractive()
+        plt.interactive(interactive)
+        return drawn
+
+    return styled
+
+
 def colour(i):
     """Fill for rank or series i: keyword arguments of a patch. They repeat after eight."""
     i %= len(COLOURS)
@@ -37,13 +51,13 @@ def colour(i):
     return {"facecolor": COLOURS[i], "hatch": HATCHES[i], "edgecolor": edge, "linewidth": 0.4}
 
 
-@plt.rc_context(STYLE)
+@_styled
 def figure(width=6.4, height=3.6, columns=1, rows=1, **kwargs):
     """A figure and its axes in the style, sizes in inches; see `matplotlib.pyplot.subplots`."""
     return plt.subplots(rows, columns, figsize=(width, height), **kwargs)
 
 
-@plt.rc_context(STYLE)
+@_styled
 def save(fig, name, folder="figures"):
     """Write `folder`/`name`.svg; the same figure gives the same bytes. Returns the path."""
     path = Path(folder, f"{name}.svg")
@@ -52,7 +66,7 @@ def save(fig, name, folder="figures"):
     return path
 
 
-@plt.rc_context(STYLE)
+@_styled
 def square(owner, labels=None, ax=None, title="", visible=None):
     """The attention square: row = query, column = key, coloured by rank or by hop.
 
@@ -87,7 +101,7 @@ def _runs(where):
     return zip(rows.tolist(), starts.tolist(), (ends - starts).tolist(), strict=True)
 
 
-@plt.rc_context(STYLE)
+@_styled
 def timeline(bars, kinds=None, ax=None, title="", unit="ms"):
     """Lanes of what happens when: one lane per rank, or per rank and stream.
 
@@ -99,8 +113,9 @@ def timeline(bars, kinds=None, ax=None, title="", unit="ms"):
     kinds = list(dict.fromkeys(kind for *_, kind in bars)) if kinds is None else list(kinds)
     ax = figure(6.4, 0.9 + 0.38 * len(lanes))[1] if ax is None else ax
     for lane, start, end, kind in bars:
-        style = colour(kinds.index(kind))
-        ax.barh(lanes.index(lane), end - start, left=start, height=0.7, **style)
+        if end > start:
+            style = colour(kinds.index(kind))
+            ax.barh(lanes.index(lane), end - start, left=start, height=0.7, **style)
     ax.set(xlabel=unit, title=title, yticks=range(len(lanes)), yticklabels=lanes)
     ax.set_ylim(len(lanes) - 0.4, -0.6)
     patches = [Patch(label=kind, **colour(i)) for i, kind in enumerate(kinds)]
@@ -108,7 +123,7 @@ def timeline(bars, kinds=None, ax=None, title="", unit="ms"):
     return ax
 
 
-@plt.rc_context(STYLE)
+@_styled
 def curves(lines, points=None, ax=None, title="", x="", y="", log=True):
     """Predictions as lines, measurements as points of the same colour, on log₂ axes.
 
@@ -137,7 +152,7 @@ def curves(lines, points=None, ax=None, title="", x="", y="", log=True):
     return ax
 
 
-@plt.rc_context(STYLE)
+@_styled
 def bars(groups, ax=None, title="", y="", log=False):
     """Grouped bars. groups: {series: {label: value}}; every series has a bar at every label."""
     ax = figure()[1] if ax is None else ax
@@ -165,3 +180,17 @@ def _ink(i):
     """Line colour i: the palette's yellow is too pale for a thin line on white."""
     dark = ("#0072B2", "#D55E00", "#000000", "#56B4E9", "#009E73", "#E69F00", "#CC79A7", "#7F7F7F")
     return dark[i % len(dark)]
+
+
+@_styled
+def cells(ax, texts, x, y):
+    """Write into the cells of a small square and number its rows and columns: hops by ranks, say."""
+    box = {"boxstyle": "round,pad=0.2", "facecolor": "white", "edgecolor": "none", "alpha": 0.85}
+    for row, line in enumerate(texts):
+        for column, text in enumerate(line):
+            if text:
+                ax.text(column + 0.5, row + 0.5, text, ha="center", va="center", fontsize=8, bbox=box)
+    for axis, count in ((ax.xaxis, len(texts[0])), (ax.yaxis, len(texts))):
+        axis.set_ticks([i + 0.5 for i in range(count)], [str(i) for i in range(count)])
+        axis.set_tick_params(length=0)
+    ax.set(xlabel=x, ylabel=y, aspect="auto")
