@@ -37,6 +37,7 @@ class Task(NamedTuple):
     head_dim: int
     kind: str
     lse_gradient: bool = False
+    single: bool = False  # one query on one key
 
 
 class Kernel(NamedTuple):
@@ -117,7 +118,8 @@ def _efficient_forward(q, k, v, causal, scale):
 
 
 def _efficient_backward(dout, q, k, v, out, lse, causal, scale):
-    lse = torch.nn.functional.pad(lse, (0, -lse.shape[2] % 32), value=math.inf)  # the kernel reads whole tiles of rows
+    # the kernel reads whole tiles of rows
+    lse = torch.nn.functional.pad(lse.contiguous(), (0, -lse.shape[2] % 32), value=math.inf)
     seed = torch.zeros((), dtype=torch.int64)
     return aten._scaled_dot_product_efficient_attention_backward(
         dout, q, k, v, None, out, lse, seed, seed, 0.0, [True, True, True, False], causal, scale=scale
@@ -165,7 +167,7 @@ def _xformers_why_not(task: Task) -> str | None:
 
 
 def _cudnn_why_not(task: Task) -> str | None:
-    limit = _limits("cuda", HALF, 128)(task)
+    limit = _limits("cuda", HALF, 128)(task) or ("needs more than one query or key" if task.single else None)
     if limit or torch.cuda.get_device_capability() >= (9, 0):
         return limit
     return "is only faster than FlashAttention-2 from Hopper on"
@@ -245,7 +247,7 @@ def check(q: Tensor, call: Call) -> None:
 
 def forward(q: Tensor, k: Tensor, v: Tensor, seen: Seen, call: Call) -> Attended:
     """Attend to one block: q b m c h d, k and v b m k g d → out b m c h d, lse b m c h."""
-    kernel = choose(call.backend, Task(q.device.type, q.dtype, q.shape[-1], seen.kind)) if q.numel() else None
+    kernel = _kernel(q, k, seen, call)
     if kernel is None:
         return block.forward(q, k, v, call.scale, _keep(q, k, seen))
     out, lse = kernel.forward(*_folded(kernel, q, k, v), seen.kind == "causal", call.scale)
@@ -254,26 +256,38 @@ def forward(q: Tensor, k: Tensor, v: Tensor, seen: Seen, call: Call) -> Attended
 
 def backward(dout, dlse, q, k, v, out, lse, seen: Seen, call: Call) -> tuple[Tensor, Tensor, Tensor]:
     """dQ, dK, dV of one block from the merged out and lse (+inf where nothing was seen); dlse may be None."""
-    task = Task(q.device.type, q.dtype, q.shape[-1], seen.kind, dlse is not None)
-    kernel = choose(call.backend, task) if q.numel() else None
+    kernel = _kernel(q, k, seen, call, dlse is not None)
     if kernel is None:
         return block.backward(dout, dlse, q, k, v, out, lse, call.scale, _keep(q, k, seen))
     d = q.shape[-1]
     if dlse is not None:
         dout, q, k, v, out = _with_lse_gradient(dlse, dout, q, k, v, out, kernel.granularity)
-    dout, out, lse = (x.flatten(0, 1).transpose(1, 2) for x in (dout, out, lse))
-    grads = kernel.backward(dout, *_folded(kernel, q, k, v), out, lse, seen.kind == "causal", call.scale)
+    lse = lse.flatten(0, 1).transpose(1, 2)
+    grads = kernel.backward(
+        _bhsd(dout), *_folded(kernel, q, k, v), _bhsd(out), lse, seen.kind == "causal", call.scale
+    )
     dq, dk, dv = (x.transpose(1, 2)[..., :d].unflatten(0, q.shape[:2]) for x in grads)
     if dk.shape[3] != k.shape[3]:
         dk, dv = (x.unflatten(3, (k.shape[3], -1)).sum(4) for x in (dk, dv))
     return dq, dk, dv
 
 
+def _kernel(q: Tensor, k: Tensor, seen: Seen, call: Call, lse_gradient: bool = False) -> Kernel | None:
+    single = q.shape[2] == k.shape[2] == 1
+    task = Task(q.device.type, q.dtype, q.shape[-1], seen.kind, lse_gradient, single)
+    return choose(call.backend, task) if q.numel() else None
+
+
 def _folded(kernel: Kernel, q: Tensor, *keys: Tensor) -> tuple[Tensor, ...]:
     """Segments into the batch, b m s h d → (b m) h s d; key heads repeated for a kernel that wants as many as queries."""
     group = 1 if kernel.grouped else q.shape[3] // keys[0].shape[3]
-    keys = tuple(x if group == 1 else x.repeat_interleave(group, 3) for x in keys)
-    return tuple(x.flatten(0, 1).transpose(1, 2) for x in (q, *keys))
+    return _bhsd(q), *(_bhsd(x if group == 1 else x.repeat_interleave(group, 3)) for x in keys)
+
+
+def _bhsd(x: Tensor) -> Tensor:
+    """b m s h d → (b m) h s d. Kernels take strides, but not of 0, and believe the head dim's to be 1 without looking."""
+    x = x if x.stride(-1) == 1 and 0 not in x.stride() else x.contiguous()
+    return x.flatten(0, 1).transpose(1, 2)
 
 
 def _with_lse_gradient(dlse, dout, q, k, v, out, columns: int):
