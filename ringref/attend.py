@@ -24,7 +24,7 @@ from .block import blend, weigh
 from .comm import Message, Ring
 from .layout import (
     Attended, Call, Dilation, Positions, Route, Rows, Strand, Table, Visit, agree, exactly, regular, route, serving,
-    strands, visits, wide,
+    strands, travels, visits, wide,
 )  # fmt: skip
 
 # --------------------------------------------------------------------------------------------------- what accumulates
@@ -50,14 +50,15 @@ class Running:
         if self.last is not None:
             self.out = self.out.to(wide(self.like.dtype))
             self._merge_last(self.out)
-        with rows.opened(self.lse[:, :, heads]) as running:
-            share = weigh(running, lse)[..., None]
-        self.last = rows, heads, out, share
+        share = rows.change(self.lse, heads, lambda running: weigh(running, lse))
+        self.last = rows, heads, out, share[..., None]
 
     def _merge_last(self, into: Tensor) -> None:
         rows, heads, out, share = self.last
-        with rows.opened(into[:, :, heads]) as part:
-            blend(rows.of(self.out[:, :, heads]), out, share, part)
+        if into is self.out:
+            rows.change(into, heads, lambda part: blend(part, out, share, part))
+        else:
+            rows.change(into, heads, lambda part: blend(rows.of(self.out, heads), out, share, part))
 
     def result(self, out: Tensor | None, lse: Tensor | None) -> tuple[Tensor, Tensor]:
         """out and lse (b s h), written into these if they are given."""
@@ -94,8 +95,10 @@ class Sum:
 
     def _add_last(self, into: Tensor) -> None:
         rows, heads, x = self.last
-        with rows.opened(into[:, :, heads]) as part:
-            torch.add(rows.of(self.total[:, :, heads]), x, out=part)
+        if into is self.total:
+            rows.change(into, heads, lambda part: part.add_(x))
+        else:
+            rows.change(into, heads, lambda part: torch.add(rows.of(self.total, heads), x, out=part))
 
     def wide(self) -> Tensor:
         """The sum, in the accumulating dtype and free to be added to."""
@@ -112,8 +115,7 @@ class Sum:
             total += self.total
         if self.last is not None:
             rows, heads, x = self.last
-            with rows.opened(total[:, :, heads]) as part:
-                part += x
+            rows.change(total, heads, lambda part: part.add_(x))
 
     def result(self, into: Tensor | None) -> Tensor:
         """The sum in the inputs' dtype, written into this tensor if it is given."""
@@ -153,9 +155,9 @@ class Gradients(NamedTuple):
 
 
 class Leg(NamedTuple):
-    """A strand of a part: the key/value heads that travel for it, and between whom."""
+    """Strands of a part whose keys travel together (one), or not at all (all such); their key/value heads, and between whom."""
 
-    strand: Strand
+    strands: tuple[Strand, ...]
     kv_heads: range
     route: Route
 
@@ -185,7 +187,7 @@ def _cut(heads: range, of: range) -> slice:
     return slice((heads[0] - of.start) // of.step, (heads[-1] - of.start) // of.step + 1, max(1, heads.step // of.step))
 
 
-_PART_BYTES, _MOST_PARTS = 8 * 2**20, 4
+_PART_BYTES, _MOST_PARTS = 16 * 2**20, 4
 
 
 @lru_cache(maxsize=256)
@@ -199,13 +201,18 @@ def _plan(dilation: Dilation | None, h: int, g: int, row_bytes: int, table: Tabl
     for some in torch.arange(g).tensor_split(count):
         kv_heads = range(int(some[0]), int(some[-1]) + 1)
         heads = range(kv_heads.start * group, kv_heads.stop * group)
-        legs = []
+        legs, local = [], []
         for strand in strands(dilation, h):
-            within = range(h)[heads.start : heads.stop]
-            mine = [j for j in strand.heads if j in within]
+            mine = [j for j in strand.heads if j in heads]
             for each in _even(range(mine[0], mine[-1] + 1, strand.heads.step), group) if mine else ():
                 one = strand._replace(heads=each)
-                legs.append(Leg(one, serving(each, group), route(one, table, rank, causal)))
+                if travels(one, table):  # a leg on every rank, so that all post their messages in one order
+                    legs.append(Leg((one,), serving(each, group), route(one, table, rank, causal)))
+                else:
+                    local.append(one)
+        if local:
+            stay = Route((rank,), {rank: torch.empty(0, dtype=torch.int64)}, {rank: {}})
+            legs.insert(0, Leg(tuple(local), kv_heads, stay))
         parts.append(Part(heads, kv_heads, tuple(legs)))
     return tuple(parts)
 
@@ -219,19 +226,60 @@ def _even(heads: range, group: int) -> list[range]:
 
 @lru_cache(maxsize=4096)
 def _meetings(
-    strand: Strand, kv_heads: range, part_heads: range, part_kv_heads: range, group: int,
+    some: tuple[Strand, ...], kv_heads: range, part_heads: range, part_kv_heads: range, group: int,
     queries: Positions, keys: Positions, causal: bool, masked: bool, q_chunk: int | None,
 ) -> tuple[Meeting, ...]:  # fmt: skip
-    """Everything that one strand of one part does with one block of keys."""
-    found = []
-    for visit in visits(strand, queries, keys, causal, masked, q_chunk):
-        for heads in regular(strand.heads, group):
-            used = serving(heads, group)
-            whole = slice(heads.start, heads[-1] + 1, heads.step)
-            found.append(
-                Meeting(visit, heads, whole, _cut(heads, part_heads), _cut(used, kv_heads), _cut(used, part_kv_heads))
-            )
+    """Everything that some strands of one part do with one block of keys."""
+
+    def meeting(visit: Visit, heads: range) -> Meeting:
+        used = serving(heads, group)
+        whole = slice(heads.start, heads[-1] + 1, heads.step)
+        return Meeting(visit, heads, whole, _cut(heads, part_heads), _cut(used, kv_heads), _cut(used, part_kv_heads))
+
+    found, offsets = [], []
+    for strand in some:
+        met = visits(strand, queries, keys, causal, masked, q_chunk)
+        if group == 1 and offsets and _neighbours(*offsets[-1], strand, met):
+            offsets.append((strand, met))
+            continue
+        found += [meeting(*x) for x in _slanted(offsets)]
+        offsets = [(strand, met)]
+        if group > 1:
+            found += [meeting(visit, heads) for visit in met for heads in regular(strand.heads, group)]
+            offsets = []
+    found += [meeting(*x) for x in _slanted(offsets)]
     return tuple(found)
+
+
+def _neighbours(strand: Strand, met: list[Visit], after: Strand, met_after: list[Visit]) -> bool:
+    """Whether the next strand does the same one row and one head further on."""
+
+    def shape(rows: Rows, on: int = 0):
+        return rows.strided, rows.start + on, rows.step, rows.hop, rows.m, rows.c
+
+    heads, shifted = after.heads, range(strand.heads.start + 1, strand.heads[-1] + 2, strand.heads.step)
+    return after[:2] == strand[:2] and list(heads) == list(shifted) and len(met) == len(met_after) and all(
+        x.kind == y.kind != "mask" and x.queries.strided and x.keys.strided
+        and shape(x.queries, 1) == shape(y.queries) and shape(x.keys, 1) == shape(y.keys)
+        for x, y in zip(met, met_after, strict=True)
+    )  # fmt: skip
+
+
+def _slanted(offsets: list[tuple[Strand, list[Visit]]]) -> Iterator[tuple[Visit, range]]:
+    """Visits of strands of neighbouring offsets: a visit a strand, or, where that is fewer, one a head of the first strand.
+
+    Head j has offset j % r, so neighbouring heads start at neighbouring rows: together they are one strided view too.
+    """
+    if offsets and len(offsets) > len(offsets[0][0].heads):
+        (first, met), count = offsets[0], len(offsets)
+        for visit in met:
+            rows, keys = (Rows(x.index, slant=1) for x in visit[:2])
+            for head in first.heads:
+                yield visit._replace(queries=rows, keys=keys), range(head, head + count)
+    else:
+        for strand, met in offsets:
+            for visit in met:
+                yield visit, strand.heads
 
 
 # ------------------------------------------------------------------------------------------------------ the conductor
@@ -307,7 +355,7 @@ class Job(NamedTuple):
     def meetings(self, part: Part, leg: Leg, block: Block) -> Iterator[tuple[Meeting, backends.Seen]]:
         call = self.call
         mine, masked = call.table.queries[call.ring.rank], call.mask_mod is not None
-        where = leg.strand, leg.kv_heads, part.heads, part.kv_heads, self.group
+        where = leg.strands, leg.kv_heads, part.heads, part.kv_heads, self.group
         for meeting in _meetings(*where, mine, block.positions, call.causal, masked, call.q_chunk):
             yield meeting, _seen(call, meeting, block.k)
 
@@ -345,8 +393,8 @@ class _Attend(torch.autograd.Function):
                 while block is not None:
                     for meeting, seen in job.meetings(part, leg, block):
                         rows, keys = meeting.visit[:2]
-                        there = (keys.of(x[:, :, meeting.used]) for x in (block.k, block.v))
-                        piece = backends.forward(rows.of(q[:, :, meeting.whole]), *there, seen, job.call)
+                        there = (keys.of(x, meeting.used) for x in (block.k, block.v))
+                        piece = backends.forward(rows.of(q, meeting.whole), *there, seen, job.call)
                         running.merge(rows, meeting.in_part, *piece)
                     block = walk.send(None)
                 walk.close()
@@ -368,9 +416,7 @@ class _Attend(torch.autograd.Function):
         # exp(score − inf) is the 0 of a query that saw nothing
         lse = lse.masked_fill(lse == -torch.inf, torch.inf).transpose(1, 2)
         dlse = None if dlse is None else dlse.transpose(1, 2)  # b s h
-        contiguous = torch.contiguous_format
-        wholes = [None if len(job.parts) == 1 else torch.empty_like(x, memory_format=contiguous) for x in (q, k, v)]
-        travelling = None
+        wholes, travelling = [None, None, None], None
         for part in job.parts:
             sums = [Sum(x, x.shape[1], len(heads)) for x, heads in zip((q, k, v), (part.heads, *[part.kv_heads] * 2), strict=True)]
             for leg in part.legs:
@@ -382,8 +428,8 @@ class _Attend(torch.autograd.Function):
                         theirs = Gradients(*(Sum(k, x.shape[1], x.shape[2]) for x in (block.k, block.v)))
                     for meeting, seen in job.meetings(part, leg, block):
                         (rows, keys), some = meeting.visit[:2], meeting.whole
-                        mine = [None if x is None else rows.of(x[:, :, some]) for x in (dout, dlse, q, out, lse)]
-                        there = (keys.of(x[:, :, meeting.used]) for x in (block.k, block.v))
+                        mine = [None if x is None else rows.of(x, some) for x in (dout, dlse, q, out, lse)]
+                        there = (keys.of(x, meeting.used) for x in (block.k, block.v))
                         dq, dk, dv = backends.backward(*mine[:3], *there, *mine[3:], seen, job.call)
                         sums[0].add(rows, meeting.in_part, dq)
                         for total, x in zip(theirs or sums[1:], (dk, dv), strict=True):
@@ -392,12 +438,12 @@ class _Attend(torch.autograd.Function):
                         _come_home(*travelling)
                         travelling = None
                     block = walk.send(theirs)
-                travelling = walk, part, leg, sums, wholes
+                travelling = walk, part, leg, sums, wholes, (q, k, v)
         _come_home(*travelling)
         return *wholes, None, None
 
 
-def _come_home(walk: Generator, part: Part, leg: Leg, sums: list[Sum], wholes: list[Tensor | None]) -> None:
+def _come_home(walk: Generator, part: Part, leg: Leg, sums: list[Sum], wholes: list[Tensor | None], inputs) -> None:
     """Add the gradients that other ranks computed for my rows; a part's gradients are complete after its last strand."""
     try:
         next(walk)
@@ -405,11 +451,16 @@ def _come_home(walk: Generator, part: Part, leg: Leg, sums: list[Sum], wholes: l
         for rows, message in end.value:
             for total, x in zip(sums[1:], message, strict=True):
                 total.add(Rows(rows[None]), _cut(leg.kv_heads, part.kv_heads), x[:, None])
-    if leg is part.legs[-1]:
-        for i, (total, heads) in enumerate(zip(sums, (part.heads, part.kv_heads, part.kv_heads), strict=True)):
-            whole = wholes[i]
-            some = total.result(None if whole is None else whole[:, :, heads.start : heads.stop])
-            wholes[i] = some if whole is None else whole
+    if leg is not part.legs[-1]:
+        return
+    for i, (total, heads, x) in enumerate(zip(sums, (part.heads, part.kv_heads, part.kv_heads), inputs, strict=True)):
+        if len(heads) == x.shape[2]:
+            wholes[i] = total.result(None)
+            continue
+        if wholes[i] is None:
+            wholes[i] = torch.empty_like(x, memory_format=torch.contiguous_format)
+        total.result(wholes[i][:, :, heads.start : heads.stop])
+        sums[i] = None
 
 
 def attend(conduct: Conductor, method: str, q: Tensor, k: Tensor, v: Tensor, **arguments) -> Attended:

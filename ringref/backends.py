@@ -282,8 +282,8 @@ def _kernel(q: Tensor, k: Tensor, seen: Seen, call: Call, lse_gradient: bool = F
 
 def _folded(kernel: Kernel, q: Tensor, *keys: Tensor) -> tuple[Tensor, ...]:
     """Segments into the batch, b m s h d → (b m) h s d; key heads repeated for a kernel that wants as many as queries."""
-    group = 1 if kernel.grouped else q.shape[3] // keys[0].shape[3]
-    return _bhsd(q), *(_bhsd(x if group == 1 else x.repeat_interleave(group, 3)) for x in keys)
+    times = 1 if kernel.grouped else q.shape[3] // keys[0].shape[3]
+    return _bhsd(q), *(_bhsd(x if times == 1 else x.repeat_interleave(times, 3)) for x in keys)
 
 
 def _bhsd(x: Tensor) -> Tensor:
