@@ -87,12 +87,18 @@ def counted(n: int) -> Positions:
 
 
 def _positions(name: str, index: Any) -> Positions:
-    if not isinstance(index, Tensor) or index.dim() != 1 or index.dtype != torch.int64 or index.is_cuda:
+    if not isinstance(index, Tensor) or index.dim() != 1 or index.dtype != torch.int64 or not index.is_cpu:
         got = f"{tuple(index.shape)} {index.dtype} {index.device}" if isinstance(index, Tensor) else repr(index)
         raise TypeError(f"{name} must be a 1-D int64 CPU tensor of global positions, got {got}")
     if len(index) and int(index.min()) < 0:
         raise ValueError(f"{name}: positions count from 0, got {int(index.min())}")
     return Positions(index.detach().clone(memory_format=torch.contiguous_format))
+
+
+def _a_ring(ring: Any) -> Ring:
+    if not all(hasattr(ring, a) for a in ("rank", "size", "exchange")):
+        raise TypeError(f"ring must be a ring (simulate's, launch's or a ProcessRing), got {ring!r}")
+    return ring
 
 
 def alone() -> Ring:
@@ -113,9 +119,7 @@ class Shard:
     """
 
     def __init__(self, positions: Tensor, ring: Ring | None, kv_positions: Tensor | None = None):
-        if ring is not None and not all(hasattr(ring, a) for a in ("rank", "size", "exchange")):
-            raise TypeError(f"ring must be a ring (simulate's, launch's or a ProcessRing), got {ring!r}")
-        self.ring = alone() if ring is None else ring
+        self.ring = alone() if ring is None else _a_ring(ring)
         self.queries = _positions("positions", positions)
         self.keys = self.queries if kv_positions is None else _positions("kv_positions", kv_positions)
         self.positions, self.kv_positions = self.queries.index, self.keys.index
@@ -175,9 +179,9 @@ def _runs(n: int, m: int) -> list[Tensor]:
 def partition(n: int, ring: Ring, layout: str = "contiguous") -> Shard:
     """Who holds which of n tokens: rank i gets run i of p (contiguous), chunks i and 2p−1−i of 2p (zigzag, also called
     head-tail: 2p equal slices of causal work), or positions i::p (striped, 2311.09431). n need not divide by anything."""
-    if not isinstance(n, int) or n < 0:
+    if not isinstance(n, int) or isinstance(n, bool) or n < 0:
         raise ValueError(f"n must be a number of tokens, got {n!r}")
-    i, p = ring.rank, ring.size
+    i, p = _a_ring(ring).rank, ring.size
     if layout == "contiguous":
         return Shard(_runs(n, p)[i], ring)
     if layout == "zigzag":
