@@ -23,7 +23,7 @@ from . import backends
 from .block import share
 from .comm import Message, Ring
 from .layout import (
-    Attended, Call, Dilation, Positions, Route, Rows, Strand, Table, Visit, agree, exactly, regular, route, serving,
+    EVERYTHING, Attended, Call, Dilation, Positions, Route, Rows, Strand, Table, Visit, agree, exactly, regular, route, serving,
     strands, travels, visits, wide,
 )  # fmt: skip
 
@@ -485,3 +485,21 @@ def attend(conduct: Conductor, method: str, q: Tensor, k: Tensor, v: Tensor, **a
     (b, _, h, d), g = q.shape, k.shape[2]
     parts = _plan(call.dilation, h, g, b * h * d * q.element_size(), call.table, call.ring.rank, call.causal)
     return Attended(*_Attend.apply(q, k, v, call.anchor, Job(call, conduct, parts, h // g)))
+
+
+def paths(q: Tensor, k: Tensor, **arguments) -> list[str]:
+    """How the keys of a call travel and how its rows are read, a line per strand or set of strands; every rank must ask."""
+    call = agree("explain", q, k, k, **arguments)
+    (b, _, h, d), g, rank = q.shape, k.shape[2], call.ring.rank
+    lines = {}
+    for part in _plan(call.dilation, h, g, b * h * d * q.element_size(), call.table, rank, call.causal):
+        for leg in part.legs:
+            branches = sorted({(x.w, x.r) for x in leg.strands})
+            named = ", ".join("all keys" if w == EVERYTHING else f"w={w} r={r}" for w, r in branches)
+            where = "stay" if len(leg.route.members) == 1 else f"travel among ranks {list(leg.route.members)}"
+            where_own = leg.strands, leg.kv_heads, part.heads, part.kv_heads, h // g
+            met = _meetings(*where_own, call.table.queries[rank], call.table.keys[rank], call.causal, call.mask_mod is not None, call.q_chunk)
+            read = {"strided views" if x.visit.queries.strided and x.visit.keys.strided else "copied rows" for x in met}
+            kinds = sorted({x.visit.kind for x in met})
+            lines[f"{named}: keys {where}; own block: {len(met)} visits ({', '.join(kinds)}) of {', '.join(sorted(read))}"] = 0
+    return list(lines)
