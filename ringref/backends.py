@@ -210,12 +210,16 @@ def choose(backend: str, task: Task) -> Kernel | None:
 
 
 def explain(
-    q: Tensor, *, causal: bool = False, mask_mod=None, backend: str = "auto", lse_gradient: bool = False
-) -> str:
-    """Which kernel a call on these queries takes, and why not the others; one line each.
+    q: Tensor, k: Tensor | None = None, *, causal: bool = False, dilation=None, mask_mod=None, scale=None, shard=None,
+    q_chunk: int | None = None, backend: str = "auto", lse_gradient: bool = False,
+) -> str:  # fmt: skip
+    """Which kernel a call takes and why not the others, and which keys travel between whom; one line each.
 
-    `lse_gradient`: whether the backward will carry a gradient through lse.
+    The arguments are the call's own (k as q where it is left out). `lse_gradient`: whether the backward will carry a gradient
+    through lse. Under a shard every rank must ask, as for the call itself.
     """
+    from .attend import paths  # which needs this module
+
     kinds = ["mask"] if mask_mod is not None else ["full", "causal"] if causal else ["full"]
     lines = []
     for kind in kinds:
@@ -225,7 +229,8 @@ def explain(
         for kernel in KERNELS:
             if kernel is not taken:
                 lines.append(f"  not {kernel.name}: {kernel.why_not(task) or _passed_over(kernel, backend)}")
-    return "\n".join(lines)
+    arguments = {"causal": causal, "dilation": dilation, "mask_mod": mask_mod, "scale": scale, "shard": shard}
+    return "\n".join(lines + paths(q, q if k is None else k, **arguments, q_chunk=q_chunk, backend=backend))
 
 
 def _passed_over(kernel: Kernel, backend: str) -> str:

@@ -21,17 +21,9 @@ from torch import Tensor
 from .layout import Attended, wide
 
 
-def weigh(lse: Tensor, other: Tensor) -> Tensor:
-    """The share of `other` in the merge, exp(other − merged) (0 where neither saw a key); `lse` becomes the merged one."""
-    share = torch.sigmoid(other - lse).nan_to_num_(0.0)
-    torch.logaddexp(lse, other, out=lse)
-    return share
-
-
-def blend(out: Tensor, other: Tensor, share: Tensor, into: Tensor | None = None) -> Tensor:
-    """(1 − share)·out + share·other, computed in the share's dtype."""
-    kept = 1 - share
-    return torch.addcmul(out.mul_(kept) if out is into else out * kept, other, share, out=into)
+def share(lse: Tensor, merged: Tensor) -> Tensor:
+    """The weight exp(lse − merged) of a block in the merge; 0 where neither saw a key."""
+    return torch.exp(lse - merged).nan_to_num_(0.0)
 
 
 def merge(a: Attended, b: Attended) -> Attended:
@@ -49,10 +41,10 @@ def merge(a: Attended, b: Attended) -> Attended:
     dtype = wide(torch.promote_types(a.out.dtype, b.out.dtype))
     # a row that saw nothing on either side has no gradient: keep −inf − −inf out of the graph
     blind = (a.lse == -math.inf) & (b.lse == -math.inf)
-    first, second = (x.lse.to(dtype).masked_fill(blind, 0.0) for x in (a, b))
-    share = rearrange(torch.sigmoid(second - first), "b h s -> b s h 1")
-    lse = torch.logaddexp(first, second).masked_fill(blind, -math.inf)
-    return Attended(blend(a.out.to(dtype), b.out.to(dtype), share), lse)
+    lses = [x.lse.to(dtype).masked_fill(blind, 0.0) for x in (a, b)]
+    lse = torch.logaddexp(*lses)
+    first, second = (rearrange(torch.exp(x - lse), "b h s -> b s h 1") for x in lses)
+    return Attended(first * a.out + second * b.out, lse.masked_fill(blind, -math.inf))
 
 
 def _scores(q: Tensor, k: Tensor, scale: float, keep: Tensor | None) -> Tensor:

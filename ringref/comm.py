@@ -8,6 +8,7 @@ oneself never leaves. Two transports: `ThreadRing` (made by `simulate`) and `Pro
 
 from __future__ import annotations
 
+import logging
 import random
 import threading
 from collections.abc import Callable, Sequence
@@ -19,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 Message = Sequence[Tensor]
+log = logging.getLogger(__name__)  # at DEBUG: every hop, so that a survivor's log names its last
 _HEADER = 32  # integers in a header
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.bool)
 
@@ -180,6 +182,7 @@ class ProcessRing(Ring):
         ops = [dist.P2POp(dist.isend, x, self._world_ranks[r], self.group) for r, x in sends]
         ops += [dist.P2POp(dist.irecv, x, self._world_ranks[r], self.group) for r, m in into.items() for x in m]
         where = f"rank {self.rank}, hop {hop}: the exchange with ranks {peers}"
+        log.debug("%s is posted", where)
         try:
             works = dist.batch_isend_irecv(ops)
         except RuntimeError as error:
@@ -189,6 +192,7 @@ class ProcessRing(Ring):
             try:
                 for work in works:
                     work.wait()
+                log.debug("%s is done", where)
             except RuntimeError as error:
                 raise RuntimeError(f"{where} broke off") from error
             sends.clear()  # the buffers had to live until here
