@@ -480,8 +480,7 @@ def _come_home(walk: Generator, part: Part, leg: Leg, sums: list[Sum], wholes: l
 
 def attend(conduct: Conductor, method: str, q: Tensor, k: Tensor, v: Tensor, **arguments) -> Attended:
     """Validate, agree with the other ranks, and carry out the call."""
-    call = agree(method, q, k, v, **arguments)
-    backends.check(q, call)
+    call = agree(method, q, k, v, able=backends.check, **arguments)
     (b, _, h, d), g = q.shape, k.shape[2]
     parts = _plan(call.dilation, h, g, b * h * d * q.element_size(), call.table, call.ring.rank, call.causal)
     return Attended(*_Attend.apply(q, k, v, call.anchor, Job(call, conduct, parts, h // g)))

@@ -237,16 +237,16 @@ def _passed_over(kernel: Kernel, backend: str) -> str:
     return "is slower" if backend in ("auto", kernel.family) else f"backend={backend!r} excludes it"
 
 
-def check(q: Tensor, call: Call) -> None:
+def check(q: Tensor, backend: str, masked: bool, scale: float) -> None:
     """Raise where a backend was asked for by name and cannot do what the call needs."""
-    if call.backend in ("auto", "math"):
+    if backend in ("auto", "math"):
         return
-    task = Task(q.device.type, q.dtype, q.shape[-1], "full" if call.mask_mod is None else "mask")
-    if call.scale <= 0:  # they take the masked score −inf times the scale
-        raise NotImplementedError(f"backend={call.backend!r} needs a scale above 0, got {call.scale}")
-    if choose(call.backend, task) is None:
-        reasons = [f"{kernel.name} {kernel.why_not(task)}" for kernel in _ranked(call.backend)]
-        raise NotImplementedError(f"backend={call.backend!r} cannot do this: {'; '.join(reasons)}")
+    if scale <= 0:  # they take the masked score −inf times the scale
+        raise NotImplementedError(f"backend={backend!r} needs a scale above 0, got {scale}")
+    task = Task(q.device.type, q.dtype, q.shape[-1], "mask" if masked else "full")
+    if choose(backend, task) is None:
+        reasons = [f"{kernel.name} {kernel.why_not(task)}" for kernel in _ranked(backend)]
+        raise NotImplementedError(f"backend={backend!r} cannot do this: {'; '.join(reasons)}")
 
 
 # ------------------------------------------------------------------------------------------------------------ the block

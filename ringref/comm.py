@@ -21,6 +21,7 @@ from torch import Tensor
 
 Message = Sequence[Tensor]
 log = logging.getLogger(__name__)  # at DEBUG: every hop, so that a survivor's log names its last
+_HEADER = 32  # integers in a header
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.bool)
 
 
@@ -76,9 +77,15 @@ class Ring:
         return rows
 
     def announce(self, row: Sequence[int]) -> list[list[int]]:
-        """Every rank's row of integers, in rank order: the one fixed-size header of a call."""
-        rows = self.share(torch.tensor(row, dtype=torch.int64), [len(row)] * self.size)
-        return [x.tolist() for x in rows]
+        """Every rank's row of integers, in rank order: the one fixed-size header of a call.
+
+        One size for all calls, so that ranks that are not in the same one get an error and not a short message.
+        """
+        mine = [len(row), *row, *[0] * (_HEADER - 1 - len(row))]
+        rows = [x.tolist() for x in self.share(torch.tensor(mine, dtype=torch.int64), [_HEADER] * self.size)]
+        if len({x[0] for x in rows}) > 1:
+            raise ValueError(f"the ranks are not in the same call: they announce {[x[0] for x in rows]} integers")
+        return [x[1 : 1 + len(row)] for x in rows]
 
     def _shapes(self, x: Tensor) -> list[tuple[int, ...]]:
         if x.dim() > 8:
