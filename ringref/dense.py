@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from .layout import Attended, Call, Dilation, Shard, agree, wide
+from .layout import Attended, Call, Dilation, Shard, agree, exactly, wide
 
 
 def dense_attention(
@@ -68,6 +68,7 @@ def dense_attention(
     return Attended(*_Mine.apply(torch.cat(outs, 1), torch.cat(lses, 2), call.anchor, call, queries))
 
 
+@exactly
 def _define(q: Tensor, k: Tensor, v: Tensor, q_idx: Tensor, kv_idx: Tensor, call: Call) -> Attended:
     """softmax(scale · q kᵀ + log multiplicity) v, for these queries and all keys."""
     dtype, result, g = wide(q.dtype), q.dtype, k.shape[2]
@@ -103,7 +104,7 @@ def _log_times_seen(q_idx: Tensor, kv_idx: Tensor, scores: Tensor, call: Call) -
     if call.causal:
         times = times * (kv_idx <= q_idx)
     if call.mask_mod is not None:
-        times = times * call.mask_mod(batch, head, q_idx, kv_idx)
+        times = times * call.keep(batch, head, q_idx, kv_idx)
     return times.log()
 
 

@@ -14,9 +14,8 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, wraps
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -42,6 +41,20 @@ class Attended(NamedTuple):
 def wide(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which results are merged and gradients accumulate: float32, or float64 for float64."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def exactly(step: Callable) -> Callable:
+    """`step` without autocast: mixed precision is the caller's choice of q, k and v, not of what is computed with them."""
+
+    @wraps(step)
+    def run(*args):
+        device = next(x for x in args if isinstance(x, Tensor)).device.type
+        if not torch.amp.is_autocast_available(device):
+            return step(*args)
+        with torch.autocast(device, enabled=False):
+            return step(*args)
+
+    return run
 
 
 # ---------------------------------------------------------------------------------------------------------- positions
@@ -275,6 +288,16 @@ class Call(NamedTuple):
     table: Table
     anchor: Tensor | None  # makes autograd visit this rank's backward when only its neighbours need a gradient
 
+    def keep(self, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        """What `mask_mod` says of these indices: booleans of four dimensions that broadcast to b h q k."""
+        keep = torch.as_tensor(self.mask_mod(b, h, q_idx, kv_idx), device=q_idx.device)
+        if keep.dtype != torch.bool:
+            raise TypeError(f"mask_mod must return booleans (True: the key is seen), got {keep.dtype}")
+        full = (len(b), h.shape[1], q_idx.shape[2], kv_idx.shape[3])
+        if keep.dim() > 4 or any(x not in (1, y) for x, y in zip(keep.shape[::-1], full[::-1], strict=False)):
+            raise ValueError(f"mask_mod must return what broadcasts to b h q k = {full}, got shape {tuple(keep.shape)}")
+        return keep[(None,) * (4 - keep.dim())]
+
 
 _HEADER = ("method", "batch (dim 0 of q)", "heads (dim 2 of q)", "key/value heads (dim 2 of k)", "head dim", "dtype")
 _HEADER += ("device", "causal", "scale", "dilation", "mask_mod", "grad mode")
@@ -411,10 +434,11 @@ def regular(heads: range, group: int) -> list[range]:
 
 
 class Rows:
-    """m segments of c rows of a tensor `b s …`, seen as `b m c …`: a strided view where the indices allow it, else a copy."""
+    """m segments of c rows of some heads of a tensor `b s h …`, seen as `b m c h …`: a strided view where the indices allow it,
+    else a copy. `slant`: how many rows further each next head starts."""
 
-    def __init__(self, index: Tensor):
-        self.index, (self.m, self.c) = index, index.shape
+    def __init__(self, index: Tensor, slant: int = 0):
+        self.index, (self.m, self.c), self.slant = index, index.shape, slant
         first = index.flatten().tolist()[:1] or [0]
         self.start = first[0]
         self.step = int(index[0, 1] - index[0, 0]) if index.numel() and self.c > 1 else 1
@@ -425,27 +449,32 @@ class Rows:
 
     def all_of(self, s: int) -> bool:
         """Whether these are rows 0 … s−1 in order."""
-        return self.strided and self.start == 0 and self.step == 1 and self.hop == self.c and self.m * self.c == s
+        whole = self.start == 0 and self.step == 1 and self.hop == self.c and self.m * self.c == s
+        return whole and self.strided and not self.slant
 
-    def of(self, x: Tensor) -> Tensor:
-        if self.strided:
-            shape = (x.shape[0], self.m, self.c, *x.shape[2:])
-            stride = (x.stride(0), self.hop * x.stride(1), self.step * x.stride(1), *x.stride()[2:])
-            return x.as_strided(shape, stride, x.storage_offset() + self.start * x.stride(1))
-        return x.index_select(1, self.flat(x.device)).unflatten(1, (self.m, self.c))
+    def of(self, x: Tensor, heads: slice) -> Tensor:
+        if not self.strided:
+            return x[:, :, heads].index_select(1, self.flat(x.device)).unflatten(1, (self.m, self.c))
+        (b, row, head, *rest), shape = x.stride(), x.shape
+        first, stop, every = heads.indices(shape[2])
+        return x.as_strided(
+            (shape[0], self.m, self.c, len(range(first, stop, every)), *shape[3:]),
+            (b, self.hop * row, self.step * row, every * head + self.slant * row, *rest),
+            x.storage_offset() + self.start * row + first * head,
+        )
 
     def flat(self, device: torch.device) -> Tensor:
         if device not in self._on:
             self._on[device] = self.index.flatten().to(device)
         return self._on[device]
 
-    @contextmanager
-    def opened(self, x: Tensor) -> Iterator[Tensor]:
-        """`of(x)`, to be written to: what was written is in x afterwards."""
-        part = self.of(x)
-        yield part
+    def change(self, x: Tensor, heads: slice, write: Callable[[Tensor], Any]) -> Any:
+        """Let `write` write to `of(x, heads)`; what it wrote is in x afterwards."""
+        part = self.of(x, heads)
+        result = write(part)
         if not self.strided:
-            x.index_copy_(1, self.flat(x.device), part.flatten(1, 2))
+            x[:, :, heads].index_copy_(1, self.flat(x.device), part.flatten(1, 2))
+        return result
 
 
 # ------------------------------------------------------------------------------------------------------------- visits
@@ -556,30 +585,46 @@ class Route(NamedTuple):
 
 
 @lru_cache(maxsize=1024)
-def route(strand: Strand, table: Table, rank: int, causal: bool) -> Route:
-    """The route of one strand from the point of view of one rank; every rank computes the same."""
+def _shared(strand: Strand, table: Table) -> tuple[list[Tensor], list[Tensor], dict[tuple[int, int], Tensor]]:
+    """Of every rank: the positions of its queries and the rows of its keys in a strand; of every two, which of the rows of
+    the second lie in a segment of the first."""
     ranks = range(len(table.keys))
-    # rows in the order of the tensor, so that all of them are the tensor itself
     q_at = [one.index[strand.rows(one)] for one in table.queries]
+    # rows in the order of the tensor, so that all of them are the tensor itself
     k_rows = [strand.rows(one).sort().values for one in table.keys]
     k_segment = [one.index[rows] // strand.w for one, rows in zip(table.keys, k_rows, strict=True)]
     q_segment = [(at // strand.w).unique_consecutive() for at in q_at]
     meets = {(i, j): torch.isin(k_segment[j], q_segment[i]) for i in ranks for j in ranks if i != j}
+    return q_at, k_rows, {pair: rows for pair, rows in meets.items() if bool(rows.any())}
+
+
+def travels(strand: Strand, table: Table) -> bool:
+    """Whether any rank needs another's keys."""
+    return bool(_shared(strand._replace(heads=range(0)), table)[2])
+
+
+def route(strand: Strand, table: Table, rank: int, causal: bool) -> Route:
+    """The route of one strand from the point of view of one rank; every member computes the same."""
+    return _route(strand._replace(heads=range(0)), table, rank, causal)
+
+
+@lru_cache(maxsize=1024)
+def _route(strand: Strand, table: Table, rank: int, causal: bool) -> Route:
+    q_at, k_rows, meets = _shared(strand, table)
     members, fresh = {rank}, [rank]
     while fresh:
         i = fresh.pop()
-        new = [j for j in ranks if j not in members and bool(meets[i, j].any() or meets[j, i].any())]
-        members.update(new)
+        new = {j for pair in meets if i in pair for j in pair} - members
+        members |= new
         fresh += new
-    members = sorted(members)
     load, wanted = {}, {i: {} for i in members}
     for j in members:
-        others = [meets[i, j] for i in members if i != j]
-        load[j] = k_rows[j][torch.stack(others).any(0)] if others else k_rows[j][:0]
-        for i in members:
-            if i != j:
-                seen = meets[i, j]
-                if causal and len(q_at[i]):
-                    seen = seen & (table.keys[j].index[k_rows[j]] <= q_at[i][-1])
-                wanted[i][j] = k_rows[j][seen]
-    return Route(tuple(members), load, wanted)
+        needed = torch.zeros(len(k_rows[j]), dtype=torch.bool)
+        for i in members - {j}:
+            seen = meets.get((i, j), torch.zeros_like(needed))
+            needed |= seen
+            if causal and len(q_at[i]):
+                seen = seen & (table.keys[j].index[k_rows[j]] <= q_at[i][-1])
+            wanted[i][j] = k_rows[j][seen]
+        load[j] = k_rows[j][needed]
+    return Route(tuple(sorted(members)), load, wanted)
