@@ -411,6 +411,7 @@ class _Attend(torch.autograd.Function):
                         there = (keys.of(x, meeting.used) for x in (block.k, block.v))
                         piece = backends.forward(rows.of(q, meeting.whole), *there, seen, job.call)
                         running.merge(rows, meeting.in_part, *piece)
+                    block = None  # let go of it, or it lives on beside the next two
                     block = walk.send(None)
                 walk.close()
             heads = slice(part.heads.start, part.heads.stop)
@@ -452,6 +453,7 @@ class _Attend(torch.autograd.Function):
                     if travelling:  # the gradients of the strand before have travelled under this computation
                         _come_home(*travelling)
                         travelling = None
+                    block = None
                     block = walk.send(theirs)
                 travelling = walk, part, leg, sums, wholes, (q, k, v)
         _come_home(*travelling)

@@ -32,7 +32,7 @@ STYLE = {
 
 
 def _styled(draw):
-    """Run in the style. A notebook's backend, loaded with the first figure, keeps its interactive mode."""
+    """Run in the style; a notebook's backend, loaded by the first figure, stays interactive."""
 
     @wraps(draw)
     def styled(*args, **kwargs):
@@ -184,12 +184,13 @@ def _ink(i):
 
 @_styled
 def cells(ax, texts, x, y):
-    """Write into the cells of a small square and number its rows and columns: hops by ranks, say."""
+    """Write into the cells of a small square and number its rows and columns."""
     box = {"boxstyle": "round,pad=0.2", "facecolor": "white", "edgecolor": "none", "alpha": 0.85}
+    middle = {"ha": "center", "va": "center", "fontsize": 8, "bbox": box}
     for row, line in enumerate(texts):
         for column, text in enumerate(line):
             if text:
-                ax.text(column + 0.5, row + 0.5, text, ha="center", va="center", fontsize=8, bbox=box)
+                ax.text(column + 0.5, row + 0.5, text, **middle)
     for axis, count in ((ax.xaxis, len(texts[0])), (ax.yaxis, len(texts))):
         axis.set_ticks([i + 0.5 for i in range(count)], [str(i) for i in range(count)])
         axis.set_tick_params(length=0)
