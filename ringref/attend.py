@@ -162,6 +162,7 @@ class Gradients(NamedTuple):
             return self.dk.wide(), self.dv.wide()
         for mine, total in zip(self, arrived, strict=True):
             mine.onto(total)
+            mine.total = mine.last = None  # before the next buffers are made
         return arrived
 
 
@@ -442,14 +443,7 @@ class _Attend(torch.autograd.Function):
                     theirs = None
                     if block is not own:
                         theirs = Gradients(*(Sum(k, x.shape[1], x.shape[2]) for x in (block.k, block.v)))
-                    for meeting, seen in job.meetings(part, leg, block):
-                        (rows, keys), some = meeting.visit[:2], meeting.whole
-                        mine = [None if x is None else rows.of(x, some) for x in (dout, dlse, q, out, lse)]
-                        there = (keys.of(x, meeting.used) for x in (block.k, block.v))
-                        dq, dk, dv = backends.backward(*mine[:3], *there, *mine[3:], seen, job.call)
-                        sums[0].add(rows, meeting.in_part, dq)
-                        for total, x in zip(theirs or sums[1:], (dk, dv), strict=True):
-                            total.add(keys, meeting.used if theirs else meeting.used_in_part, x)
+                    _differentiate(job, part, leg, block, (dout, dlse, q, out, lse), sums, theirs)
                     if travelling:  # the gradients of the strand before have travelled under this computation
                         _come_home(*travelling)
                         travelling = None
@@ -458,6 +452,21 @@ class _Attend(torch.autograd.Function):
                 travelling = walk, part, leg, sums, wholes, (q, k, v)
         _come_home(*travelling)
         return *wholes, None, None
+
+
+def _differentiate(job: Job, part: Part, leg: Leg, block: Block, saved: tuple, sums: list[Sum], theirs: Gradients | None) -> None:
+    """Add one block's dQ to `sums`, and its dK and dV to `theirs`, or to `sums` where the block is my own.
+
+    A function of its own so that what it worked with is let go of before the next block's buffers are made.
+    """
+    for meeting, seen in job.meetings(part, leg, block):
+        rows, keys = meeting.visit[:2]
+        mine = [None if x is None else rows.of(x, meeting.whole) for x in saved]
+        there = (keys.of(x, meeting.used) for x in (block.k, block.v))
+        dq, dk, dv = backends.backward(*mine[:3], *there, *mine[3:], seen, job.call)
+        sums[0].add(rows, meeting.in_part, dq)
+        for total, x in zip(theirs or sums[1:], (dk, dv), strict=True):
+            total.add(keys, meeting.used if theirs else meeting.used_in_part, x)
 
 
 def _come_home(walk: Generator, part: Part, leg: Leg, sums: list[Sum], wholes: list[Tensor | None], inputs) -> None:
@@ -490,7 +499,7 @@ def attend(conduct: Conductor, method: str, q: Tensor, k: Tensor, v: Tensor, **a
 
 def paths(q: Tensor, k: Tensor, **arguments) -> list[str]:
     """How the keys of a call travel and how its rows are read, a line per strand or set of strands; every rank must ask."""
-    call = agree("explain", q, k, k, **arguments)
+    call = agree("explain", q, k, k, able=lambda *_: None, **arguments)
     (b, _, h, d), g, rank = q.shape, k.shape[2], call.ring.rank
     lines = {}
     for part in _plan(call.dilation, h, g, b * h * d * q.element_size(), call.table, rank, call.causal):

@@ -38,12 +38,11 @@ def gathering(trip: Trip):
     arriving = ring.exchange({r: mine for r in others}, gathered)
     yield trip.own
     arriving.wait()
-    parts = {me: trip.space(trip.load(me), gradients=True)}
+    parts = {}
     for source in others:
         gradients = yield trip.block(source, trip.load(source), gathered[source])
         if gradients is not None:
             parts[source] = gradients.onto(None)
     yield None
-    for part in parts[me]:
-        part.zero_()
+    parts[me] = tuple(x.zero_() for x in trip.space(trip.load(me), gradients=True))
     return [(trip.load(me), ring.reduce([parts[r] for r in range(ring.size)]))] if others else []

@@ -45,9 +45,9 @@ def fetching(trip: Trip):
         gradients = yield trip.block(source, rows, fetched[source])
         if gradients is not None:
             parts[source] = gradients.onto(None)
-    home = {r: trip.space(rows, gradients=True) for r, rows in asked.items()}
+    home = {r: trip.space(rows, gradients=True) for r, rows in asked.items()} if parts else {}
     returning = ring.exchange(parts, home) if parts else None
     yield None
     if returning:
         returning.wait()
-    return [(asked[r], home[r]) for r in others] if returning else []
+    return [(asked[r], home[r]) for r in home]
