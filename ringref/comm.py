@@ -60,14 +60,17 @@ class Ring:
         raise NotImplementedError
 
     def exchange(self, outgoing: dict[int, Message], into: dict[int, Message]) -> Pending:
-        """Send `outgoing[peer]` and receive `into[peer]`, buffers that the peer's tensors match one by one."""
-        outgoing, into = _solid(outgoing), _solid(into)
+        """Send `outgoing[peer]` and receive `into[peer]`, buffers that the peer's tensors match one by one.
+
+        `wait()` returns `into`, filled.
+        """
+        given, outgoing, into = into, _solid(outgoing), _solid(into)
         for there, here in zip(outgoing.pop(self.rank, ()), into.pop(self.rank, ()), strict=True):
             here.copy_(there)
         self.traffic.messages += len(outgoing)
         self.traffic.sent += sum(x.nbytes for message in outgoing.values() for x in message)
         self.traffic.received += sum(x.nbytes for message in into.values() for x in message)
-        return Pending(self._post(outgoing, into) if outgoing or into else None, into)
+        return Pending(self._post(outgoing, into) if outgoing or into else None, given)
 
     def share(self, row: Tensor, lengths: Sequence[int]) -> list[Tensor]:
         """Every rank's 1-D int64 CPU tensor, in rank order; lengths are known. Metadata: not counted as traffic."""
@@ -90,6 +93,8 @@ class Ring:
     def _shapes(self, x: Tensor) -> list[tuple[int, ...]]:
         if x.dim() > 8:
             raise ValueError(f"x has {x.dim()} dimensions; at most 8 can be announced")
+        if x.dtype not in DTYPES:
+            raise TypeError(f"x: only {', '.join(map(str, DTYPES))} can be announced, got {x.dtype}")
         row = [DTYPES.index(x.dtype), x.dim(), *x.shape, *[0] * (8 - x.dim())]
         rows = self.announce(row)
         if len({r[0] for r in rows}) > 1:
@@ -135,6 +140,8 @@ class Ring:
 
     def among(self, members: Sequence[int]) -> Ring:
         """The smaller ring of these ranks, in this order; I must be one of them."""
+        if self.rank not in members or sorted(set(members) & set(range(self.size))) != sorted(members):
+            raise ValueError(f"members must be different ranks of {self.size}, {self.rank} among them, got {list(members)}")
         return self if list(members) == list(range(self.size)) else SubRing(self, members)
 
 
