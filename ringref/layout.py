@@ -101,6 +101,7 @@ def _a_ring(ring: Any) -> Ring:
     return ring
 
 
+@lru_cache(maxsize=1)
 def alone() -> Ring:
     """A ring of one."""
     return ThreadRing(0, _World(1, adversarial=False))
