@@ -20,10 +20,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import backends
-from .block import blend, weigh
+from .block import share
 from .comm import Message, Ring
 from .layout import (
-    Attended, Call, Dilation, Positions, Route, Rows, Strand, Table, Visit, agree, exactly, regular, route, serving,
+    EVERYTHING, Attended, Call, Dilation, Positions, Route, Rows, Strand, Table, Visit, agree, exactly, regular, route, serving,
     strands, travels, visits, wide,
 )  # fmt: skip
 
@@ -33,45 +33,60 @@ from .layout import (
 class Running:
     """The running merge of blocks, `out` b s h d and `lse` b s h.
 
-    The first block is kept as it came and the last is merged as the result is written, so up to two cost no extra copy.
+    The first block is kept as it came; later ones wait, up to one result's size of them, and are merged together, the last
+    as the result is written: so two blocks cost no extra copy, and many cost one rescaling for all.
     """
 
     def __init__(self, like: Tensor, heads: int):
         self.shape, self.like = (*like.shape[:2], heads, like.shape[3]), like
-        self.out = self.lse = self.last = None
+        self.out = self.lse = None
+        self.before = None  # the lse that out is normalised by; self.lse counts the waiting blocks too
+        self.waiting: list[tuple[Rows, slice, Tensor, Tensor]] = []
 
     def merge(self, rows: Rows, heads: slice, out: Tensor, lse: Tensor) -> None:
         if self.out is None and rows.all_of(self.shape[1]) and out.shape[3] == self.shape[2]:
             self.out, self.lse = out.flatten(1, 2), lse.flatten(1, 2)
             return
-        if self.out is None:
-            self.out = self.like.new_zeros(self.shape, dtype=wide(self.like.dtype))
-            self.lse = self.out.new_full(self.shape[:3], -torch.inf)
-        if self.last is not None:
-            self.out = self.out.to(wide(self.like.dtype))
-            self._merge_last(self.out)
-        share = rows.change(self.lse, heads, lambda running: weigh(running, lse))
-        self.last = rows, heads, out, share[..., None]
+        self._start()
+        rows.change(self.lse, heads, lambda merged: torch.logaddexp(merged, lse, out=merged))
+        self.waiting.append((rows, heads, out, lse))
+        if sum(x[2].numel() for x in self.waiting) > self.out.numel():
+            self._settle()
 
-    def _merge_last(self, into: Tensor) -> None:
-        rows, heads, out, share = self.last
-        if into is self.out:
-            rows.change(into, heads, lambda part: blend(part, out, share, part))
-        else:
-            rows.change(into, heads, lambda part: blend(rows.of(self.out, heads), out, share, part))
+    def _start(self) -> None:
+        if self.out is None:
+            self.out = self.like.new_zeros(self.shape)
+            self.lse = torch.full(self.shape[:3], -torch.inf, dtype=wide(self.like.dtype), device=self.like.device)
+        if self.before is None:
+            self.before = self.lse.clone()
+
+    def _settle(self) -> None:
+        """Merge all waiting blocks but the last."""
+        *some, last = self.waiting
+        if some:
+            kept = share(self.before, self.lse)[..., None]
+            self.out = self.out.mul_(kept) if self.out.dtype == kept.dtype else self.out * kept
+            self.before = self.lse.clone()
+        for rows, heads, out, lse in some:
+            weight = share(lse, rows.of(self.lse, heads))[..., None]
+            rows.change(self.out, heads, lambda part, out=out, weight=weight: part.addcmul_(out, weight))
+        self.waiting = [last]
 
     def result(self, out: Tensor | None, lse: Tensor | None) -> tuple[Tensor, Tensor]:
         """out and lse (b s h), written into these if they are given."""
         if self.out is None:
-            self.out, self.lse = self.like.new_zeros(self.shape), self.like.new_zeros(())
-            self.lse = torch.full(self.shape[:3], -torch.inf, dtype=wide(self.like.dtype), device=self.like.device)
-        if out is None and self.last is None:
+            self._start()
+        if out is None and not self.waiting:
             return self.out.to(self.like.dtype), self.lse
         out = self.like.new_empty(self.shape) if out is None else out
-        if self.last is None or not _covers(self.last, self.shape):
+        if self.waiting:
+            self._settle()
+        if not (self.waiting and _covers(*self.waiting[0][:3], self.shape)):
             out.copy_(self.out)
-        if self.last is not None:
-            self._merge_last(out)
+        for rows, heads, x, its in self.waiting:
+            merged = rows.of(self.lse, heads)
+            kept, weight = (share(a, merged)[..., None] for a in (rows.of(self.before, heads), its))
+            rows.change(out, heads, lambda part: torch.addcmul(rows.of(self.out, heads) * kept, x, weight, out=part))  # noqa: B023
         return out, self.lse if lse is None else lse.copy_(self.lse)
 
 
@@ -124,15 +139,14 @@ class Sum:
         if into is None and self.last is None:
             return self.total.to(self.like.dtype)
         into = self.like.new_empty(self.shape) if into is None else into
-        if self.last is None or not _covers(self.last, self.shape):
+        if self.last is None or not _covers(*self.last, self.shape):
             into.copy_(self.total)
         if self.last is not None:
             self._add_last(into)
         return into
 
 
-def _covers(last: tuple, shape: Sequence[int]) -> bool:
-    rows, _, x, *_ = last
+def _covers(rows: Rows, heads: slice, x: Tensor, shape: Sequence[int]) -> bool:
     return rows.all_of(shape[1]) and x.shape[3] == shape[2]
 
 
@@ -187,7 +201,7 @@ def _cut(heads: range, of: range) -> slice:
     return slice((heads[0] - of.start) // of.step, (heads[-1] - of.start) // of.step + 1, max(1, heads.step // of.step))
 
 
-_PART_BYTES, _MOST_PARTS = 16 * 2**20, 4
+_PART_BYTES, _PART_BYTES_ALONE, _MOST_PARTS = 16 * 2**20, 256 * 2**20, 4
 
 
 @lru_cache(maxsize=256)
@@ -196,7 +210,8 @@ def _plan(dilation: Dilation | None, h: int, g: int, row_bytes: int, table: Tabl
     group, alone = h // g, len(table.keys) == 1
     longest = max(map(len, (*table.queries, *table.keys)))
     # on one rank nothing travels and one strand accumulates nothing
-    count = 1 if alone and dilation is None else max(1, min(longest * row_bytes // _PART_BYTES, g, _MOST_PARTS))
+    size = _PART_BYTES_ALONE if alone else _PART_BYTES
+    count = 1 if alone and dilation is None else max(1, min(longest * row_bytes // size, g, _MOST_PARTS))
     parts = []
     for some in torch.arange(g).tensor_split(count):
         kv_heads = range(int(some[0]), int(some[-1]) + 1)
@@ -467,8 +482,25 @@ def _come_home(walk: Generator, part: Part, leg: Leg, sums: list[Sum], wholes: l
 
 def attend(conduct: Conductor, method: str, q: Tensor, k: Tensor, v: Tensor, **arguments) -> Attended:
     """Validate, agree with the other ranks, and carry out the call."""
-    call = agree(method, q, k, v, **arguments)
-    backends.check(q, call)
+    call = agree(method, q, k, v, able=backends.check, **arguments)
     (b, _, h, d), g = q.shape, k.shape[2]
     parts = _plan(call.dilation, h, g, b * h * d * q.element_size(), call.table, call.ring.rank, call.causal)
     return Attended(*_Attend.apply(q, k, v, call.anchor, Job(call, conduct, parts, h // g)))
+
+
+def paths(q: Tensor, k: Tensor, **arguments) -> list[str]:
+    """How the keys of a call travel and how its rows are read, a line per strand or set of strands; every rank must ask."""
+    call = agree("explain", q, k, k, **arguments)
+    (b, _, h, d), g, rank = q.shape, k.shape[2], call.ring.rank
+    lines = {}
+    for part in _plan(call.dilation, h, g, b * h * d * q.element_size(), call.table, rank, call.causal):
+        for leg in part.legs:
+            branches = sorted({(x.w, x.r) for x in leg.strands})
+            named = ", ".join("all keys" if w == EVERYTHING else f"w={w} r={r}" for w, r in branches)
+            where = "stay" if len(leg.route.members) == 1 else f"travel among ranks {list(leg.route.members)}"
+            where_own = leg.strands, leg.kv_heads, part.heads, part.kv_heads, h // g
+            met = _meetings(*where_own, call.table.queries[rank], call.table.keys[rank], call.causal, call.mask_mod is not None, call.q_chunk)
+            read = {"strided views" if x.visit.queries.strided and x.visit.keys.strided else "copied rows" for x in met}
+            kinds = sorted({x.visit.kind for x in met})
+            lines[f"{named}: keys {where}; own block: {len(met)} visits ({', '.join(kinds)}) of {', '.join(sorted(read))}"] = 0
+    return list(lines)

@@ -51,10 +51,8 @@ def dense_attention(
         TypeError, ValueError: an argument is wrong, or differs between ranks; raised on every rank.
         NotImplementedError: the backend cannot do it.
     """
-    call = agree("dense", q, k, v, causal=causal, dilation=dilation, mask_mod=mask_mod, scale=scale, shard=shard,
-                 q_chunk=q_chunk, backend=backend)  # fmt: skip
-    if backend not in ("auto", "math"):
-        raise NotImplementedError(f"backend: dense attention is the definition and has only 'math', got {backend!r}")
+    call = agree("dense", q, k, v, able=_only_math, causal=causal, dilation=dilation, mask_mod=mask_mod, scale=scale,
+                 shard=shard, q_chunk=q_chunk, backend=backend)  # fmt: skip
     queries, keys = ([one.index for one in side] for side in call.table)
     q, k, v = _Whole.apply(q, call, queries), _Whole.apply(k, call, keys), _Whole.apply(v, call, keys)
     q_idx, kv_idx = torch.cat(queries).to(q.device), torch.cat(keys).to(q.device)
@@ -66,6 +64,11 @@ def dense_attention(
         outs.append(out)
         lses.append(lse)
     return Attended(*_Mine.apply(torch.cat(outs, 1), torch.cat(lses, 2), call.anchor, call, queries))
+
+
+def _only_math(_q: Tensor, backend: str, *_) -> None:
+    if backend not in ("auto", "math"):
+        raise NotImplementedError(f"backend: dense attention is the definition and has only 'math', got {backend!r}")
 
 
 @exactly

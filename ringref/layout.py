@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .comm import DTYPES, Ring, ThreadRing, _World
+from .comm import Ring, ThreadRing, _World
 
 LAYOUTS = ("contiguous", "zigzag", "striped")
 BACKENDS = ("auto", "math", "torch", "xformers")
@@ -87,12 +87,18 @@ def counted(n: int) -> Positions:
 
 
 def _positions(name: str, index: Any) -> Positions:
-    if not isinstance(index, Tensor) or index.dim() != 1 or index.dtype != torch.int64 or index.is_cuda:
+    if not isinstance(index, Tensor) or index.dim() != 1 or index.dtype != torch.int64 or not index.is_cpu:
         got = f"{tuple(index.shape)} {index.dtype} {index.device}" if isinstance(index, Tensor) else repr(index)
         raise TypeError(f"{name} must be a 1-D int64 CPU tensor of global positions, got {got}")
     if len(index) and int(index.min()) < 0:
         raise ValueError(f"{name}: positions count from 0, got {int(index.min())}")
     return Positions(index.detach().clone(memory_format=torch.contiguous_format))
+
+
+def _a_ring(ring: Any) -> Ring:
+    if not all(hasattr(ring, a) for a in ("rank", "size", "exchange")):
+        raise TypeError(f"ring must be a ring (simulate's, launch's or a ProcessRing), got {ring!r}")
+    return ring
 
 
 def alone() -> Ring:
@@ -113,9 +119,7 @@ class Shard:
     """
 
     def __init__(self, positions: Tensor, ring: Ring | None, kv_positions: Tensor | None = None):
-        if ring is not None and not all(hasattr(ring, a) for a in ("rank", "size", "exchange")):
-            raise TypeError(f"ring must be a ring (simulate's, launch's or a ProcessRing), got {ring!r}")
-        self.ring = alone() if ring is None else ring
+        self.ring = alone() if ring is None else _a_ring(ring)
         self.queries = _positions("positions", positions)
         self.keys = self.queries if kv_positions is None else _positions("kv_positions", kv_positions)
         self.positions, self.kv_positions = self.queries.index, self.keys.index
@@ -131,15 +135,21 @@ class Shard:
 
     def gather(self, x: Tensor, dim: int = 1) -> Tensor:
         """Every rank's rows in global order, `b s …` → `b n …`; the gradient is summed over ranks and cut again."""
-        if x.shape[dim] != len(self.queries):
-            raise ValueError(f"x has {x.shape[dim]} rows along dim {dim}; this shard has {len(self.queries)} positions")
-        needs = int(torch.is_grad_enabled() and x.requires_grad)
+        def say():
+            if not isinstance(x, Tensor) or not -x.dim() <= dim < x.dim():
+                got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+                raise TypeError(f"x must be a tensor that has dim {dim}, got {got}")
+            if x.shape[dim] != len(self.queries):
+                held = len(self.queries)
+                raise ValueError(f"x has {x.shape[dim]} rows along dim {dim}; this shard has {held} positions")
+            others = tuple(size for i, size in enumerate(x.shape) if i != dim % x.dim())
+            words = ["gather", str(x.dtype), x.device.type, dim % x.dim(), others, torch.is_grad_enabled()]
+            return words, torch.is_grad_enabled() and x.requires_grad
+
+        names = ("method", "dtype of x", "device of x", "dim", "shape of x", "grad mode")
+        needs, table = meet(self, names, say)
+        anchor = torch.zeros((), requires_grad=True) if needs else None
         dim = dim % x.dim()
-        others = [*x.shape[:dim], *x.shape[dim + 1 :]]
-        rows, table = meet(self, [DTYPES.index(x.dtype), needs, dim, *others, *[0] * (8 - len(others))])
-        for name, column in (("dtype", 0), ("dim", 2), *(("x", 3 + i) for i in range(8))):
-            _same(name, [row[column] for row in rows])
-        anchor = torch.zeros((), requires_grad=True) if any(row[1] for row in rows) else None
         return _Rejoin.apply(x, anchor, self.ring, table.queries, dim)
 
 
@@ -169,9 +179,9 @@ def _runs(n: int, m: int) -> list[Tensor]:
 def partition(n: int, ring: Ring, layout: str = "contiguous") -> Shard:
     """Who holds which of n tokens: rank i gets run i of p (contiguous), chunks i and 2p−1−i of 2p (zigzag, also called
     head-tail: 2p equal slices of causal work), or positions i::p (striped, 2311.09431). n need not divide by anything."""
-    if not isinstance(n, int) or n < 0:
+    if not isinstance(n, int) or isinstance(n, bool) or n < 0:
         raise ValueError(f"n must be a number of tokens, got {n!r}")
-    i, p = ring.rank, ring.size
+    i, p = _a_ring(ring).rank, ring.size
     if layout == "contiguous":
         return Shard(_runs(n, p)[i], ring)
     if layout == "zigzag":
@@ -200,15 +210,38 @@ _tables: WeakKeyDictionary = WeakKeyDictionary()  # ring -> the tables that it k
 _KNOWN = 4
 
 
-def meet(shard: Shard, row: Sequence[int]) -> tuple[list[list[int]], Table]:
-    """One fixed-size header from every rank: `row`, and digests of its positions; positions themselves only when new.
+def meet(shard: Shard, names: Sequence[str], say: Callable[[], tuple[list, bool]]) -> tuple[bool, Table]:
+    """One fixed-size header from every rank, and its positions only when new: what a call begins with.
+
+    Args:
+        names: of the words that must be alike on all ranks, in the words' order.
+        say: checks this rank's arguments, and returns the words and whether this rank needs a gradient.
+
+    Returns:
+        Whether any rank needs a gradient, and the table of positions. A mistake of one rank is an error on all of them.
 
     Whether positions are exchanged is decided from what all ranks said they know, so that no rank waits alone.
     """
+    try:
+        (words, needs), mistake = say(), None
+    except (TypeError, ValueError, NotImplementedError) as error:
+        words, needs, mistake = [0] * len(names), False, error
     ring, known = shard.ring, _tables.setdefault(shard.ring, {})
-    names = list(known)[-_KNOWN:]
-    mine = [*row, len(shard.queries), len(shard.keys), shard.queries.digest, shard.keys.digest]
-    rows = ring.announce([*mine, *names, *[0] * (_KNOWN - len(names))])
+    row = [int(mistake is None), int(needs), *map(_number, words)]
+    known_names = list(known)[-_KNOWN:]
+    digests = [len(shard.queries), len(shard.keys), shard.queries.digest, shard.keys.digest]
+    rows = ring.announce([*row, *digests, *known_names, *[0] * (_KNOWN - len(known_names))])
+    if mistake is not None:
+        raise mistake
+    wrong = [r for r, said in enumerate(rows) if not said[0]]
+    if wrong:
+        raise ValueError(f"rank {wrong[0]} rejected its own arguments (its error says which); no rank goes on")
+    needs = any(said[1] for said in rows)
+    for name, word, *column in zip(names, words, *(said[2:] for said in rows), strict=False):
+        if (name != "grad mode" or needs) and len(set(column)) > 1:
+            alike = [r for r, x in enumerate(column) if x == column[ring.rank]]
+            shown = column if all(abs(x) < 2**31 for x in column) else f"{word!r} only on ranks {alike}"
+            raise ValueError(f"{name} differs between ranks: {shown}")
     sizes = [r[len(row) :] for r in rows]
     name = hash(tuple(tuple(s[:4]) for s in sizes)) & (2**62 - 1)
     if not all(name in s[4:] for s in sizes):
@@ -220,7 +253,7 @@ def meet(shard: Shard, row: Sequence[int]) -> tuple[list[list[int]], Table]:
     table = known[name] = known.pop(name)
     for old in list(known)[:-_KNOWN]:
         del known[old]
-    return [r[: len(row)] for r in rows], table
+    return needs, table
 
 
 def _check_cover(table: Table) -> None:
@@ -234,11 +267,6 @@ def _check_cover(table: Table) -> None:
         if every is table.keys and len(index) and int(index[-1]) != len(index) - 1:
             gaps = torch.ones(int(index[-1]) + 1, dtype=torch.bool).index_fill_(0, index, False).nonzero()[:, 0]
             raise ValueError(f"{name} leave gaps: no rank holds the keys {described(gaps)}; they must cover 0 … n−1")
-
-
-def _same(name: str, values: Sequence[Any]) -> None:
-    if len(set(values)) > 1:
-        raise ValueError(f"{name} differs between ranks, in rank order: {list(values)}")
 
 
 @dataclass(frozen=True)
@@ -299,43 +327,37 @@ class Call(NamedTuple):
         return keep[(None,) * (4 - keep.dim())]
 
 
-_HEADER = ("method", "batch (dim 0 of q)", "heads (dim 2 of q)", "key/value heads (dim 2 of k)", "head dim", "dtype")
-_HEADER += ("device", "causal", "scale", "dilation", "mask_mod", "grad mode")
+_WORDS = ("method", "batch (dim 0 of q)", "heads (dim 2 of q)", "key/value heads (dim 2 of k)", "head dim", "dtype")
+_WORDS += ("device", "causal", "scale", "dilation", "mask_mod", "backend", "grad mode")
 
 
-def agree(method: str, q, k, v, *, causal, dilation, mask_mod, scale, shard, q_chunk, backend) -> Call:
-    """Check the arguments here and against every other rank's; any rank's mistake is an error on all of them."""
+def agree(method: str, q, k, v, *, able, causal, dilation, mask_mod, scale, shard, q_chunk, backend) -> Call:
+    """Check the arguments here and against every other rank's; any rank's mistake is an error on all of them.
+
+    `able(q, backend, masked, scale)` raises where the backend cannot do it.
+    """
     if shard is not None and not isinstance(shard, Shard):
         raise TypeError(f"shard must be a Shard (see partition) or None, got {type(shard).__name__}")
-    try:
+
+    def factor() -> float:
+        return q.shape[-1] ** -0.5 if scale is None else float(scale)
+
+    def say():
         _check(q, k, v, causal, dilation, mask_mod, scale, shard, q_chunk, backend)
-        scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-        needs = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-        words = [method, q.shape[0], q.shape[2], k.shape[2], q.shape[3], DTYPES.index(q.dtype), q.device.type, causal]
-        words += [scale, dilation, mask_mod is not None, torch.is_grad_enabled()]
-        mistake = None
-    except (TypeError, ValueError) as error:
-        if shard is None:
-            raise
-        mistake, needs, words = error, False, [0] * len(_HEADER)
+        able(q, backend, mask_mod is not None, factor())
+        shape = q.shape[0], q.shape[2], k.shape[2], q.shape[3]
+        words = [method, *shape, str(q.dtype), q.device.type, causal, factor(), dilation, mask_mod is not None, backend]
+        grad = torch.is_grad_enabled()
+        return [*words, grad], grad and any(x.requires_grad for x in (q, k, v))
+
     if shard is None:
+        _, needs = say()
         ring, table = alone(), Table((counted(q.shape[1]),), (counted(k.shape[1]),))
     else:
-        rows, table = meet(shard, [int(mistake is None), int(needs), *map(_number, words)])
+        needs, table = meet(shard, _WORDS, say)
         ring = shard.ring
-        if mistake is not None:
-            raise mistake
-        wrong = [r for r, row in enumerate(rows) if not row[0]]
-        if wrong:
-            raise ValueError(f"rank {wrong[0]} rejected its own arguments (its error says which); no rank goes on")
-        needs = any(row[1] for row in rows)
-        for name, word, *column in zip(_HEADER, words, *(row[2:] for row in rows), strict=True):
-            if (name != "grad mode" or needs) and len(set(column)) > 1:
-                same = [r for r, x in enumerate(column) if x == column[ring.rank]]
-                shown = column if all(abs(x) < 2**31 for x in column) else f"{word!r} only on ranks {same}"
-                raise ValueError(f"{name} differs between ranks: {shown}")
     anchor = torch.zeros((), requires_grad=True) if needs and ring.size > 1 else None
-    return Call(bool(causal), dilation, mask_mod, scale, q_chunk, backend, ring, table, anchor)
+    return Call(causal, dilation, mask_mod, factor(), q_chunk, backend, ring, table, anchor)
 
 
 def _number(word: Any) -> int:

@@ -128,7 +128,9 @@ def layout(name: str, n: int, p: int) -> list[tuple[Tensor, Tensor]]:
     if name == "decoding":  # few queries, on the last rank; the keys on all the others
         held = [*runs(n, [1 + i % 2 for i in range(p - 1)]), torch.arange(0)] if p > 1 else [None]
         queries = [torch.arange(0)] * (p - 1) + [torch.tensor([n - 3, n - 1, n, n + 4])]
-        return [(q, torch.arange(n) if k is None else k) for q, k in zip(queries, held, strict=True)]
+        return [
+            (q, torch.arange(n) if k is None else k) for q, k in zip(queries, held, strict=True)
+        ]
     raise ValueError(name)
 
 
@@ -203,7 +205,6 @@ def window(b, h, q_idx, kv_idx):
 
 DILATIONS = {
     "none": None,
-    "one": Dilation([64], [1]),
     "longnet": Dilation([4, 16], [1, 4]),
     "odd": Dilation([5, 40], [2, 3]),  # neither divides w, n or h; a tail; w > n
     "grouped": Dilation([6, 12, 30], [1, 2, 3], heads="grouped"),

@@ -38,20 +38,22 @@ BACKENDS = ("auto", "math")
 @pytest.mark.parametrize("p", RANKS)
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_swap(name, p):
-    """The product of methods, layouts, p, dilations and causal; the other arguments take turns, so that each of their
-    values meets every (layout, p), every (layout, dilation, causal) and every (p, dilation, causal)."""
+    """The product of methods, layouts, p, dilations and causal (with many ranks causal takes turns
+    with the layouts, p and dilations); the other arguments take turns with all of them."""
     i, j = LAYOUTS.index(name), RANKS.index(p)
     split = Split(layout(name, 23, p))
     m = sum(len(queries) for queries, _ in split.positions)
     for (x, dilation), causal in itertools.product(enumerate(DILATIONS), (False, True)):
-        turn = i + j + x + causal
+        if p > 4 and (i + j + x + causal) % 2:
+            continue
+        turn = 2 * i + j + x + causal
         h, g = HEADS[(i + 2 * j + x + 2 * causal) % len(HEADS)]
         arguments = {
             "causal": causal,
             "dilation": DILATIONS[dilation],
             "mask_mod": MASKS[turn % len(MASKS)],
             "q_chunk": CHUNKS[(turn + 2 * i + j) % len(CHUNKS)],
-            "scale": (None, 0.7)[(i + x) % 2],
+            "scale": (None, 0.7)[(i + j + x) % 2],
         }
         given = inputs(m, 23, b=1 + turn % 2, h=h, g=g, seed=turn)
         true = split.true(given, **arguments)
@@ -195,7 +197,10 @@ def test_large_logits(size):
 @pytest.mark.parametrize("method", METHODS)
 def test_two_forwards_before_two_backwards(method):
     split, attention = Split(layout("zigzag", 14, 3)), METHODS[method]
-    cases = [(inputs(14, seed=1), {"causal": True}), (inputs(14, seed=2), {"dilation": DILATIONS["odd"]})]
+    cases = [
+        (inputs(14, seed=1), {"causal": True}),
+        (inputs(14, seed=2), {"dilation": DILATIONS["odd"]}),
+    ]
 
     def on(ring):
         mine, leaves, results = [], [], []
@@ -275,7 +280,12 @@ def test_strides(name, method, dilation):
 
     found = simulate(on, 2, adversarial=True)
     dims = (1, 1, 1, 1, 2)
-    given = Inputs(*(torch.cat(x, i) for i, x in zip(dims, zip(*(x for x, _ in found), strict=True), strict=True)))
+    given = Inputs(
+        *(
+            torch.cat(x, i)
+            for i, x in zip(dims, zip(*(x for x, _ in found), strict=True), strict=True)
+        )
+    )
     for rank, true in enumerate(split.true(given, **arguments)):
         assert_close(found[rank][1], true, f"rank {rank}")
 
@@ -289,7 +299,8 @@ def test_who_needs_gradients(method):
     def on(ring):
         mine = given.cut(*split.rows[ring.rank])
         leaves = [
-            x.clone().requires_grad_(want) for x, want in zip(mine[:3], wants[ring.rank], strict=True)
+            x.clone().requires_grad_(want)
+            for x, want in zip(mine[:3], wants[ring.rank], strict=True)
         ]
         result = METHODS[method](*leaves, shard=split.shard(ring), causal=True)
         torch.autograd.backward(result, mine[3:])
@@ -347,7 +358,9 @@ def test_autocast_changes_nothing(method):
             return attention(*args, **kwargs)
 
     for backend in ("auto", "math"):
-        plain, mixed = (split.found(f, given, causal=True, backend=backend) for f in (attention, cast))
+        plain, mixed = (
+            split.found(f, given, causal=True, backend=backend) for f in (attention, cast)
+        )
         for one, other in zip(mixed, plain, strict=True):
             assert all(map(torch.equal, one, other))
 
