@@ -48,8 +48,8 @@ def exactly(step: Callable) -> Callable:
 
     @wraps(step)
     def run(*args):
-        device = next(x for x in args if isinstance(x, Tensor)).device.type
-        if not torch.amp.is_autocast_available(device):
+        device = next((x.device.type for x in args if isinstance(x, Tensor)), None)
+        if device is None or not torch.amp.is_autocast_available(device):
             return step(*args)
         with torch.autocast(device, enabled=False):
             return step(*args)
