@@ -1,0 +1,295 @@
+"""The same block through fused kernels: PyTorch's own (cuDNN, FlashAttention, memory-efficient, CPU flash) and xFormers.
+
+A kernel is a row of `KERNELS`: a name, a family that `backend=` selects, what it cannot do and why, a forward that returns
+out and natural-log lse, and a backward that takes the *merged* out and lse. Kernels compute `D = rowsum(dO∘O)` themselves; the
+gradient through lse still fits, as extra columns of the head with V = 0, O = −1, dO = dlse and Q = K = 0, which take dlse off D.
+`explain(...)` says which kernel `auto` takes and why not the others.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import block
+from .layout import Attended, Call
+
+aten = torch.ops.aten
+
+
+class Seen(NamedTuple):
+    """What of a block is seen: kind "full", "causal" (square, query i sees keys 0 … i) or "mask" with `keep` b m h q k."""
+
+    kind: str
+    keep: Tensor | None
+
+
+class Task(NamedTuple):
+    """What a kernel must be able to do."""
+
+    device: str
+    dtype: torch.dtype
+    head_dim: int
+    kind: str
+    lse_gradient: bool = False
+
+
+class Kernel(NamedTuple):
+    """forward(q, k, v, causal, scale) -> out, lse; backward(dout, q, k, v, out, lse, causal, scale) -> dq, dk, dv; all b h s d."""
+
+    name: str
+    family: str
+    why_not: Callable[[Task], str | None]
+    forward: Callable
+    backward: Callable
+    grouped: bool = True  # takes fewer key/value heads than query heads
+    granularity: int = 8  # what the head dim must be a multiple of
+
+
+HALF = (torch.float16, torch.bfloat16)
+
+
+def _limits(devices: str, dtypes: tuple, most: int, granularity: int = 8) -> Callable[[Task], str | None]:
+    def why_not(task: Task) -> str | None:
+        # the lse gradient rides in extra columns of the head
+        d = task.head_dim + (granularity if task.lse_gradient else 0)
+        if task.device != devices:
+            return f"runs on {devices}, not on {task.device}"
+        if task.dtype not in dtypes:
+            return f"has no {str(task.dtype).removeprefix('torch.')}"
+        if d > most or d % granularity:
+            return f"head dim {d} (with the lse gradient's columns) is not a multiple of {granularity} up to {most}"
+        return "takes full and causal blocks, not a mask" if task.kind == "mask" else None
+
+    return why_not
+
+
+# ------------------------------------------------------------------------------------------------------------- kernels
+
+
+def _cpu_flash_forward(q, k, v, causal, scale):
+    return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
+
+
+def _cpu_flash_backward(dout, q, k, v, out, lse, causal, scale):
+    backward = aten._scaled_dot_product_flash_attention_for_cpu_backward
+    return backward(dout, q, k, v, out, lse, 0.0, causal, scale=scale)
+
+
+def _flash_forward(q, k, v, causal, scale):
+    return aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, scale=scale)[:2]
+
+
+def _flash_backward(dout, q, k, v, out, lse, causal, scale):
+    seed = torch.zeros(2, dtype=torch.uint64, device=q.device)  # of the dropout that there is not
+    return aten._scaled_dot_product_flash_attention_backward(
+        dout, q, k, v, out, lse.contiguous(), None, None, q.shape[2], k.shape[2], 0.0, causal, seed, seed, scale=scale
+    )
+
+
+def _cudnn_forward(q, k, v, causal, scale):
+    out, lse, *_ = aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, causal, False, scale=scale)
+    return out, lse.reshape(lse.shape[:3])
+
+
+def _cudnn_backward(dout, q, k, v, out, lse, causal, scale):
+    seed = torch.zeros((), dtype=torch.int64, device=q.device)
+    return aten._scaled_dot_product_cudnn_attention_backward(
+        dout, q, k, v, out, lse.contiguous()[..., None], seed, seed, None, None, None, q.shape[2], k.shape[2], 0.0,
+        causal, scale=scale,
+    )  # fmt: skip
+
+
+def _efficient_forward(q, k, v, causal, scale):
+    out, lse, *_ = aten._scaled_dot_product_efficient_attention(q, k, v, None, True, 0.0, causal, scale=scale)
+    return out, lse[:, :, : q.shape[2]]
+
+
+def _efficient_backward(dout, q, k, v, out, lse, causal, scale):
+    lse = torch.nn.functional.pad(lse, (0, -lse.shape[2] % 32), value=math.inf)  # the kernel reads whole tiles of rows
+    seed = torch.zeros((), dtype=torch.int64)
+    return aten._scaled_dot_product_efficient_attention_backward(
+        dout, q, k, v, None, out, lse, seed, seed, 0.0, [True, True, True, False], causal, scale=scale
+    )[:3]
+
+
+def _xformers_bias(causal):
+    from xformers.ops.fmha.attn_bias import LowerTriangularMask
+
+    return LowerTriangularMask() if causal else None
+
+
+def _xformers_forward(q, k, v, causal, scale):
+    from xformers.ops import fmha
+
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    out, lse = fmha.memory_efficient_attention_forward_requires_grad(q, k, v, _xformers_bias(causal), scale=scale)
+    return out.transpose(1, 2), lse[:, :, : q.shape[1]]
+
+
+def _xformers_backward(dout, q, k, v, out, lse, causal, scale):
+    from xformers.ops import fmha
+
+    dout, q, k, v, out = (x.transpose(1, 2) for x in (dout, q, k, v, out))
+    grads = fmha.memory_efficient_attention_backward(
+        dout, out.contiguous(), lse.contiguous(), q, k, v, _xformers_bias(causal), scale=scale
+    )
+    return tuple(x.transpose(1, 2) for x in grads)
+
+
+@lru_cache(maxsize=1)
+def _xformers_missing() -> str | None:
+    try:
+        from xformers.ops import fmha
+
+        if fmha.cutlass.FwOp.is_available() or fmha.flash.FwOp.is_available():
+            return None
+        return "xformers reports no available operator (a CUDA 12 build needs libcudart.so.12 on LD_LIBRARY_PATH)"
+    except ImportError as error:
+        return f"xformers cannot be imported ({error})"
+
+
+def _xformers_why_not(task: Task) -> str | None:
+    return _limits("cuda", HALF, 256)(task) or _xformers_missing()
+
+
+def _cudnn_why_not(task: Task) -> str | None:
+    limit = _limits("cuda", HALF, 128)(task)
+    if limit or torch.cuda.get_device_capability() >= (9, 0):
+        return limit
+    return "is only faster than FlashAttention-2 from Hopper on"
+
+
+def _flash_impl() -> str | None:
+    """FlashAttention-3 or -4, where the user has activated it: it then stands behind PyTorch's flash operators."""
+    current = getattr(torch.nn.attention, "current_flash_attention_impl", None)
+    return current() if current else None
+
+
+KERNELS = (
+    Kernel("cudnn", "torch", _cudnn_why_not, _cudnn_forward, _cudnn_backward),
+    Kernel("flash", "torch", _limits("cuda", HALF, 256), _flash_forward, _flash_backward),
+    Kernel("xformers", "xformers", _xformers_why_not, _xformers_forward, _xformers_backward, grouped=False),
+    Kernel("efficient", "torch", _limits("cuda", (*HALF, torch.float32), 256), _efficient_forward, _efficient_backward, grouped=False),
+    Kernel("cpu_flash", "torch", _limits("cpu", (*HALF, torch.float32, torch.float64), 2**16, 1), _cpu_flash_forward, _cpu_flash_backward, grouped=False, granularity=1),
+)  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------- the choice
+
+
+def _ranked(backend: str) -> list[Kernel]:
+    """The kernels that a backend may use, the fastest first."""
+    found = [kernel for kernel in KERNELS if backend in ("auto", kernel.family)]
+    if _flash_impl():
+        found.sort(key=lambda kernel: kernel.name != "flash")
+    return found
+
+
+@lru_cache(maxsize=256)
+def _choose(backend: str, task: Task, _impl: str | None) -> Kernel | None:
+    return next((kernel for kernel in _ranked(backend) if kernel.why_not(task) is None), None)
+
+
+def choose(backend: str, task: Task) -> Kernel | None:
+    """The kernel for a task; None is the einsum block (`math`), which does everything."""
+    return None if backend == "math" else _choose(backend, task, _flash_impl())
+
+
+def explain(
+    q: Tensor, *, causal: bool = False, mask_mod=None, backend: str = "auto", lse_gradient: bool = False
+) -> str:
+    """Which kernel a call on these queries takes, and why not the others; one line each.
+
+    `lse_gradient`: whether the backward will carry a gradient through lse.
+    """
+    kinds = ["mask"] if mask_mod is not None else ["full", "causal"] if causal else ["full"]
+    lines = []
+    for kind in kinds:
+        task = Task(q.device.type, q.dtype, q.shape[-1], kind, lse_gradient)
+        taken = choose(backend, task)
+        lines.append(f"{kind} blocks: {taken.name if taken else 'math'}")
+        for kernel in KERNELS:
+            if kernel is not taken:
+                lines.append(f"  not {kernel.name}: {kernel.why_not(task) or _passed_over(kernel, backend)}")
+    return "\n".join(lines)
+
+
+def _passed_over(kernel: Kernel, backend: str) -> str:
+    return "is slower" if backend in ("auto", kernel.family) else f"backend={backend!r} excludes it"
+
+
+def check(q: Tensor, call: Call) -> None:
+    """Raise where a backend was asked for by name and cannot do what the call needs."""
+    if call.backend in ("auto", "math"):
+        return
+    task = Task(q.device.type, q.dtype, q.shape[-1], "full" if call.mask_mod is None else "mask")
+    if choose(call.backend, task) is None:
+        reasons = [f"{kernel.name} {kernel.why_not(task)}" for kernel in _ranked(call.backend)]
+        raise NotImplementedError(f"backend={call.backend!r} cannot do this: {'; '.join(reasons)}")
+
+
+# ------------------------------------------------------------------------------------------------------------ the block
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, seen: Seen, call: Call) -> Attended:
+    """Attend to one block: q b m c h d, k and v b m k g d → out b m c h d, lse b m c h."""
+    kernel = choose(call.backend, Task(q.device.type, q.dtype, q.shape[-1], seen.kind)) if q.numel() else None
+    if kernel is None:
+        return block.forward(q, k, v, call.scale, _keep(q, k, seen))
+    out, lse = kernel.forward(*_folded(kernel, q, k, v), seen.kind == "causal", call.scale)
+    return Attended(out.transpose(1, 2).unflatten(0, q.shape[:2]), lse.transpose(1, 2).unflatten(0, q.shape[:2]))
+
+
+def backward(dout, dlse, q, k, v, out, lse, seen: Seen, call: Call) -> tuple[Tensor, Tensor, Tensor]:
+    """dQ, dK, dV of one block from the merged out and lse, in the same shapes; dlse may be None."""
+    task = Task(q.device.type, q.dtype, q.shape[-1], seen.kind, dlse is not None)
+    kernel = choose(call.backend, task) if q.numel() else None
+    if kernel is None:
+        return block.backward(dout, dlse, q, k, v, out, lse, call.scale, _keep(q, k, seen))
+    lse = lse.masked_fill(lse == -math.inf, math.inf)  # exp(score − inf) is the 0 of a query that saw nothing
+    d = q.shape[-1]
+    if dlse is not None:
+        dout, q, k, v, out = _with_lse_gradient(dlse, dout, q, k, v, out, kernel.granularity)
+    dout_, q_, k_, v_ = _folded(kernel, dout, q, k, v)[:1] + _folded(kernel, q, k, v)
+    out_, lse_ = out.flatten(0, 1).transpose(1, 2), lse.flatten(0, 1).transpose(1, 2)
+    grads = kernel.backward(dout_, q_, k_, v_, out_, lse_, seen.kind == "causal", call.scale)
+    dq, dk, dv = (x.transpose(1, 2)[..., :d].unflatten(0, q.shape[:2]) for x in grads)
+    if dk.shape[3] != k.shape[3]:
+        dk, dv = (x.unflatten(3, (k.shape[3], -1)).sum(4) for x in (dk, dv))
+    return dq, dk, dv
+
+
+def _folded(kernel: Kernel, q: Tensor, *keys: Tensor) -> tuple[Tensor, ...]:
+    """Segments into the batch, b m s h d → (b m) h s d; key heads repeated for a kernel that wants as many as queries."""
+    group = q.shape[3] // keys[0].shape[3] if keys and not kernel.grouped else 1
+    keys = tuple(x if group == 1 else x.repeat_interleave(group, 3) for x in keys)
+    return tuple(x.flatten(0, 1).transpose(1, 2) for x in (q, *keys))
+
+
+def _with_lse_gradient(dlse, dout, q, k, v, out, columns: int):
+    """dO, Q, K, V and O with columns that take dlse off the kernel's D; three low-precision terms carry it exactly."""
+    parts, rest = [], dlse
+    for _ in range(min(3, columns)):
+        parts.append(rest.to(q.dtype))
+        rest = rest - parts[-1]
+    extra = torch.stack(parts, -1)
+    wider = [torch.nn.functional.pad(x, (0, columns)) for x in (dout, q, k, v, out)]
+    wider[0][..., q.shape[-1] : q.shape[-1] + len(parts)] = extra
+    wider[4][..., q.shape[-1] : q.shape[-1] + len(parts)] = -1
+    return wider
+
+
+def _keep(q: Tensor, k: Tensor, seen: Seen) -> Tensor | None:
+    """The mask of a block for the einsum version, broadcastable to b m g e c k."""
+    if seen.kind == "full":
+        return None
+    if seen.kind == "causal":
+        return torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
+    keep, g = seen.keep, k.shape[3]
+    return keep[:, :, :, None] if keep.shape[2] == 1 else keep.unflatten(2, (g, -1))

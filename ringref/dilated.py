@@ -1,0 +1,53 @@
+"""Dilated attention (LongNet, 2307.02486): each branch's rows are fetched directly from the ranks of its segment."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .attend import Trip, attend
+from .layout import Attended, Dilation, Shard
+
+
+def dilated_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = False,
+    dilation: Dilation | None = None,
+    mask_mod=None,
+    scale: float | None = None,
+    shard: Shard | None = None,
+    q_chunk: int | None = None,
+    backend: str = "auto",
+) -> Attended:
+    """Attention that fetches from each rank just the rows it needs; arguments, result and errors as for `dense_attention`.
+
+    On aligned shards a rank receives in forward at most 2·d·g·min(r, h/g)·(⌈w/r⌉ − ⌊s/r⌋) elements per branch with w > s,
+    whatever n is, and nothing when w divides s (LongNet's constant communication, section 3.2); under a causal mask less,
+    for rows after its last query are not fetched. The backward fetches again and sends dK and dV back.
+    """
+    return attend(fetching, "dilated", q, k, v, causal=causal, dilation=dilation, mask_mod=mask_mod, scale=scale,
+                  shard=shard, q_chunk=q_chunk, backend=backend)  # fmt: skip
+
+
+def fetching(trip: Trip):
+    """My own keys while the others' arrive, then theirs; their gradients go straight back."""
+    ring, me = trip.ring, trip.ring.rank
+    others = [member for member in range(ring.size) if member != me]
+    asked, needed = {r: trip.wanted(r, me) for r in others}, {r: trip.wanted(me, r) for r in others}
+    fetched = {r: trip.space(rows) for r, rows in needed.items()}
+    arriving = ring.exchange({r: trip.pack(rows) for r, rows in asked.items()}, fetched)
+    yield trip.own
+    arriving.wait()
+    parts = {}
+    for source, rows in needed.items():
+        gradients = yield trip.block(source, rows, fetched[source])
+        if gradients is not None:
+            parts[source] = gradients.onto(None)
+    home = {r: trip.space(rows, gradients=True) for r, rows in asked.items()}
+    returning = ring.exchange(parts, home) if parts else None
+    yield None
+    if returning:
+        returning.wait()
+    return [(asked[r], home[r]) for r in others] if returning else []
