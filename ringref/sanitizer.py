@@ -80,8 +80,9 @@ class Ledger:
     def __init__(self) -> None:
         self.reset()
 
-    def reset(self) -> None:
-        """Forget everything: the next case starts."""
+    def reset(self, poison: bool = True) -> None:
+        """Forget everything: the next case starts. `poison` says whether unfinished receives hold NaN."""
+        self.poison = poison
         self.posts: list[Post] = []
         self.unlaunched: list[Post] = []
         self.findings: list[dict[str, Any]] = []
@@ -170,6 +171,8 @@ def as_bytes(x: Tensor) -> Tensor:
 
 def poison(x: Tensor) -> None:
     """Fill with what nobody can mistake for data."""
+    if not LEDGER.poison:
+        return
     with torch.no_grad(), _disable_current_modes():
         if x.is_floating_point() or x.is_complex():
             x.detach().fill_(float("nan"))
@@ -539,7 +542,7 @@ class Runner:
 
     def run(self, fn: Any, job: dict[str, Any]) -> dict[str, Any]:
         """Run one case; whatever happens becomes part of the result."""
-        LEDGER.reset()
+        LEDGER.reset(job.get("poison", True))
         steps: list[dict[str, Any]] = [{} for _ in job["steps"]]
         result: dict[str, Any] = {"steps": steps, "error": None, "written": []}
         meter = LiveBytes() if job.get("measure") else None
@@ -565,7 +568,7 @@ class Runner:
         """Forward and backward passes in the order that the case asks for."""
         masks = _captured(job["call"].get("mask_mod"))
         before = [x.clone() for x in masks]
-        call = {k: v.to(self.device) if isinstance(v, Tensor) and k != "positions" else v for k, v in job["call"].items()}
+        call = job["call"] | ({} if job.get("positions") is None else {"positions": job["positions"]})
         for what, i in job["program"]:
             given, done = job["steps"][i], steps[i]
             LEDGER.enter(what)
