@@ -59,7 +59,7 @@ from .sanitizer import Pool, Ranks, where
 
 FEATURES = ("causal", "gqa", "mask", "window", "dilation", "uneven", "empty", "lse", "subgroup")
 TENSORS = ("out", "lse", "dq", "dk", "dv")
-MULTIPLE = {torch.float64: 4.0, torch.float32: 4.0, torch.bfloat16: 2.0}
+MULTIPLE = {torch.float64: 4.0, torch.float32: 4.0, torch.bfloat16: 1.5}
 FLOOR = {torch.float64: 8.0, torch.float32: 8.0, torch.bfloat16: 0.2}
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -363,6 +363,7 @@ class Finding:
     budget: float | None = None
     where: str | None = None
     snippet: str = ""
+    causes: list[str] = field(default_factory=list, repr=False)
 
 
 @dataclass
@@ -384,9 +385,17 @@ class Report:
 
     @property
     def diagnosis(self) -> str | None:
-        """The cause that most findings agree upon, the smaller case first."""
-        named = Counter(f.diagnosis for f in self.findings if not f.diagnosis.startswith(diagnose.UNKNOWN))
-        return named.most_common(1)[0][0] if named else (self.findings[0].diagnosis if self.findings else None)
+        """The cause that explains most findings, of the smallest case where several do."""
+        votes = Counter(cause for f in self.findings for cause in dict.fromkeys(f.causes))
+        known = [cause for cause in votes if not cause.startswith(diagnose.VAGUE)]
+        return max(known or votes, key=votes.__getitem__) if votes else None
+
+    def agree(self) -> None:
+        """Where several causes explain a finding equally well, tell the one that explains the others too."""
+        if (common := self.diagnosis) is not None:
+            for f in self.findings:
+                if f.kind == "value" and common in f.causes:
+                    f.diagnosis = common
 
     def to_json(self) -> str:
         """Everything in the report, for machines."""
@@ -532,6 +541,7 @@ def _sweep(
                 report.not_judged.append(f"{len(todo) - i - 1} further cases, after {failing} that failed")
                 break
     judge.growth()
+    report.agree()
     report.seconds = time.monotonic() - began
     return report
 
@@ -557,7 +567,7 @@ class Judge:
             text = next(r["error"]["text"] for r in results.values())
             self.report.not_judged.append(f"{case}, refused: {text.splitlines()[0] if text else 'NotImplementedError'}")
             return
-        if not broken:
+        if not broken and all(f.causes[0] in diagnose.HARMLESS for f in found):
             for team, members in enumerate(case.teams):
                 found += self.values(case, team, [results[rank] for rank in members])
         for finding in found:
@@ -568,7 +578,7 @@ class Judge:
         if not found:
             self.report.passed.append(str(case))
 
-    def run(self, case: Case, poison: bool = True) -> dict[int, dict]:
+    def run(self, case: Case, poison: float = math.nan) -> dict[int, dict]:
         """Every rank's results."""
         jobs = {}
         call = cloudpickle.dumps(case.call())
@@ -588,32 +598,39 @@ class Judge:
     # ------------------------------------------------------------------------------------------------------- messages
 
     def messages(self, case: Case, results: dict[int, dict]) -> list[Finding]:
-        """What the sanitizer saw, hangs, crashes and exceptions."""
-        found = []
+        """What the sanitizer saw, hangs, crashes and exceptions: the first cause, not what follows from it."""
+        found: list[Finding] = []
 
-        def tell(kind: str, text: str, rank: int | None, line: Any = None) -> None:
-            found.append(Finding(kind, text, case.name, case.p, rank, where=where(line) if line else None))
+        def tell(kind: str, cause: str, detail: str, rank: int | None, line: Any = None) -> None:
+            text = f"{cause}: {detail}" if detail else cause
+            at = where(line) if line else None
+            found.append(Finding(kind, text, case.name, case.p, rank, where=at, causes=[cause]))
 
         for rank, r in results.items():
             for f in r.get("findings", ()):
-                text = f"{diagnose.MESSAGES[f['kind']]}: {f['text']}"
-                tell("message", f"{text} ({f['phase']}, hop {f['hop']})", rank, f["line"])
-            if r["written"]:
-                names = ", ".join(r["written"])
-                tell("property", f"an input was written to: {names}", rank)
-        for text, rank, line in diagnose.mismatched(results):
-            tell("message", text, rank, line)
+                if case.groups and f["kind"] == "self-send":
+                    tell("message", diagnose.GROUP, f"{f['text']} ({f['phase']}, hop {f['hop']})", rank, f["line"])
+                    continue
+                tell("message", diagnose.MESSAGES[f["kind"]], f"{f['text']} ({f['phase']}, hop {f['hop']})", rank, f["line"])
+        for cause, detail, rank, line in diagnose.mismatched(results):
+            tell("message", cause, detail, rank, line)
+        if found:
+            order = list(diagnose.MESSAGES.values())
+            found.sort(key=lambda f: order.index(f.causes[0]) if f.causes[0] in order else 0)
+            return found[:1]
         errors = {rank: r["error"] for rank, r in results.items() if r["error"]}
         # an exception on one rank makes its neighbours lose their connection or wait: the first cause is the story
         own = {r: e for r, e in errors.items() if "onnection" not in e["text"]} or errors
         for rank, e in list(own.items())[:1]:
-            tell("crash", diagnose.crash(e, case, results), rank, e["line"])
+            tell("crash", *diagnose.crash(e, case), rank, e["line"])
         for rank, r in results.items():
             if "crash" in r and not own:
-                tell("crash", "the process died (a fault in native code, or os._exit)", rank)
+                tell("crash", "the process died", "a fault in native code, or os._exit", rank)
         if not errors and any("hang" in r for r in results.values()):
-            text, rank, line = diagnose.hang(case, results)
-            tell("hang", text, rank, line)
+            tell("hang", *diagnose.hang(case, results))
+        for rank, r in results.items():
+            if r["written"] and not found:
+                tell("property", "an input was written to", ", ".join(r["written"]), rank)
         return found
 
     # --------------------------------------------------------------------------------------------------------- values
@@ -657,25 +674,24 @@ class Judge:
             got[name] = pieces
             if worst[0] > 1:
                 if worst[3]:
-                    return [Finding("value", worst[3], case.name, case.p, worst[2], name, math.inf, 0.0)]
+                    told = Finding("value", worst[3], case.name, case.p, worst[2], name, math.inf, 0.0)
+                    return [dataclasses.replace(told, causes=[worst[3]])]
                 wrong[name] = (worst[1], budgets, worst[2])
         if not wrong:
             return []
         first = next(name for name in TENSORS if name in wrong)
-        text = self.why(case, truth, got, list(wrong), truths, index)
+        causes = self.why(case, truth, got, list(wrong), truths, index)
         error, budget, rank = wrong[first]
-        return [Finding("value", text, case.name, case.p, rank, first, error, budget)]
+        return [Finding("value", causes[0], case.name, case.p, rank, first, error, budget, causes=causes)]
 
-    def why(self, case: Case, truth: Truth, got: dict, wrong: list[str], truths: list, index: int) -> str:
-        """Name the cause; NaN is first asked whether it is ours."""
+    def why(self, case: Case, truth: Truth, got: dict, wrong: list[str], truths: list, index: int) -> list[str]:
+        """Causes that explain it, the best first; NaN is first asked whether it changes with what the oracle planted."""
         if any(not x.isfinite().all() for name in wrong if name != "lse" for x in got[name]):
-            if case.world > 1 and self.pool is not None and not isinstance(self.pool, Ranks):
-                calm = self.run(case, poison=False)
-                steps = [r["steps"] for r in calm.values()]
-                now = [s[index].get(name) for s in steps if s for name in wrong]
-                if all(x is not None and x.isfinite().all() for x in now):
-                    return diagnose.EARLY
-            return diagnose.not_finite(case, wrong, got)
+            calm = [r["steps"][index] for r in self.run(case, poison=0.0).values() if r["steps"]]
+            now = [step.get(name) for step in calm for name in wrong if name != "lse"]
+            if all(x is not None and x.isfinite().all() for x in now):
+                return [diagnose.EARLY]
+            return [diagnose.not_finite(case, wrong, got)]
         return diagnose.name(case, truth, got, wrong, [t for i, t in enumerate(truths) if i != index])
 
     def shaped(self, case: Case, name: str, x: Tensor | None, truth: Tensor, base: float) -> tuple[Any, str]:
@@ -721,7 +737,7 @@ class Judge:
         def same(a: Tensor, b: Tensor, text: str, rank: int) -> None:
             error = ((a - b).norm() / b.norm().clamp_min(1e-30)).item() if b.numel() else 0.0
             if error > allowed or math.isnan(error):
-                found.append(Finding("property", text, case.name, case.p, rank, "out", error, allowed))
+                found.append(Finding("property", text, case.name, case.p, rank, "out", error, allowed, causes=[text]))
 
         for rank, mine in enumerate(case.shards):
             if "again" in outs:
@@ -754,7 +770,7 @@ class Judge:
         slope = facts["exponent of the peak in p (n/p fixed)"]
         if slope > 0.4:
             text = f"claims a ring, holds O(n): with n/p fixed the peak grows as p^{slope:.2f}"
-            self.report.findings.append(Finding("growth", text, "growth", 8, None, "bytes", slope, 0.4))
+            self.report.findings.append(Finding("growth", text, "growth", 8, None, "bytes", slope, 0.4, causes=[text]))
 
 
 def _snippet(fn: Callable, case: Case) -> str:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import atexit
 import importlib
+import math
 import os
 import pickle
 import secrets
@@ -80,8 +81,8 @@ class Ledger:
     def __init__(self) -> None:
         self.reset()
 
-    def reset(self, poison: bool = True) -> None:
-        """Forget everything: the next case starts. `poison` says whether unfinished receives hold NaN."""
+    def reset(self, poison: float = math.nan) -> None:
+        """Forget everything: the next case starts. `poison` is what a buffer holds until its message arrives."""
         self.poison = poison
         self.posts: list[Post] = []
         self.unlaunched: list[Post] = []
@@ -171,11 +172,9 @@ def as_bytes(x: Tensor) -> Tensor:
 
 def poison(x: Tensor) -> None:
     """Fill with what nobody can mistake for data."""
-    if not LEDGER.poison:
-        return
     with torch.no_grad(), _disable_current_modes():
         if x.is_floating_point() or x.is_complex():
-            x.detach().fill_(float("nan"))
+            x.detach().fill_(LEDGER.poison)
         elif x.dtype not in (torch.bool, torch.uint8):
             x.detach().fill_(NAN_INT)
 
@@ -542,7 +541,7 @@ class Runner:
 
     def run(self, fn: Any, job: dict[str, Any]) -> dict[str, Any]:
         """Run one case; whatever happens becomes part of the result."""
-        LEDGER.reset(job.get("poison", True))
+        LEDGER.reset(job.get("poison", math.nan))
         steps: list[dict[str, Any]] = [{} for _ in job["steps"]]
         result: dict[str, Any] = {"steps": steps, "error": None, "written": []}
         meter = LiveBytes() if job.get("measure") else None
@@ -792,7 +791,7 @@ class Pool:
                 try:
                     results[lines[line]] = pickle.loads(line.recv_bytes())
                 except (EOFError, OSError):
-                    results[lines[line]] = {"steps": [], "crash": True, "error": None, "ops": [], "clean": False}
+                    results[lines[line]] = {"steps": [], "crash": True, "error": None, "ops": [], "written": []}
                 seen = time.monotonic()
             if len(results) < len(jobs) and time.monotonic() - seen > 0.5:
                 late = time.monotonic() - started > deadline
@@ -800,7 +799,7 @@ class Pool:
                 if late or (last is not None and stuck(now, last, results)):
                     seconds = time.monotonic() - started
                     for rank in now:
-                        results[rank] = now[rank] | {"hang": seconds, "steps": [], "error": None, "clean": False}
+                        results[rank] = now[rank] | {"hang": seconds, "steps": [], "error": None, "written": []}
                 last, seen = now, time.monotonic()
         if any("hang" in r or "crash" in r for r in results.values()):
             self.replace()
@@ -808,7 +807,7 @@ class Pool:
             # ranks outside this world did not get the function
             self.sent_fn = fn if not idle or not fresh else None
             if not all(r["clean"] for r in results.values()):
-                self.replace()
+                self.shape = None  # the next case gets new process groups: these hold messages that nobody took
         return results
 
     def _ask(self, ranks: list[int]) -> dict[int, dict]:
