@@ -8,8 +8,9 @@ from .collective import collective_attention
 from .comm import ProcessRing, simulate
 from .dense import dense_attention
 from .dilated import dilated_attention
+from .launch import launch
 from .layout import Attended, Dilation, Shard, partition
 from .ring import ring_attention
 
 __all__ = ["Attended", "Dilation", "ProcessRing", "Shard", "collective_attention", "dense_attention", "dilated_attention",
-           "merge", "partition", "ring_attention", "simulate"]  # fmt: skip
+           "launch", "merge", "partition", "ring_attention", "simulate"]  # fmt: skip

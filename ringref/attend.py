@@ -12,17 +12,229 @@ their own dtype, dK and dV in the accumulating one.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Sequence
-from functools import partial
-from typing import Any, NamedTuple
+from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import backends
-from .block import weigh
+from .block import blend, weigh
 from .comm import Message, Ring
-from .layout import Attended, Call, Positions, Rows, Strand, Visit, agree, regular, route, serving, strands, visits, wide
+from .layout import (
+    Attended, Call, Dilation, Positions, Route, Rows, Strand, Table, Visit, agree, regular, route, serving, strands,
+    visits, wide,
+)  # fmt: skip
+
+# --------------------------------------------------------------------------------------------------- what accumulates
+
+
+class Running:
+    """The running merge of blocks, `out` b s h d and `lse` b s h.
+
+    The first block is kept as it came and the last is merged as the result is written, so up to two cost no extra copy.
+    """
+
+    def __init__(self, like: Tensor, heads: int):
+        self.shape, self.like = (*like.shape[:2], heads, like.shape[3]), like
+        self.out = self.lse = self.last = None
+
+    def merge(self, rows: Rows, heads: slice, out: Tensor, lse: Tensor) -> None:
+        if self.out is None and rows.all_of(self.shape[1]) and out.shape[3] == self.shape[2]:
+            self.out, self.lse = out.flatten(1, 2), lse.flatten(1, 2)
+            return
+        if self.out is None:
+            self.out = self.like.new_zeros(self.shape, dtype=wide(self.like.dtype))
+            self.lse = self.out.new_full(self.shape[:3], -torch.inf)
+        if self.last is not None:
+            self.out = self.out.to(wide(self.like.dtype))
+            self._merge_last(self.out)
+        with rows.opened(self.lse[:, :, heads]) as running:
+            share = weigh(running, lse)[..., None]
+        self.last = rows, heads, out, share
+
+    def _merge_last(self, into: Tensor) -> None:
+        rows, heads, out, share = self.last
+        with rows.opened(into[:, :, heads]) as part:
+            blend(rows.of(self.out[:, :, heads]), out, share, part)
+
+    def result(self, out: Tensor | None, lse: Tensor | None) -> tuple[Tensor, Tensor]:
+        """out and lse (b s h), written into these if they are given."""
+        if self.out is None:
+            self.out, self.lse = self.like.new_zeros(self.shape), self.like.new_zeros(())
+            self.lse = torch.full(self.shape[:3], -torch.inf, dtype=wide(self.like.dtype), device=self.like.device)
+        if out is None and self.last is None:
+            return self.out.to(self.like.dtype), self.lse
+        out = self.like.new_empty(self.shape) if out is None else out
+        if self.last is None or not _covers(self.last, self.shape):
+            out.copy_(self.out)
+        if self.last is not None:
+            self._merge_last(out)
+        return out, self.lse if lse is None else lse.copy_(self.lse)
+
+
+class Sum:
+    """A running sum of blocks of rows, `b s h d`.
+
+    The first block is kept as it came and the last is added as the result is written, so up to two cost no extra copy.
+    """
+
+    def __init__(self, like: Tensor, rows: int, heads: int):
+        self.shape, self.like = (like.shape[0], rows, heads, like.shape[3]), like
+        self.total = self.last = None
+
+    def add(self, rows: Rows, heads: slice, x: Tensor) -> None:
+        if self.total is None and rows.all_of(self.shape[1]) and x.shape[3] == self.shape[2]:
+            self.total = x.flatten(1, 2)
+            return
+        if self.last is not None:
+            self.wide()
+        self.last = rows, heads, x
+
+    def _add_last(self, into: Tensor) -> None:
+        rows, heads, x = self.last
+        with rows.opened(into[:, :, heads]) as part:
+            torch.add(rows.of(self.total[:, :, heads]), x, out=part)
+
+    def wide(self) -> Tensor:
+        """The sum, in the accumulating dtype and free to be added to."""
+        dtype = wide(self.like.dtype)
+        self.total = self.like.new_zeros(self.shape, dtype=dtype) if self.total is None else self.total.to(dtype)
+        if self.last is not None:
+            self._add_last(self.total)
+            self.last = None
+        return self.total
+
+    def onto(self, total: Tensor) -> None:
+        """Add the sum to a whole tensor, in place."""
+        if self.total is not None:
+            total += self.total
+        if self.last is not None:
+            rows, heads, x = self.last
+            with rows.opened(total[:, :, heads]) as part:
+                part += x
+
+    def result(self, into: Tensor | None) -> Tensor:
+        """The sum in the inputs' dtype, written into this tensor if it is given."""
+        if self.total is None:
+            self.total = self.like.new_zeros(self.shape)
+        if into is None and self.last is None:
+            return self.total.to(self.like.dtype)
+        into = self.like.new_empty(self.shape) if into is None else into
+        if self.last is None or not _covers(self.last, self.shape):
+            into.copy_(self.total)
+        if self.last is not None:
+            self._add_last(into)
+        return into
+
+
+def _covers(last: tuple, shape: Sequence[int]) -> bool:
+    rows, _, x, *_ = last
+    return rows.all_of(shape[1]) and x.shape[3] == shape[2]
+
+
+class Gradients(NamedTuple):
+    """dK and dV of one block, on their way to the rank that owns it."""
+
+    dk: Sum
+    dv: Sum
+
+    def onto(self, arrived: Message | None) -> Message:
+        """Added in place to what came from the rank before; on the first stop they are the beginning of the sum."""
+        if arrived is None:
+            return self.dk.wide(), self.dv.wide()
+        for mine, total in zip(self, arrived, strict=True):
+            mine.onto(total)
+        return arrived
+
+
+# ----------------------------------------------------------------------------------------------------------- the plan
+
+
+class Leg(NamedTuple):
+    """A strand of a part: the key/value heads that travel for it, and between whom."""
+
+    strand: Strand
+    kv_heads: range
+    route: Route
+
+
+class Part(NamedTuple):
+    """A contiguous range of key/value heads and the query heads that use them."""
+
+    heads: range
+    kv_heads: range
+    legs: tuple[Leg, ...]
+
+
+class Meeting(NamedTuple):
+    """A visit of some heads in even steps: which query heads, of the whole and of the part; which key/value heads, of what
+    travels and of the part."""
+
+    visit: Visit
+    heads: range
+    whole: slice
+    in_part: slice
+    used: slice
+    used_in_part: slice
+
+
+def _cut(heads: range, of: range) -> slice:
+    """These heads as a slice of those."""
+    return slice((heads[0] - of.start) // of.step, (heads[-1] - of.start) // of.step + 1, max(1, heads.step // of.step))
+
+
+_PART_BYTES, _MOST_PARTS = 8 * 2**20, 4
+
+
+@lru_cache(maxsize=256)
+def _plan(dilation: Dilation | None, h: int, g: int, row_bytes: int, table: Table, rank: int, causal: bool) -> tuple[Part, ...]:
+    """As many parts as keep what is in flight small while a part still fills a GPU; alike on every rank."""
+    group, alone = h // g, len(table.keys) == 1
+    longest = max(map(len, (*table.queries, *table.keys)))
+    # on one rank nothing travels and one strand accumulates nothing
+    count = 1 if alone and dilation is None else max(1, min(longest * row_bytes // _PART_BYTES, g, _MOST_PARTS))
+    parts = []
+    for some in torch.arange(g).tensor_split(count):
+        kv_heads = range(int(some[0]), int(some[-1]) + 1)
+        heads = range(kv_heads.start * group, kv_heads.stop * group)
+        legs = []
+        for strand in strands(dilation, h):
+            within = range(h)[heads.start : heads.stop]
+            mine = [j for j in strand.heads if j in within]
+            for each in _even(range(mine[0], mine[-1] + 1, strand.heads.step), group) if mine else ():
+                one = strand._replace(heads=each)
+                legs.append(Leg(one, serving(each, group), route(one, table, rank, causal)))
+        parts.append(Part(heads, kv_heads, tuple(legs)))
+    return tuple(parts)
+
+
+def _even(heads: range, group: int) -> list[range]:
+    """Split heads whose key/value heads are not evenly spaced, so that what travels is a strided view."""
+    used = sorted({j // group for j in heads})
+    even = len({b - a for a, b in zip(used, used[1:], strict=False)}) < 2
+    return [heads] if even else regular(heads, group)
+
+
+@lru_cache(maxsize=4096)
+def _meetings(
+    strand: Strand, kv_heads: range, part_heads: range, part_kv_heads: range, group: int,
+    queries: Positions, keys: Positions, causal: bool, masked: bool, q_chunk: int | None,
+) -> tuple[Meeting, ...]:  # fmt: skip
+    """Everything that one strand of one part does with one block of keys."""
+    found = []
+    for visit in visits(strand, queries, keys, causal, masked, q_chunk):
+        for heads in regular(strand.heads, group):
+            used = serving(heads, group)
+            whole = slice(heads.start, heads[-1] + 1, heads.step)
+            found.append(
+                Meeting(visit, heads, whole, _cut(heads, part_heads), _cut(used, kv_heads), _cut(used, part_kv_heads))
+            )
+    return tuple(found)
+
+
+# ------------------------------------------------------------------------------------------------------ the conductor
 
 
 class Block(NamedTuple):
@@ -33,87 +245,15 @@ class Block(NamedTuple):
     v: Tensor
 
 
-class Sum:
-    """A running sum of blocks of rows, `b s h d`. A first block that covers everything is kept as it came: no copy."""
-
-    def __init__(self, like: Tensor, rows: int, heads: int):
-        self.shape, self.like, self.total = (like.shape[0], rows, heads, like.shape[3]), like, None
-
-    def add(self, rows: Rows, heads: slice, x: Tensor) -> None:
-        if self.total is None and rows.all_of(self.shape[1]) and x.shape[3] == self.shape[2]:
-            self.total = x.flatten(1, 2)
-            return
-        with rows.opened(self.wide()[:, :, heads]) as total:
-            total += x
-
-    def wide(self) -> Tensor:
-        """The sum, in the accumulating dtype and free to be added to."""
-        dtype = wide(self.like.dtype)
-        if self.total is None:
-            self.total = self.like.new_zeros(self.shape, dtype=dtype)
-        self.total = self.total.to(dtype)
-        return self.total
-
-    def narrow(self) -> Tensor:
-        return (self.wide() if self.total is None else self.total).to(self.like.dtype)
-
-
-class Running:
-    """The running merge of blocks, `out` b s h d and `lse` b s h. A first block that covers everything is kept as it came."""
-
-    def __init__(self, like: Tensor, heads: int):
-        self.shape, self.like = (*like.shape[:2], heads, like.shape[3]), like
-        self.out = self.lse = None
-
-    def merge(self, rows: Rows, heads: slice, out: Tensor, lse: Tensor) -> None:
-        if self.out is None and rows.all_of(self.shape[1]) and out.shape[3] == self.shape[2]:
-            self.out, self.lse = out.flatten(1, 2), lse.flatten(1, 2)
-            return
-        self._open()
-        with rows.opened(self.lse[:, :, heads]) as running:
-            merged, share = weigh(running, lse)
-            running.copy_(merged)
-        with rows.opened(self.out[:, :, heads]) as running:
-            running.lerp_(out.to(running.dtype), share[..., None])
-
-    def _open(self) -> None:
-        dtype = wide(self.like.dtype)
-        if self.out is None:
-            self.out = self.like.new_zeros(self.shape, dtype=dtype)
-            self.lse = self.out.new_full(self.shape[:3], -torch.inf)
-        self.out = self.out.to(dtype)
-
-    def result(self) -> Attended:
-        if self.out is None:
-            self._open()
-        return Attended(self.out.to(self.like.dtype), self.lse)  # lse b s h
-
-
-class Gradients(NamedTuple):
-    """dK and dV of one block, on their way to the rank that owns it."""
-
-    dk: Sum
-    dv: Sum
-
-    def onto(self, arrived: Message | None) -> Message:
-        """Added to what came from the rank before, in place; on the first stop they are the beginning of the sum."""
-        if arrived is None:
-            return self.dk.wide(), self.dv.wide()
-        for total, mine in zip(arrived, self, strict=True):
-            if mine.total is not None:
-                total += mine.total
-        return arrived
-
-
 class Trip:
     """One strand's keys as a conductor sees them: the ranks that share a segment, and what to send and receive."""
 
-    def __init__(self, job: Job, strand: Strand, kv_heads: range, k: Tensor, v: Tensor):
-        rank, self._keys = job.call.ring.rank, job.call.table.keys
-        self._route = route(strand, job.call.table, rank, job.call.causal)
-        self.ring: Ring = job.call.ring.among(self._route.members)
-        self._k, self._v = (x[:, :, kv_heads.start : kv_heads.stop : kv_heads.step] for x in (k, v))
-        self.own = Block(self._keys[rank], self._k, self._v)
+    def __init__(self, call: Call, leg: Leg, k: Tensor, v: Tensor):
+        self._keys, self._route = call.table.keys, leg.route
+        self.ring: Ring = call.ring.among(leg.route.members)
+        heads = _cut(leg.kv_heads, range(k.shape[2]))
+        self._k, self._v = k[:, :, heads], v[:, :, heads]
+        self.own = Block(self._keys[call.ring.rank], self._k, self._v)
 
     def load(self, member: int) -> Tensor:
         """The rows of this member that any other one needs."""
@@ -138,20 +278,22 @@ class Trip:
 
     def block(self, member: int, rows: Tensor, message: Message) -> Block:
         keys = self._keys[self._route.members[member]]
-        return Block(keys if len(rows) == len(keys) else keys[rows], *message)
+        return Block(keys if len(rows) == len(keys) else _some(keys, rows), *message)
 
 
-# yields the blocks, is sent their gradients; returns the gradients of my own rows that came home
+def _some(keys: Positions, rows: Tensor, _known: dict = {}) -> Positions:  # noqa: B006
+    """`keys[rows]`, remembered: hashing positions costs more than a small block."""
+    key = keys, id(rows)
+    if key not in _known:
+        if len(_known) > 4096:
+            _known.clear()
+        _known[key] = keys[rows], rows  # rows live as long as their id is a key
+    return _known[key][0]
+
+
+# yields the blocks, is sent their gradients, and returns what came home: rows of mine with their dK and dV
 Homecoming = Sequence[tuple[Tensor, Message]]
 Conductor = Callable[[Trip], Generator["Block | None", "Gradients | None", Homecoming]]
-
-
-class Part(NamedTuple):
-    """A contiguous range of key/value heads and the query heads that use them."""
-
-    heads: slice
-    kv_heads: slice
-    strands: list[Strand]
 
 
 class Job(NamedTuple):
@@ -159,58 +301,31 @@ class Job(NamedTuple):
 
     call: Call
     conduct: Conductor
-    parts: list[Part]
+    parts: tuple[Part, ...]
     group: int  # query heads per key/value head
 
-    def walks(self, k: Tensor, v: Tensor) -> Iterator[tuple[Part, Strand, range, Generator]]:
-        """Every strand of every part, its key/value heads, and its walk."""
-        for part in self.parts:
-            for strand in part.strands:
-                kv_heads = serving(strand.heads, self.group)
-                yield part, strand, kv_heads, self.conduct(Trip(self, strand, kv_heads, k, v))
-
-    def visits(self, strand: Strand, block: Block, own: int) -> Iterator[tuple[Visit, range, range]]:
-        """The visits of a strand to a block, with query heads and the key/value heads they use, each in even steps."""
+    def meetings(self, part: Part, leg: Leg, block: Block) -> Iterator[tuple[Meeting, backends.Seen]]:
         call = self.call
-        mine = call.table.queries[own]
-        for visit in visits(strand, mine, block.positions, call.causal, call.mask_mod is not None, call.q_chunk):
-            for heads in regular(strand.heads, self.group):
-                yield visit, heads, serving(heads, self.group)
+        mine, masked = call.table.queries[call.ring.rank], call.mask_mod is not None
+        where = leg.strand, leg.kv_heads, part.heads, part.kv_heads, self.group
+        for meeting in _meetings(*where, mine, block.positions, call.causal, masked, call.q_chunk):
+            yield meeting, _seen(call, meeting, block.k)
 
 
-_PART_BYTES, _MOST_PARTS = 8 * 2**20, 4
-
-
-def _parts(call: Call, q: Tensor, k: Tensor) -> list[Part]:
-    """As many parts as keep what is in flight small while a part still fills a GPU; alike on every rank."""
-    h, g = q.shape[2], k.shape[2]
-    found = [Strand(*x[:3], heads) for x in strands(call.dilation, h) for heads in _even(x.heads, h // g)]
-    longest = max(map(len, (*call.table.queries, *call.table.keys)))
-    count = q.shape[0] * longest * h * q.shape[3] * q.element_size() // _PART_BYTES
-    if call.ring.size == 1 and call.dilation is None:
-        count = 1  # nothing travels and nothing accumulates
-    parts = []
-    for some in torch.arange(g).tensor_split(max(1, min(count, g, _MOST_PARTS))):
-        kv, group = slice(int(some[0]), int(some[-1]) + 1), h // g
-        heads = slice(kv.start * group, kv.stop * group)
-        cut = [x._replace(heads=_within(x.heads, heads)) for x in found]
-        parts.append(Part(heads, kv, [x for x in cut if x.heads]))
-    return parts
-
-
-def _even(heads: range, group: int) -> list[range]:
-    """Split heads whose key/value heads are not evenly spaced, so that what travels is a strided view."""
-    used = torch.tensor(sorted({j // group for j in heads}))
-    return [heads] if len(used.diff().unique()) < 2 else regular(heads, group)
-
-
-def _within(heads: range, part: slice) -> range:
-    first = heads.start + max(0, -(-(part.start - heads.start) // heads.step)) * heads.step
-    return range(first, min(heads.stop, part.stop), heads.step)
-
-
-def _relative(heads: range, to: int, step: int = 1) -> slice:
-    return slice((heads.start - to) // step, (heads[-1] - to) // step + 1, max(1, heads.step // step))
+def _seen(call: Call, meeting: Meeting, like: Tensor) -> backends.Seen:
+    """What of a visit's square is seen: a kind that kernels know, or a mask b m h q k (broadcastable)."""
+    visit = meeting.visit
+    if visit.kind != "mask":
+        return backends.Seen(visit.kind, None)
+    q_idx, kv_idx = visit.q_positions.to(like.device), visit.k_positions.to(like.device)
+    keep = (kv_idx[:, None, :] <= q_idx[:, :, None])[None, :, None] if call.causal else None
+    if call.mask_mod is not None:
+        batch = torch.arange(like.shape[0], device=like.device)[:, None, None, None]
+        head = torch.tensor(meeting.heads, device=like.device)[None, :, None, None]
+        segments = zip(q_idx[:, None, None, :, None], kv_idx[:, None, None, None, :], strict=True)
+        kept = torch.stack([torch.as_tensor(call.mask_mod(batch, head, x, y), device=like.device) for x, y in segments], 1)
+        keep = kept if keep is None else keep & kept
+    return backends.Seen("mask", keep)
 
 
 class _Attend(torch.autograd.Function):
@@ -218,25 +333,26 @@ class _Attend(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, anchor, job: Job):
-        call, results = job.call, [None, None]
-        for part, strand, kv_heads, walk in job.walks(k, v):
-            if strand is part.strands[0]:
-                running = Running(q, part.heads.stop - part.heads.start)
-            block = next(walk)
-            while block is not None:
-                for visit, heads, used in job.visits(strand, block, call.ring.rank):
-                    piece = backends.forward(
-                        visit.queries.of(q[:, :, heads.start : heads.stop : heads.step]),
-                        *(visit.keys.of(x[:, :, _relative(used, kv_heads.start, kv_heads.step)]) for x in block[1:]),
-                        _seen(call, visit, heads, q),
-                        call,
-                    )
-                    running.merge(visit.queries, _relative(heads, part.heads.start), *piece)
-                block = walk.send(None)
-            walk.close()
-            if strand is part.strands[-1]:
-                _place(results, (q.shape[2], q.shape[2]), (part.heads, part.heads), running.result())
-        out, lse = results[0], results[1].transpose(1, 2).contiguous()
+        whole = len(job.parts) == 1
+        out = None if whole else torch.empty_like(q, memory_format=torch.contiguous_format)
+        lse = None if whole else q.new_empty(q.shape[:3], dtype=wide(q.dtype))
+        for part in job.parts:
+            running = Running(q, len(part.heads))
+            for leg in part.legs:
+                walk = job.conduct(Trip(job.call, leg, k, v))
+                block = next(walk)
+                while block is not None:
+                    for meeting, seen in job.meetings(part, leg, block):
+                        rows, keys = meeting.visit[:2]
+                        there = (keys.of(x[:, :, meeting.used]) for x in (block.k, block.v))
+                        piece = backends.forward(rows.of(q[:, :, meeting.whole]), *there, seen, job.call)
+                        running.merge(rows, meeting.in_part, *piece)
+                    block = walk.send(None)
+                walk.close()
+            heads = slice(part.heads.start, part.heads.stop)
+            some = running.result(*(None if x is None else x[:, :, heads] for x in (out, lse)))
+        out, lse = some if whole else (out, lse)
+        lse = lse.transpose(1, 2).contiguous()
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.job = job
         ctx.set_materialize_grads(False)
@@ -246,84 +362,58 @@ class _Attend(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dout, dlse):
         (q, k, v, out, lse), job = ctx.saved_tensors, ctx.job
-        call, rank = job.call, job.call.ring.rank
-        grads, sizes = [None, None, None], [x.shape[2] for x in (q, k, v)]
         dout = torch.zeros_like(out) if dout is None else dout
-        by_row = [None if x is None else x.transpose(1, 2) for x in (dlse, lse)]  # b s h
-        come_home: Callable[[], Any] = lambda: None  # noqa: E731
-        for part, strand, kv_heads, walk in job.walks(k, v):
-            if strand is part.strands[0]:
-                dq, dk, dv = (
-                    Sum(x, x.shape[1], heads.stop - heads.start)
-                    for x, heads in ((q, part.heads), (k, part.kv_heads), (v, part.kv_heads))
-                )
-            block = own = next(walk)
-            while block is not None:
-                mine = block is own
-                sums = Gradients(dk, dv) if mine else Gradients(*(Sum(k, x.shape[1], x.shape[2]) for x in block[1:]))
-                first, step = (part.kv_heads.start, 1) if mine else (kv_heads.start, kv_heads.step)
-                for visit, heads, used in job.visits(strand, block, rank):
-                    some = slice(heads.start, heads.stop, heads.step)
-                    one = backends.backward(
-                        *(None if x is None else visit.queries.of(x[:, :, some]) for x in (dout, by_row[0], q)),
-                        *(visit.keys.of(x[:, :, _relative(used, kv_heads.start, kv_heads.step)]) for x in block[1:]),
-                        *(visit.queries.of(x[:, :, some]) for x in (out, by_row[1])),
-                        _seen(call, visit, heads, q),
-                        call,
-                    )
-                    dq.add(visit.queries, _relative(heads, part.heads.start), one[0])
-                    for total, x in zip(sums, one[1:], strict=True):
-                        total.add(visit.keys, _relative(used, first, step), x)
-                # the gradients of the strand before have travelled under this computation
-                come_home()
-                come_home = lambda: None  # noqa: E731
-                block = walk.send(None if mine else sums)
-            come_home = partial(_come_home, walk, part, strand, kv_heads, (dq, dk, dv), grads, sizes)
-        come_home()
-        return *grads, None, None
+        # exp(score − inf) is the 0 of a query that saw nothing
+        lse = lse.masked_fill(lse == -torch.inf, torch.inf).transpose(1, 2)
+        dlse = None if dlse is None else dlse.transpose(1, 2)  # b s h
+        contiguous = torch.contiguous_format
+        wholes = [None if len(job.parts) == 1 else torch.empty_like(x, memory_format=contiguous) for x in (q, k, v)]
+        travelling = None
+        for part in job.parts:
+            sums = [Sum(x, x.shape[1], len(heads)) for x, heads in zip((q, k, v), (part.heads, *[part.kv_heads] * 2), strict=True)]
+            for leg in part.legs:
+                walk = job.conduct(Trip(job.call, leg, k, v))
+                block = own = next(walk)
+                while block is not None:
+                    theirs = None
+                    if block is not own:
+                        theirs = Gradients(*(Sum(k, x.shape[1], x.shape[2]) for x in (block.k, block.v)))
+                    for meeting, seen in job.meetings(part, leg, block):
+                        (rows, keys), some = meeting.visit[:2], meeting.whole
+                        mine = [None if x is None else rows.of(x[:, :, some]) for x in (dout, dlse, q, out, lse)]
+                        there = (keys.of(x[:, :, meeting.used]) for x in (block.k, block.v))
+                        dq, dk, dv = backends.backward(*mine[:3], *there, *mine[3:], seen, job.call)
+                        sums[0].add(rows, meeting.in_part, dq)
+                        for total, x in zip(theirs or sums[1:], (dk, dv), strict=True):
+                            total.add(keys, meeting.used if theirs else meeting.used_in_part, x)
+                    if travelling:  # the gradients of the strand before have travelled under this computation
+                        _come_home(*travelling)
+                        travelling = None
+                    block = walk.send(theirs)
+                travelling = walk, part, leg, sums, wholes
+        _come_home(*travelling)
+        return *wholes, None, None
 
 
-def _come_home(walk, part: Part, strand: Strand, kv_heads: range, sums: tuple[Sum, Sum, Sum], grads: list, sizes) -> None:
-    """Add the gradients that other ranks computed for my rows; after a part's last strand its gradients are complete."""
+def _come_home(walk: Generator, part: Part, leg: Leg, sums: list[Sum], wholes: list[Tensor | None]) -> None:
+    """Add the gradients that other ranks computed for my rows; a part's gradients are complete after its last strand."""
     try:
         next(walk)
     except StopIteration as end:
         for rows, message in end.value:
             for total, x in zip(sums[1:], message, strict=True):
-                total.add(Rows(rows[None]), _relative(kv_heads, part.kv_heads.start), x[:, None])
-    if strand is part.strands[-1]:
-        _place(grads, sizes, (part.heads, part.kv_heads, part.kv_heads), [total.narrow() for total in sums])
-
-
-def _place(wholes: list[Tensor | None], sizes: Sequence[int], heads: Sequence[slice], pieces: Sequence[Tensor]) -> None:
-    """Put a part's results into the whole, b s h …; a part that has all heads is the whole, as it came."""
-    for i, (whole, size, some, piece) in enumerate(zip(wholes, sizes, heads, pieces, strict=True)):
-        if piece.shape[2] == size:
-            wholes[i] = piece
-            continue
-        if whole is None:
-            wholes[i] = whole = piece.new_empty(*piece.shape[:2], size, *piece.shape[3:])
-        whole[:, :, some] = piece
-
-
-def _seen(call: Call, visit: Visit, heads: range, q: Tensor) -> backends.Seen:
-    """What of a visit's square is seen: a kind that kernels know, or a mask b m h q k (broadcastable)."""
-    if visit.kind != "mask":
-        return backends.Seen(visit.kind, None)
-    q_idx, kv_idx = visit.q_positions.to(q.device), visit.k_positions.to(q.device)
-    keep = (kv_idx[:, None, :] <= q_idx[:, :, None])[None, :, None] if call.causal else None
-    if call.mask_mod is not None:
-        batch = torch.arange(q.shape[0], device=q.device)[:, None, None, None]
-        head = torch.tensor(heads, device=q.device)[None, :, None, None]
-        segments = zip(q_idx[:, None, None, :, None], kv_idx[:, None, None, None, :], strict=True)
-        kept = torch.stack([torch.as_tensor(call.mask_mod(batch, head, x, y), device=q.device) for x, y in segments], 1)
-        keep = kept if keep is None else keep & kept
-    return backends.Seen("mask", keep)
+                total.add(Rows(rows[None]), _cut(leg.kv_heads, part.kv_heads), x[:, None])
+    if leg is part.legs[-1]:
+        for i, (total, heads) in enumerate(zip(sums, (part.heads, part.kv_heads, part.kv_heads), strict=True)):
+            whole = wholes[i]
+            some = total.result(None if whole is None else whole[:, :, heads.start : heads.stop])
+            wholes[i] = some if whole is None else whole
 
 
 def attend(conduct: Conductor, method: str, q: Tensor, k: Tensor, v: Tensor, **arguments) -> Attended:
     """Validate, agree with the other ranks, and carry out the call."""
     call = agree(method, q, k, v, **arguments)
     backends.check(q, call)
-    job = Job(call, conduct, _parts(call, q, k), q.shape[2] // k.shape[2])
-    return Attended(*_Attend.apply(q, k, v, call.anchor, job))
+    (b, _, h, d), g = q.shape, k.shape[2]
+    parts = _plan(call.dilation, h, g, b * h * d * q.element_size(), call.table, call.ring.rank, call.causal)
+    return Attended(*_Attend.apply(q, k, v, call.anchor, Job(call, conduct, parts, h // g)))

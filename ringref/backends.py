@@ -37,6 +37,7 @@ class Task(NamedTuple):
     head_dim: int
     kind: str
     lse_gradient: bool = False
+    single: bool = False  # one query on one key
 
 
 class Kernel(NamedTuple):
@@ -81,12 +82,18 @@ def _cpu_flash_backward(dout, q, k, v, out, lse, causal, scale):
     return backward(dout, q, k, v, out, lse, 0.0, causal, scale=scale)
 
 
+@lru_cache(maxsize=64)
+def _seed(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The random state of the dropout that there is not."""
+    return torch.zeros(size, dtype=dtype, device=device)
+
+
 def _flash_forward(q, k, v, causal, scale):
     return aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, scale=scale)[:2]
 
 
 def _flash_backward(dout, q, k, v, out, lse, causal, scale):
-    seed = torch.zeros(2, dtype=torch.uint64, device=q.device)  # of the dropout that there is not
+    seed = _seed(2, torch.uint64, q.device)
     return aten._scaled_dot_product_flash_attention_backward(
         dout, q, k, v, out, lse.contiguous(), None, None, q.shape[2], k.shape[2], 0.0, causal, seed, seed, scale=scale
     )
@@ -98,7 +105,7 @@ def _cudnn_forward(q, k, v, causal, scale):
 
 
 def _cudnn_backward(dout, q, k, v, out, lse, causal, scale):
-    seed = torch.zeros((), dtype=torch.int64, device=q.device)
+    seed = _seed(1, torch.int64, q.device)
     return aten._scaled_dot_product_cudnn_attention_backward(
         dout, q, k, v, out, lse.contiguous()[..., None], seed, seed, None, None, None, q.shape[2], k.shape[2], 0.0,
         causal, scale=scale,
@@ -111,7 +118,8 @@ def _efficient_forward(q, k, v, causal, scale):
 
 
 def _efficient_backward(dout, q, k, v, out, lse, causal, scale):
-    lse = torch.nn.functional.pad(lse, (0, -lse.shape[2] % 32), value=math.inf)  # the kernel reads whole tiles of rows
+    # the kernel reads whole tiles of rows
+    lse = torch.nn.functional.pad(lse.contiguous(), (0, -lse.shape[2] % 32), value=math.inf)
     seed = torch.zeros((), dtype=torch.int64)
     return aten._scaled_dot_product_efficient_attention_backward(
         dout, q, k, v, None, out, lse, seed, seed, 0.0, [True, True, True, False], causal, scale=scale
@@ -159,7 +167,7 @@ def _xformers_why_not(task: Task) -> str | None:
 
 
 def _cudnn_why_not(task: Task) -> str | None:
-    limit = _limits("cuda", HALF, 128)(task)
+    limit = _limits("cuda", HALF, 128)(task) or ("needs more than one query or key" if task.single else None)
     if limit or torch.cuda.get_device_capability() >= (9, 0):
         return limit
     return "is only faster than FlashAttention-2 from Hopper on"
@@ -239,7 +247,7 @@ def check(q: Tensor, call: Call) -> None:
 
 def forward(q: Tensor, k: Tensor, v: Tensor, seen: Seen, call: Call) -> Attended:
     """Attend to one block: q b m c h d, k and v b m k g d → out b m c h d, lse b m c h."""
-    kernel = choose(call.backend, Task(q.device.type, q.dtype, q.shape[-1], seen.kind)) if q.numel() else None
+    kernel = _kernel(q, k, seen, call)
     if kernel is None:
         return block.forward(q, k, v, call.scale, _keep(q, k, seen))
     out, lse = kernel.forward(*_folded(kernel, q, k, v), seen.kind == "causal", call.scale)
@@ -247,29 +255,39 @@ def forward(q: Tensor, k: Tensor, v: Tensor, seen: Seen, call: Call) -> Attended
 
 
 def backward(dout, dlse, q, k, v, out, lse, seen: Seen, call: Call) -> tuple[Tensor, Tensor, Tensor]:
-    """dQ, dK, dV of one block from the merged out and lse, in the same shapes; dlse may be None."""
-    task = Task(q.device.type, q.dtype, q.shape[-1], seen.kind, dlse is not None)
-    kernel = choose(call.backend, task) if q.numel() else None
+    """dQ, dK, dV of one block from the merged out and lse (+inf where nothing was seen); dlse may be None."""
+    kernel = _kernel(q, k, seen, call, dlse is not None)
     if kernel is None:
         return block.backward(dout, dlse, q, k, v, out, lse, call.scale, _keep(q, k, seen))
-    lse = lse.masked_fill(lse == -math.inf, math.inf)  # exp(score − inf) is the 0 of a query that saw nothing
     d = q.shape[-1]
     if dlse is not None:
         dout, q, k, v, out = _with_lse_gradient(dlse, dout, q, k, v, out, kernel.granularity)
-    dout_, q_, k_, v_ = _folded(kernel, dout, q, k, v)[:1] + _folded(kernel, q, k, v)
-    out_, lse_ = out.flatten(0, 1).transpose(1, 2), lse.flatten(0, 1).transpose(1, 2)
-    grads = kernel.backward(dout_, q_, k_, v_, out_, lse_, seen.kind == "causal", call.scale)
+    lse = lse.flatten(0, 1).transpose(1, 2)
+    grads = kernel.backward(
+        _bhsd(dout), *_folded(kernel, q, k, v), _bhsd(out), lse, seen.kind == "causal", call.scale
+    )
     dq, dk, dv = (x.transpose(1, 2)[..., :d].unflatten(0, q.shape[:2]) for x in grads)
     if dk.shape[3] != k.shape[3]:
         dk, dv = (x.unflatten(3, (k.shape[3], -1)).sum(4) for x in (dk, dv))
     return dq, dk, dv
 
 
+def _kernel(q: Tensor, k: Tensor, seen: Seen, call: Call, lse_gradient: bool = False) -> Kernel | None:
+    single = q.shape[2] == k.shape[2] == 1
+    task = Task(q.device.type, q.dtype, q.shape[-1], seen.kind, lse_gradient, single)
+    return choose(call.backend, task) if q.numel() else None
+
+
 def _folded(kernel: Kernel, q: Tensor, *keys: Tensor) -> tuple[Tensor, ...]:
     """Segments into the batch, b m s h d → (b m) h s d; key heads repeated for a kernel that wants as many as queries."""
-    group = q.shape[3] // keys[0].shape[3] if keys and not kernel.grouped else 1
-    keys = tuple(x if group == 1 else x.repeat_interleave(group, 3) for x in keys)
-    return tuple(x.flatten(0, 1).transpose(1, 2) for x in (q, *keys))
+    group = 1 if kernel.grouped else q.shape[3] // keys[0].shape[3]
+    return _bhsd(q), *(_bhsd(x if group == 1 else x.repeat_interleave(group, 3)) for x in keys)
+
+
+def _bhsd(x: Tensor) -> Tensor:
+    """b m s h d → (b m) h s d. Kernels take strides, but not of 0, and believe the head dim's to be 1 without looking."""
+    x = x if x.stride(-1) == 1 and 0 not in x.stride() else x.contiguous()
+    return x.flatten(0, 1).transpose(1, 2)
 
 
 def _with_lse_gradient(dlse, dout, q, k, v, out, columns: int):

@@ -21,10 +21,17 @@ from torch import Tensor
 from .layout import Attended, wide
 
 
-def weigh(lse: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
-    """The merged lse, and the share of `other` in it (0 where neither saw a key)."""
-    merged = torch.logaddexp(lse, other)
-    return merged, torch.exp(other - merged.masked_fill(merged == -math.inf, 0.0))
+def weigh(lse: Tensor, other: Tensor) -> Tensor:
+    """The share of `other` in the merge, exp(other − merged) (0 where neither saw a key); `lse` becomes the merged one."""
+    share = torch.sigmoid(other - lse).nan_to_num_(0.0)
+    torch.logaddexp(lse, other, out=lse)
+    return share
+
+
+def blend(out: Tensor, other: Tensor, share: Tensor, into: Tensor | None = None) -> Tensor:
+    """(1 − share)·out + share·other, computed in the share's dtype."""
+    kept = 1 - share
+    return torch.addcmul(out.mul_(kept) if out is into else out * kept, other, share, out=into)
 
 
 def merge(a: Attended, b: Attended) -> Attended:
@@ -42,9 +49,10 @@ def merge(a: Attended, b: Attended) -> Attended:
     dtype = wide(torch.promote_types(a.out.dtype, b.out.dtype))
     # a row that saw nothing on either side has no gradient: keep −inf − −inf out of the graph
     blind = (a.lse == -math.inf) & (b.lse == -math.inf)
-    lse, share = weigh(*(x.lse.to(dtype).masked_fill(blind, 0.0) for x in (a, b)))
-    share = rearrange(share, "b h s -> b s h 1")
-    return Attended(torch.lerp(a.out.to(dtype), b.out.to(dtype), share), lse.masked_fill(blind, -math.inf))
+    first, second = (x.lse.to(dtype).masked_fill(blind, 0.0) for x in (a, b))
+    share = rearrange(torch.sigmoid(second - first), "b h s -> b s h 1")
+    lse = torch.logaddexp(first, second).masked_fill(blind, -math.inf)
+    return Attended(blend(a.out.to(dtype), b.out.to(dtype), share), lse)
 
 
 def _scores(q: Tensor, k: Tensor, scale: float, keep: Tensor | None) -> Tensor:
@@ -69,13 +77,15 @@ def forward(q: Tensor, k: Tensor, v: Tensor, scale: float, keep: Tensor | None =
 
 
 def backward(dout, dlse, q, k, v, out, lse, scale: float, keep: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """dQ, dK, dV of one block, from the merged `out` and `lse`; `dlse` may be None. Two score matrices."""
+    """dQ, dK, dV of one block, from the merged `out` and `lse` (+inf for a query that saw no key at all); `dlse` may be None.
+
+    Works in two score matrices.
+    """
     dtype, g = wide(q.dtype), k.shape[3]
     dout, q, k, v = (x.to(dtype) for x in (dout, q, k, v))
     delta = (dout * out).sum(-1) if dlse is None else (dout * out).sum(-1) - dlse  # D
     heads = "b m c (g e) -> b m g e c 1"
-    lse = rearrange(lse, heads, g=g)
-    weights = _scores(q, k, scale, keep).sub_(lse.masked_fill(lse == -math.inf, math.inf)).exp_()  # P
+    weights = _scores(q, k, scale, keep).sub_(rearrange(lse, heads, g=g)).exp_()  # P
     grouped = rearrange(dout, "b m c (g e) d -> b m c g e d", g=g)
     dv = torch.einsum("bmgeck,bmcged->bmkgd", weights, grouped)
     ds = torch.einsum("bmcged,bmkgd->bmgeck", grouped, v)

@@ -195,9 +195,9 @@ class ProcessRing(Ring):
         # a stream of its own, so that reading a header does not wait for the computation queued before it
         with torch.cuda.stream(self._side):
             mine = torch.nn.functional.pad(row, (0, max(lengths) - len(row))).to(device)
-            rows = [torch.empty_like(mine) for _ in range(self.size)]
-            dist.all_gather(rows, mine, group=self.group)
-            every = torch.stack(rows).cpu()
+            rows = mine.new_empty(self.size, len(mine))
+            dist.all_gather(list(rows), mine, group=self.group)
+            every = rows.cpu()
         return [every[r, : lengths[r]] for r in range(self.size)]
 
 

@@ -1,0 +1,240 @@
+"""`launch`: real processes behave like a function call, also when one of them does not behave."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from ringref.comm import ProcessRing
+from ringref.launch import RankError, launch
+
+
+def test_results_come_back_in_rank_order_with_their_uneven_tensors():
+    def fn(ring):
+        return ring.rank, ring.size, {"x": torch.arange(ring.rank)}
+
+    results = launch(fn, 4)
+    assert [r[:2] for r in results] == [(0, 4), (1, 4), (2, 4), (3, 4)]
+    assert [r[2]["x"].tolist() for r in results] == [[], [0], [0, 1], [0, 1, 2]]
+
+
+def test_uneven_tensors_rotate():
+    def fn(ring):
+        return ring.rotate(torch.full((ring.rank + 1,), float(ring.rank))).wait().tolist()
+
+    assert launch(fn, 3) == [[2.0, 2.0, 2.0], [0.0], [1.0, 1.0]]
+
+
+def test_a_function_that_no_module_holds():
+    cell = {}
+    exec(
+        compile("factor = 3\ndef fn(ring):\n    return ring.rank * factor\n", "<cell>", "exec"),
+        cell,
+    )
+    assert launch(cell["fn"], 2) == [0, 3]
+
+
+def test_a_ring_of_some_ranks_counts_its_own_ranks():
+    def fn(ring):
+        group = dist.new_group([1, 3])
+        if ring.rank not in (1, 3):
+            return None
+        part = ProcessRing(group)
+        return part.rank, part.size, part.rotate(torch.tensor([10.0 * ring.rank])).wait().item()
+
+    assert launch(fn, 4) == [None, (0, 2, 30.0), None, (1, 2, 10.0)]
+
+
+def test_one_rank_and_the_threads_it_may_use(monkeypatch):
+    assert launch(lambda ring: torch.get_num_threads(), 1) == [
+        int(os.environ.get("OMP_NUM_THREADS", os.cpu_count()))
+    ]
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    monkeypatch.setenv("RINGREF_TEST", "set after the fork server started")
+    assert (
+        launch(lambda ring: (torch.get_num_threads(), os.environ["RINGREF_TEST"]), 2)
+        == [(3, "set after the fork server started")] * 2
+    )
+
+
+def test_the_rank_that_raised_first_is_the_one_shown():
+    def helper(ring):
+        raise ValueError(f"planted in rank {ring.rank}")
+
+    def fn(ring):
+        if ring.rank == 2:
+            time.sleep(
+                0.3
+            )  # the neighbours are waiting by now, and will complain about a closed connection
+            helper(ring)
+        return ring.rotate(torch.zeros(3)).wait()
+
+    with pytest.raises(RankError, match="rank 2 of 4 raised") as caught:
+        launch(fn, 4)
+    assert caught.value.rank == 2
+    for part in ("in fn", "in helper", "helper(ring)", "ValueError: planted in rank 2"):
+        assert part in str(caught.value)
+    assert "Connection closed" not in str(caught.value)
+
+
+def test_a_cells_own_lines_are_quoted():
+    import linecache
+
+    source = "def fn(ring):\n    wrong = 1 / (ring.rank - 1)\n    return wrong\n"
+    linecache.cache["<cell 7>"] = (
+        len(source),
+        None,
+        source.splitlines(True),
+        "<cell 7>",
+    )  # as IPython does
+    cell = {}
+    exec(compile(source, "<cell 7>", "exec"), cell)
+    with pytest.raises(RankError, match=r"wrong = 1 / \(ring.rank - 1\)"):
+        launch(cell["fn"], 2)
+
+
+def test_a_rank_that_was_killed_is_named():
+    def fn(ring):
+        if ring.rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return ring.rotate(torch.zeros(3)).wait()
+
+    with pytest.raises(RankError, match="rank 1 of 3 died with SIGKILL"):
+        launch(fn, 3)
+
+
+def test_leaving_and_unpicklable_results_are_errors():
+    with pytest.raises(RankError, match="SystemExit: 3"):
+        launch(lambda ring: sys.exit(3), 1)
+    with pytest.raises(RankError, match="cannot pickle 'generator' object"):
+        launch(lambda ring: (i for i in range(3)), 1)
+
+
+def test_waiting_for_a_rank_that_has_returned_ends(monkeypatch):
+    def fn(ring):
+        import ringref.launch
+
+        ringref.launch.GRACE = 0.5
+        if ring.rank == 1:
+            dist.recv(torch.zeros(1), 0)
+
+    start = time.monotonic()
+    with pytest.raises(RankError, match=r"by then fn had returned on rank \[0\]"):
+        launch(fn, 2)
+    assert time.monotonic() - start < 8
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_callers_signal_handlers_and_environment_stay(fails):
+    def mine(number, frame):
+        raise AssertionError("not sent in this test")
+
+    before = signal.signal(signal.SIGTERM, mine)
+    try:
+        environ, main = dict(os.environ), sys.modules["__main__"]
+        interrupt = signal.getsignal(signal.SIGINT)
+        if fails:
+            with pytest.raises(RankError):
+                launch(lambda ring: 1 / 0, 2)
+        else:
+            launch(lambda ring: None, 2)
+        assert (
+            signal.getsignal(signal.SIGTERM) is mine
+            and signal.getsignal(signal.SIGINT) is interrupt
+        )
+        assert dict(os.environ) == environ and sys.modules["__main__"] is main
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_ctrl_c_reaches_the_caller_and_ends_the_ranks():
+    timer = threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT))
+    timer.start()
+    start = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        launch(lambda ring: time.sleep(60), 2)
+    assert time.monotonic() - start < 10
+
+
+def test_failures_are_quiet(capfd):
+    with pytest.raises(RankError):
+        launch(lambda ring: 1 / 0, 3)
+    out, err = capfd.readouterr()
+    assert out + err == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "match"),
+    [
+        ((None, 2), TypeError, "fn: expected a function of one argument"),
+        ((print, 0), ValueError, "p: expected a number of ranks of at least 1, got 0"),
+        ((print, 1.5), ValueError, "p: .* got 1.5"),
+        ((print, 2, "mpi"), ValueError, "backend: expected one of gloo, nccl, got 'mpi'"),
+        (
+            (print, 1000, "nccl"),
+            ValueError,
+            "(p: nccl needs a CUDA device per rank|backend: 'nccl' is not part)",
+        ),
+    ],
+)
+def test_bad_arguments_are_named(arguments, error, match):
+    with pytest.raises(error, match=match):
+        launch(*arguments)
+
+
+def run(*command, cwd):
+    env = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+    }
+    done = subprocess.run(
+        [sys.executable, *command], cwd=cwd, env=env, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_the_same_function_under_torchrun(tmp_path):
+    script = """
+        import torch
+        from ringref.launch import from_env
+
+        ring = from_env("gloo")
+        came = ring.rotate(torch.tensor([float(ring.rank)])).wait()
+        print(f"rank {ring.rank} of {ring.size} got {came.item():.0f}\\n", end="", flush=True)
+        torch.distributed.destroy_process_group()
+    """
+    (tmp_path / "job.py").write_text(textwrap.dedent(script))
+    out = run(
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "job.py",
+        cwd=tmp_path,
+    )
+    assert sorted(out.splitlines()) == ["rank 0 of 2 got 1", "rank 1 of 2 got 0"]
+
+
+def test_a_script_needs_no_main_guard(tmp_path):
+    script = """
+        from ringref.launch import launch
+
+        class Mine:
+            def __init__(self, rank):
+                self.rank = rank
+
+        results = launch(lambda ring: Mine(ring.rank), 2)
+        print("once", [r.rank for r in results], all(isinstance(r, Mine) for r in results))
+    """
+    (tmp_path / "job.py").write_text(textwrap.dedent(script))
+    assert run("job.py", cwd=tmp_path) == "once [0, 1] True\n"
