@@ -385,9 +385,9 @@ def forwards(s: Scene) -> Iterator[Guess]:
     if case.dilation and len(case.dilation[0]) > 1:
         yield from merges(s, s.branches(), "branches")
     if case.p > 1:
-        for told_, guess in moved(s, {"out": s.O, "lse": s.L}):
+        for told_, guess in misplaced(s, {"out": s.O, "lse": s.L}):
             yield told_, guess
-        shuffled = dict(moved(s, {"k": s.K, "v": s.V}, heads_only=True))
+        shuffled = dict(misplaced(s, {"k": s.K, "v": s.V}, heads_only=True))
         for text, kv in shuffled.items():
             yield told(f"keys and values: {text}", S=s.scores(kv["k"]), V=kv["v"])
     for count in (1, case.n // case.p, 2 * case.p):
@@ -398,7 +398,7 @@ def forwards(s: Scene) -> Iterator[Guess]:
     yield "out is zero", {"out": s.O * 0}
 
 
-def moved(s: Scene, tensors: dict[str, Tensor], heads_only: bool = False) -> Iterator[Guess]:
+def misplaced(s: Scene, tensors: dict[str, Tensor], heads_only: bool = False) -> Iterator[Guess]:
     """Right numbers in the wrong place: what an all-to-all over heads gets wrong."""
 
     def each(change: Callable) -> dict[str, Tensor]:
@@ -587,7 +587,7 @@ def backwards(s: Scene, got: dict, truth: Any) -> Iterator[Guess]:
             yield "dk, dv are summed over ranks that hold different keys", true | total
     if p > 1:
         for names in (("dq",), ("dk", "dv"), ("dq", "dk", "dv")):
-            for text, guess in moved(s, {n: true[n] for n in names}):
+            for text, guess in misplaced(s, {n: true[n] for n in names}):
                 yield f"{', '.join(names)}: {text}", true | guess
     yield "dk equals dk + dv of this shard", true | {"dk": true["dk"] + true["dv"]}
     yield "dv equals dk + dv of this shard", true | {"dv": true["dk"] + true["dv"]}
