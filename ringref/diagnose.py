@@ -28,10 +28,12 @@ MESSAGES = {
     "receive-into-send": "receiving into the buffer being sent",
     "send-overwritten": "send buffer overwritten before its wait",
     "self-send": "self-send",
+    "non-contiguous": "a non-contiguous buffer is sent or received",
     "unfinished": "unfinished work",
 }
-GROUP = "group rank used as global rank, or the reverse"
-VAGUE = (UNKNOWN, "NaN or inf")  # what a finding says when it has nothing better
+GROUP = "a rank, size or group of the world is used for the group's own (group rank used as global rank?)"
+LARGE = "large scores overflow or underflow: exp without the maximum, or a maximum that starts at 0"
+VAGUE = (UNKNOWN, "NaN or inf", "it raises")  # what a finding says when it has nothing better
 HARMLESS = ("unfinished work", "an input was written to")  # values are worth a look all the same
 
 Guess = tuple[str, dict[str, Tensor]]
@@ -64,15 +66,17 @@ def mismatched(results: dict[int, dict]) -> list[tuple[str, str, int, Any]]:
                     f"rank {pair[0]} sends {sent['sizes'][0]} {sent['dtypes'][0]}, "
                     f"rank {pair[1]} receives {got['sizes'][0]} {got['dtypes'][0]} ({got['phase']}, hop {got['hop']})"
                 )
-                found.append(("message of the wrong size", text, rank, op["line"]))
+                counts = {len([o for o in r.get("ops", ()) if o["kind"] == "recv"]) for r in results.values()}
+                cause = "message of the wrong size" if len(counts) == 1 else "unequal hop counts"
+                found.append((cause, text, rank, op["line"]))
     return found[:1]
 
 
-def crash(error: dict, case: Any) -> tuple[str, str]:
+def crash(error: dict) -> tuple[str, str]:
     """What an exception says: (cause where it is known, text)."""
     text = error["text"].splitlines()[0] if error["text"] else ""
     told = f"{error['type']}: {text}"[:200]
-    if "not part of group" in text or "is not in group" in text or (case.groups and "rank" in text.lower()):
+    if "not part of group" in text or "is not in group" in text:
         return GROUP, told
     if "which is this rank" in text or "same as the rank of the current process" in text:
         return "self-send", told
@@ -94,22 +98,22 @@ def hang(case: Any, results: dict[int, dict]) -> tuple[str, str, int, Any]:
     text = f"rank {rank} waits in {op['kind']}" + ("" if op["peer"] is None else f" with rank {op['peer']}") + f" ({at})"
     if case.groups and any(list(m) not in case.teams for m in used):
         return GROUP, text, rank, line
-    if op["peer"] is None:
+    posts = {r: tuple(sum(o["kind"] == kind for o in f.get("ops", ())) for kind in ("send", "recv")) for r, f in results.items()}
+    if op["peer"] is None and len(set(posts.values())) == 1:
         inside = [r for r, w in waits.items() if w["peer"] is None]
         return "deadlock", f"ranks {_list(inside)} wait in {op['kind']} ({at}), which the others never enter", rank, line
     if len(waits) > 1 and all(w["kind"] == "send" for w in waits.values()):
         return "deadlock: every rank sends before it receives", text, rank, line
-    posts = {r: tuple(sum(o["kind"] == kind for o in f.get("ops", ())) for kind in ("send", "recv")) for r, f in results.items()}
     if len(set(posts.values())) > 1 or any(a != b for a, b in posts.values()):
         told = ", ".join(f"rank {r} {a}/{b}" for r, (a, b) in posts.items())
         return "unequal hop counts", f"{text}; posted sends/receives: {told}", rank, line
     return "deadlock", text, rank, line
 
 
-def not_finite(case: Any, wrong: list[str], got: dict[str, list[Tensor]]) -> str:
+def not_finite(case: Any) -> str:
     """NaN or inf that the oracle did not plant."""
     if case.shift:
-        return "NaN or inf for large scores: exp without subtracting the maximum, or a maximum that starts at 0"
+        return LARGE
     if case.mask == "blind" or case.window or case.dilation:
         return "NaN where a query sees no key of a block, or none at all"
     if case.causal and case.p > 1:
@@ -209,6 +213,8 @@ def masks(s: Scene) -> Iterator[tuple[str, Tensor]]:
             for mine, theirs in zip(case.shards, replace(case, layout=layout).shards, strict=True):
                 assumed[mine] = theirs
             maps.append((f"for a {layout} layout", assumed[:, None] * square, assumed[None] * square))
+            maps.append((f"with keys as in a {layout} layout", i * square, assumed[None] * square))
+            maps.append((f"with queries as in a {layout} layout", assumed[:, None] * square, j * square))
     for text, qi, kj in maps:
         moved = s.unmasked[:, :, qi, kj] if what else s.unmasked
         if case.causal:
@@ -246,6 +252,9 @@ def masks(s: Scene) -> Iterator[tuple[str, Tensor]]:
         yield "mask_mod of batch 0 for the whole batch", s.unmasked[:1].expand_as(s.times) * causal
     if case.window:
         left, right = case.window
+        far, near = s.loc[:, None] - s.loc[None] <= left, s.loc[None] - s.loc[:, None] <= right
+        yield "window per block: its left edge in local coordinates", replace(case, window=(n, right)).times * far
+        yield "window per block: its right edge in local coordinates", replace(case, window=(left, n)).times * near
         for text, window in (
             ("window one too narrow on the left", (left - 1, right)),
             ("window one too wide on the left", (left + 1, right)),
@@ -286,14 +295,15 @@ def dilations(s: Scene, causal: Tensor) -> Iterator[tuple[str, Tensor]]:
     position, head = torch.arange(n), torch.arange(h)
     branches = list(zip(*case.dilation, strict=True))
 
-    def seen(sel: Tensor, seg: Tensor, offset: Callable, only: Any = None, tail: bool = True) -> Tensor:
+    def seen(sel: Tensor, seg: Tensor, offset: Callable, only: Any = None, tail: bool = True, q: Any = None) -> Tensor:
+        """Multiplicities from coordinates that select and that cut segments; `q` are those of the queries, if others."""
+        q_sel, q_seg = q or (sel, seg)
         total = torch.zeros(h, n, n, dtype=torch.float64)
         for m, (w, r) in enumerate(branches):
-            kept = sel[None] % w % r == offset(m, r)[:, None]
+            kept, kept_q = (x[None] % w % r == offset(m, r)[:, None] for x in (sel, q_sel))
             if not tail:
                 kept = kept & (seg[None] < n // w * w)
-            pairs = kept[:, :, None] & kept[:, None, :] & (seg[:, None] // w == seg[None] // w)
-            total += pairs * (only in (None, m))
+            total += (kept_q[:, :, None] & kept[:, None, :] & (q_seg[:, None] // w == seg[None] // w)) * (only in (None, m))
         return (total * causal).expand(case.b, -1, -1, -1)
 
     def usual(m: int, r: int) -> Tensor:
@@ -308,9 +318,13 @@ def dilations(s: Scene, causal: Tensor) -> Iterator[tuple[str, Tensor]]:
     yield "segments are counted from the shard", seen(position, s.loc, usual) * s.same
     yield "segments and offsets are counted from the shard, which sees only itself", seen(s.loc, s.loc, usual) * s.same
     yield "segments are cut at the shard's edges", s.times * s.same
+    mine = [(s.loc, position), (position, s.loc), (s.loc, s.loc)]
+    for text, q in zip(("offsets", "segments", "segments and offsets"), mine, strict=True):
+        yield f"dilation {text} of the queries are counted from the shard", seen(position, position, usual, q=q)
     for text, offset in (
         ("every head has dilation offset 0", lambda m, r: head * 0),
         ("dilation offsets go by blocks of heads, not j mod r", lambda m, r: head * r // h),
+        ("dilation offset (j div r) mod r for j mod r", lambda m, r: head // r % r),
         ("dilation offsets are off by one head", lambda m, r: (head + 1) % r),
         ("dilation offsets run backwards", lambda m, r: (-head) % r),
         ("dilation offset taken from the branch, not the head", lambda m, r: head * 0 + m % r),
@@ -328,6 +342,8 @@ def dilations(s: Scene, causal: Tensor) -> Iterator[tuple[str, Tensor]]:
         left = left + part * ((head >= m * few) & (head < (m + 1) * few))[None, :, None, None]
     yield "a convention: heads are partitioned among the branches (heads='grouped')", grouped
     yield "heads are left unassigned when h is not a multiple of the branches", left
+    some = [seen(position, position, usual, m) * (head < h // r * r)[None, :, None, None] for m, (_, r) in enumerate(branches)]
+    yield "heads are left unassigned when h is not a multiple of the rate", sum(some)
 
 
 def _global_offsets(s: Scene, causal: Tensor) -> Tensor:
@@ -378,10 +394,19 @@ def forwards(s: Scene) -> Iterator[Guess]:
             yield told("keys and values are one hop out of step: V of another rank", V=V)
             yield told("keys and values are one hop out of step: K of another rank", S=s.scores(K))
             yield told("blocks are attributed to the wrong rank: K and V one hop off", S=s.scores(K), V=V)
+    if case.p > 1 and s.even:
+        whole = torch.stack([s.O[:, m] for m in s.case.shards])  # rank, batch, token
+        order = torch.cat(s.case.shards).argsort()
+        for text, mixed in (
+            ("the batch is taken for the ranks", whole.transpose(0, 1).reshape(whole.shape)),
+            ("the ranks are taken for the batch", whole.reshape(case.b, s.p, *whole.shape[2:]).transpose(0, 1)),
+        ):
+            yield f"sequences of the batch are mixed: {text}", {"out": torch.cat(list(mixed), 1)[:, order]}
     heads = torch.einsum("bqhd,bqkd->bqhk", s.q, s.K) * s.scale
     yield "attention over the head axis: a transpose is missing", {"out": torch.einsum("bqhk,bqkd->bqhd", heads.softmax(-1), s.V)}
+    yield from merges(s, s.hops(), "blocks")
     if case.p > 1:
-        yield from merges(s, s.hops(), "blocks")
+        yield from rescaling(s)
     if case.dilation and len(case.dilation[0]) > 1:
         yield from merges(s, s.branches(), "branches")
     if case.p > 1:
@@ -390,7 +415,10 @@ def forwards(s: Scene) -> Iterator[Guess]:
         shuffled = dict(misplaced(s, {"k": s.K, "v": s.V}, heads_only=True))
         for text, kv in shuffled.items():
             yield told(f"keys and values: {text}", S=s.scores(kv["k"]), V=kv["v"])
-    for count in (1, case.n // case.p, 2 * case.p):
+    top = (s.S + s.times.log()).amax(-1)
+    for text, norm in (("exp(lse − max)", (s.L - top).exp()), ("exp(lse)", s.L.exp())):
+        yield f"out is divided by lse instead of {text}", {"out": s.O * (norm / s.L).transpose(1, 2)[..., None]}
+    for count in sorted({1, case.n // case.p, 2 * case.p, case.p * max(s.lengths) - case.n} - {0}):
         share = (s.L.exp() / (s.L.exp() + count)).transpose(1, 2)[..., None]
         text = "a zero key is attended: the running sum starts at 1, or padding" if count == 1 else "padding is attended"
         yield text, {"out": s.O * share.nan_to_num(), "lse": torch.logaddexp(s.L, torch.tensor(math.log(count)))}
@@ -459,9 +487,13 @@ def merges(s: Scene, parts: list[Tensor], what: str) -> Iterator[Guess]:
     unshifted = (rows - top.masked_fill(~top.isfinite(), 0.0)).exp() * there
     yield f"{what} are merged without rescaling to a common maximum", {"out": mix(unshifted / unshifted.sum(0))}
 
-    def fold(step: Callable, start: int = 0) -> dict[str, Tensor]:
-        out, lse = outs[start], rows[start]
-        for o, b in zip(outs[start + 1 :], rows[start + 1 :], strict=True):
+    nobody = (~there).sum(0)
+    share = torch.where(s.L.isfinite(), s.L.exp() / (s.L.exp() + nobody), 0.0)
+    yield f"{what} that a query does not see have lse 0 and take weight", {"out": s.O * share.transpose(1, 2)[..., None]}
+
+    def fold(step: Callable, zero: bool = False) -> dict[str, Tensor]:
+        out, lse = (outs[0] * 0, rows[0] * 0 - 1e30) if zero else (outs[0], rows[0])
+        for o, b in zip(outs[not zero :], rows[not zero :], strict=True):
             wide_a, wide_b = lse.transpose(1, 2)[..., None], b.transpose(1, 2)[..., None]
             new = torch.logaddexp(lse, b)
             out, lse = step(out, o, wide_a, wide_b, new.transpose(1, 2)[..., None], lse, b, new)
@@ -485,11 +517,29 @@ def merges(s: Scene, parts: list[Tensor], what: str) -> Iterator[Guess]:
             torch.where(la == 0, lb, torch.where(lb == 0, la, ln))),
     }  # fmt: skip
     for text, step in steps.items():
-        yield f"merging {what}: {text}", fold(step)
+        for zero in (False, True):
+            yield f"merging {what}: {text}" + " (from zero)" * zero, fold(step, zero)
     yield f"the lse of {what} is added instead of merged", {"lse": finite.sum(0)}
     for t, name in ((0, "first"), (len(parts) - 1, "last")):
         yield f"lse is that of the {name} of the {what}", {"lse": lses[t]}
     yield f"lse is averaged over {what}", {"lse": finite.sum(0) / count}
+
+
+def rescaling(s: Scene) -> Iterator[Guess]:
+    """Blocks in rank order with a running maximum, where one of the two sums misses its rescaling."""
+    logits = s.S + s.times.log()
+    done = [attend(s.S, s.times * (s.owner == r), s.V) for r in range(s.p)]
+    top = torch.stack([logits.masked_fill(s.owner != r, -math.inf).amax(-1) for r in range(s.p)]).cummax(0)[0]
+    top = top.masked_fill(top == -math.inf, 0.0)
+    weight = torch.stack([d[2] for d in done])
+    right, late = (weight - top[-1]).exp(), (weight - top).exp()
+    outs = torch.stack([d[1] for d in done])
+
+    def mix(w: Tensor, norm: Tensor) -> Tensor:
+        return (outs * (w / norm.sum(0)).nan_to_num().transpose(2, 3)[..., None]).sum(0)
+
+    yield "the running denominator is not rescaled when the maximum grows", {"out": mix(right, late)}
+    yield "the running numerator is not rescaled when the maximum grows", {"out": mix(late, right)}
 
 
 def only_lse(s: Scene, got: list[Tensor], truth: Any) -> Iterator[Guess]:
@@ -540,6 +590,10 @@ def backwards(s: Scene, got: dict, truth: Any) -> Iterator[Guess]:
     if s.dlse.any():
         yield told("the gradient of lse is ignored", dS=s.P * (dP - D))
         yield told("the gradient of lse has the wrong sign", dS=s.P * (dP - D - dlse))
+    base = (s.S - s.L.masked_fill(~s.L.isfinite(), math.inf)[..., None] * math.log2(math.e)).exp() * s.times
+    yield told("a base-2 lse is taken for a natural one in the backward", P=base, dS=base * (dP - D + dlse))
+    for other in (dlse * math.log2(math.e), dlse * math.log(2)):
+        yield told("a base-2 lse is taken for a natural one in the backward (dlse too)", P=base, dS=base * (dP - D + other))
     yield told("softmax's backward lacks the row sum D = Σ dO·O", dS=s.P * (dP + dlse))
     yield told("D = Σ dO·O has the wrong sign", dS=s.P * (dP + D + dlse))
     if p > 1:
@@ -589,6 +643,11 @@ def backwards(s: Scene, got: dict, truth: Any) -> Iterator[Guess]:
         for names in (("dq",), ("dk", "dv"), ("dq", "dk", "dv")):
             for text, guess in misplaced(s, {n: true[n] for n in names}):
                 yield f"{', '.join(names)}: {text}", true | guess
+    if p > 1:
+        parts = [backward(s, s.P, s.P, dS, keep=pick) for pick in (s.hop < p - 1, s.hop == p - 1)]
+        for one, other in (("dk", "dv"), ("dv", "dk")):
+            mixed = parts[0][one] + parts[1][other]
+            yield f"{one} is sent in the place of {other} while they travel", true | {other: mixed}
     yield "dk equals dk + dv of this shard", true | {"dk": true["dk"] + true["dv"]}
     yield "dv equals dk + dv of this shard", true | {"dv": true["dk"] + true["dv"]}
     yield "dk and dv are swapped", true | {"dk": true["dv"], "dv": true["dk"]}
@@ -605,15 +664,25 @@ def backwards(s: Scene, got: dict, truth: Any) -> Iterator[Guess]:
             yield text, true | {n: take(x.unflatten(2, (case.g, s.e))) for n, x in wide.items()}
         yield ("GQA gradients interleaved: query head j adds to kv head j mod g",
                true | {n: x.unflatten(2, (s.e, case.g)).sum(2) for n, x in wide.items()})  # fmt: skip
-    for name in ("dq", "dk", "dv"):
-        mine = _joined(s, got[name], name)
-        factor = ((mine * true[name]).sum() / (true[name] ** 2).sum().clamp_min(1e-300)).item()
-        yield f"{name} is {factor:.3g} times what it should be{_ratio(factor, s)}", true | {name: true[name] * factor}
-    both = {name: _joined(s, got[name], name) for name in ("dk", "dv")}
-    factor = (sum((both[n] * true[n]).sum() for n in both) / sum((true[n] ** 2).sum() for n in both)).item()
-    yield f"dk, dv are {factor:.3g} times what they should be{_ratio(factor, s)}", true | {n: true[n] * factor for n in both}
+    factor = {}
+    for n in ("dq", "dk", "dv"):
+        factor[n] = ((_joined(s, got[n], n) * true[n]).sum() / (true[n] ** 2).sum().clamp_min(1e-300)).item()
+    for names in (("dq",), ("dk",), ("dv",), ("dk", "dv"), ("dq", "dk"), ("dq", "dk", "dv")):
+        verb = "is" if len(names) == 1 else "are"
+        if len({_ratio(factor[n], s) for n in names}) == 1:
+            yield (f"{', '.join(names)} {verb} wrong by a factor {_ratio(factor[names[0]], s)}",
+                   true | {n: true[n] * factor[n] for n in names})  # fmt: skip
+    each = ", ".join(f"{n} by {_ratio(f, s)}" for n, f in factor.items() if abs(f - 1) > 1e-3)
+    yield f"gradients are wrong by a factor: {each}", true | {n: true[n] * f for n, f in factor.items()}
     for names in (("dq",), ("dk",), ("dv",), ("dk", "dv"), ("dq", "dk"), ("dq", "dk", "dv")):
         yield f"{', '.join(names)} {'is' if len(names) == 1 else 'are'} zero", true | {n: true[n] * 0 for n in names}
+
+
+def right_backward(s: Scene) -> dict[str, Tensor]:
+    """The true dq, dk, dv of a scene."""
+    dP = torch.einsum("bqhd,bkhd->bhqk", s.do, s.V)
+    D = (s.do * s.O).sum(-1).transpose(1, 2) - s.dlse
+    return backward(s, s.P, s.P, s.P * (dP - D[..., None]))
 
 
 def _with(s: Scene, **changed: Any) -> Any:
@@ -621,12 +690,13 @@ def _with(s: Scene, **changed: Any) -> Any:
 
 
 def _ratio(factor: float, s: Scene) -> str:
+    """A factor by its name, if it has one."""
     known = {
-        "1/√d": s.scale, "√d": 1 / s.scale, "1/d": s.scale**2, "p": s.p, "1/p": 1 / s.p, "h/g": s.e, "g/h": 1 / s.e,
-        "ln 2": math.log(2), "log2 e": 1 / math.log(2), "2": 2.0, "1/2": 0.5, "−1": -1.0,
+        "1/p": 1 / s.p, "1/p²": s.p**-2, "p": s.p, "1/√d": s.scale, "√d": 1 / s.scale, "1/d": s.scale**2, "h/g": s.e,
+        "g/h": 1 / s.e, "ln 2": math.log(2), "log2 e": 1 / math.log(2), "2": 2.0, "1/2": 0.5, "−1": -1.0,
     }  # fmt: skip
-    found = next((name for name, value in known.items() if value != 1 and abs(factor / value - 1) < 1e-3), None)
-    return f" (a factor {found})" if found else ""
+    found = (name for name, value in known.items() if value != 1 and abs(factor / value - 1) < 1e-3)
+    return next(found, f"{factor:.3g}")
 
 
 def local_softmax(s: Scene, parts: list, dP: Tensor, D: Tensor, dlse: Tensor, told: Callable, what: str, kind: str) -> Iterator[Guess]:
@@ -645,6 +715,9 @@ def local_softmax(s: Scene, parts: list, dP: Tensor, D: Tensor, dlse: Tensor, to
     else:
         yield told("the mixing weights of the branches are detached", dS=detached)
         yield told("the mixing weights of the branches are detached (dlse kept)", dS=detached + s.P * dlse)
+    alone = sum(P * (dP - w * d) for P, w, d in zip(merged, share, Ds, strict=True))
+    for text, dS in (("", alone), (" (dlse kept)", alone + s.P * dlse)):
+        yield told(f"D = Σ P·dP is summed over one of the {what} alone{text}", dS=dS)
     both = sum(P * (dP - d) for P, d in zip(Ps, Ds, strict=True))
     yield told(f"the backward uses the lse of {what} for the merged lse", P=local, dS=local * (dP - D + dlse))
     yield told(f"the backward uses lse and out of {what} for the merged ones", P=local, dS=both)
@@ -674,14 +747,21 @@ def name(case: Any, truth: Any, got: dict[str, list[Tensor]], wrong: list[str], 
     if "out" in wrong:
         guesses, about = forwards(s), ["out"]
     elif "lse" in wrong:
-        guesses, about = itertools.chain(only_lse(s, got["lse"], truth), forwards(s)), ["lse"]
+        guesses, about = itertools.chain(only_lse(s, got["lse"], truth), merges(s, s.hops(), "blocks"), forwards(s)), ["lse"]
     else:
         guesses, about = backwards(s, got, truth), [n for n in wrong if n in ("dq", "dk", "dv")]
+    calls = "a call's result depends on another call: "
     for other in others:
+        saved = Scene(case, other)
+        saved.do, saved.dlse = s.do, s.dlse
+        foreign = right_backward(saved)
+        if all(n in foreign and _left(whole[n], foreign[n], truth.whole[n]) < ENOUGH for n in about):
+            return [calls + "what one forward saved is overwritten by the next"]
         if all(_left(whole[n], other.whole[n], truth.whole[n]) < ENOUGH for n in about):
-            return ["the result of another call: state saved by one forward is overwritten by the next"]
-        if all(_left(whole[n], other.whole[n] + truth.whole[n], truth.whole[n]) < ENOUGH for n in about):
-            return ["results add up over calls: a buffer is not cleared"]
+            return [calls + "it is the other's"]
+        for by in range(s.p) if s.even and "lse" not in about else ():
+            if all(_left(whole[n], truth.whole[n] + s.rolled(other.whole[n], by), truth.whole[n]) < ENOUGH for n in about):
+                return [calls + "a buffer is not cleared, results add up"]
     left = {}
     for told, guess in guesses:
         if all(n in guess for n in about):
@@ -691,7 +771,7 @@ def name(case: Any, truth: Any, got: dict[str, list[Tensor]], wrong: list[str], 
         return [small]
     if best >= ENOUGH:
         return [f"{UNKNOWN}: {place(s, whole, truth, about[0])}"]
-    return sorted((told for told, share in left.items() if share <= best + 0.01), key=left.__getitem__)
+    return [told for told, share in left.items() if share <= best + 0.01]
 
 
 def precision(whole: dict[str, Tensor], truth: Any, about: list[str]) -> str | None:

@@ -418,24 +418,27 @@ class Watched(dist.ProcessGroup):
         return 2 * ((tag % 1000) * 1_000_000 + seq)
 
     def send(self, tensors: list[Tensor], to: int, tag: int = 0) -> Post:
-        op = Send.__new__(Send)
-        self._never_to_self(to, "send")
-        op.__init__(self, tensors[0], to, tag)
-        return LEDGER.post(op)
+        self._usable(to, "send", tensors[0])
+        return LEDGER.post(Send(self, tensors[0], to, tag))
 
     def recv(self, tensors: list[Tensor], source: int, tag: int = 0) -> Post:
-        self._never_to_self(source, "recv")
+        self._usable(source, "recv", tensors[0])
         return LEDGER.post(Recv(self, tensors[0], source, tag))
 
     def recv_anysource(self, tensors: list[Tensor], tag: int = 0) -> Post:
         raise NotImplementedError("ringref's sanitizer cannot watch a receive from any source: name the source")
 
-    def _never_to_self(self, peer: int, kind: str) -> None:
-        if peer == self.me:
-            op = Post(self, kind, [], [])
-            op.phase, op.hop = LEDGER.phase, LEDGER.hop
-            LEDGER.note("self-send", f"{kind} to and from the same rank", op)
-            raise RuntimeError(f"{kind} with rank {peer}, which is this rank: gloo and NCCL have no self-send")
+    def _usable(self, peer: int, kind: str, x: Tensor) -> None:
+        """What gloo and NCCL refuse, refused by name."""
+        for wrong, name, text in (
+            (peer == self.me, "self-send", f"{kind} with rank {peer}, which is this rank"),
+            (not x.is_contiguous(), "non-contiguous", f"{kind} of a tensor with strides {tuple(x.stride())}"),
+        ):
+            if wrong:
+                op = Post(self, kind, [], [])
+                op.phase, op.hop = LEDGER.phase, LEDGER.hop
+                LEDGER.note(name, text, op)
+                raise RuntimeError(f"{text}: gloo and NCCL refuse it")
 
     def rank(self) -> int:
         return self.me
@@ -565,8 +568,7 @@ class Runner:
 
     def program(self, fn: Any, job: dict, group: Any, steps: list, result: dict) -> None:
         """Forward and backward passes in the order that the case asks for."""
-        masks = _captured(job["call"].get("mask_mod"))
-        before = [x.clone() for x in masks]
+        before = _versions(job["call"].get("mask_mod"))
         call = job["call"] | ({} if job.get("positions") is None else {"positions": job["positions"]})
         for what, i in job["program"]:
             given, done = job["steps"][i], steps[i]
@@ -578,7 +580,8 @@ class Runner:
                 for x in leaves:
                     x.requires_grad_(what == "forward")
                 with torch.set_grad_enabled(what == "forward"):
-                    returned = fn(*leaves, group=group, **call)
+                    handed = torch.cat(leaves, 2).split([x.shape[2] for x in leaves], 2) if job.get("packed") else leaves
+                    returned = fn(*handed, group=group, **call)
                 out, lse = returned if isinstance(returned, (tuple, list)) else (returned, None)
                 if not isinstance(out, Tensor):
                     raise TypeError(f"the candidate returned {type(out).__name__}, not a tensor or (out, lse)")
@@ -587,7 +590,9 @@ class Runner:
             for name, x in zip("qkv", leaves, strict=True):
                 if not torch.equal(as_bytes(x.cpu()), as_bytes(given[name])) and name not in result["written"]:
                     result["written"].append(name)
-        if any(not torch.equal(a, b) for a, b in zip(before, masks, strict=True)):
+        after = _versions(job["call"].get("mask_mod"))
+        # a tensor that the mask made during the call is new: any write to it came from outside
+        if any(version != (before[key][1] if key in before else 0) for key, (_, version) in after.items()):
             result["written"].append("mask")
 
     def backward(self, given: dict, done: dict) -> None:
@@ -610,10 +615,10 @@ def _plain(x: Any) -> Any:
     return x.detach().to("cpu", copy=True) if isinstance(x, Tensor) else None
 
 
-def _captured(mask: Any) -> list[Tensor]:
-    """Tensors that a mask function closes over: inputs too, so they may not be written."""
-    cells = getattr(mask, "__closure__", None) or ()
-    return [cell.cell_contents for cell in cells if isinstance(cell.cell_contents, Tensor)]
+def _versions(mask: Any) -> dict[int, tuple[Tensor, int]]:
+    """Tensors that a mask function holds, and how often each was written: inputs too, so nobody may."""
+    cells = [cell.cell_contents for cell in getattr(mask, "__closure__", None) or ()]
+    return {id(x): (x, x._version) for x in _tensors([cells, list(getattr(mask, "args", ()))])}
 
 
 def _describe(error: BaseException) -> dict[str, Any]:
