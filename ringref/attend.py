@@ -20,11 +20,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import backends
-from .block import blend, weigh
+from .block import share
 from .comm import Message, Ring
 from .layout import (
-    Attended, Call, Dilation, Positions, Route, Rows, Strand, Table, Visit, agree, regular, route, serving, strands,
-    visits, wide,
+    EVERYTHING, Attended, Call, Dilation, Positions, Route, Rows, Strand, Table, Visit, agree, exactly, regular, route, serving,
+    strands, travels, visits, wide,
 )  # fmt: skip
 
 # --------------------------------------------------------------------------------------------------- what accumulates
@@ -33,44 +33,60 @@ from .layout import (
 class Running:
     """The running merge of blocks, `out` b s h d and `lse` b s h.
 
-    The first block is kept as it came and the last is merged as the result is written, so up to two cost no extra copy.
+    The first block is kept as it came; later ones wait, up to one result's size of them, and are merged together, the last
+    as the result is written: so two blocks cost no extra copy, and many cost one rescaling for all.
     """
 
     def __init__(self, like: Tensor, heads: int):
         self.shape, self.like = (*like.shape[:2], heads, like.shape[3]), like
-        self.out = self.lse = self.last = None
+        self.out = self.lse = None
+        self.before = None  # the lse that out is normalised by; self.lse counts the waiting blocks too
+        self.waiting: list[tuple[Rows, slice, Tensor, Tensor]] = []
 
     def merge(self, rows: Rows, heads: slice, out: Tensor, lse: Tensor) -> None:
         if self.out is None and rows.all_of(self.shape[1]) and out.shape[3] == self.shape[2]:
             self.out, self.lse = out.flatten(1, 2), lse.flatten(1, 2)
             return
-        if self.out is None:
-            self.out = self.like.new_zeros(self.shape, dtype=wide(self.like.dtype))
-            self.lse = self.out.new_full(self.shape[:3], -torch.inf)
-        if self.last is not None:
-            self.out = self.out.to(wide(self.like.dtype))
-            self._merge_last(self.out)
-        with rows.opened(self.lse[:, :, heads]) as running:
-            share = weigh(running, lse)[..., None]
-        self.last = rows, heads, out, share
+        self._start()
+        rows.change(self.lse, heads, lambda merged: torch.logaddexp(merged, lse, out=merged))
+        self.waiting.append((rows, heads, out, lse))
+        if sum(x[2].numel() for x in self.waiting) > self.out.numel():
+            self._settle()
 
-    def _merge_last(self, into: Tensor) -> None:
-        rows, heads, out, share = self.last
-        with rows.opened(into[:, :, heads]) as part:
-            blend(rows.of(self.out[:, :, heads]), out, share, part)
+    def _start(self) -> None:
+        if self.out is None:
+            self.out = self.like.new_zeros(self.shape)
+            self.lse = torch.full(self.shape[:3], -torch.inf, dtype=wide(self.like.dtype), device=self.like.device)
+        if self.before is None:
+            self.before = self.lse.clone()
+
+    def _settle(self) -> None:
+        """Merge all waiting blocks but the last."""
+        *some, last = self.waiting
+        if some:
+            kept = share(self.before, self.lse)[..., None]
+            self.out = self.out.mul_(kept) if self.out.dtype == kept.dtype else self.out * kept
+            self.before = self.lse.clone()
+        for rows, heads, out, lse in some:
+            weight = share(lse, rows.of(self.lse, heads))[..., None]
+            rows.change(self.out, heads, lambda part, out=out, weight=weight: part.addcmul_(out, weight))
+        self.waiting = [last]
 
     def result(self, out: Tensor | None, lse: Tensor | None) -> tuple[Tensor, Tensor]:
         """out and lse (b s h), written into these if they are given."""
         if self.out is None:
-            self.out, self.lse = self.like.new_zeros(self.shape), self.like.new_zeros(())
-            self.lse = torch.full(self.shape[:3], -torch.inf, dtype=wide(self.like.dtype), device=self.like.device)
-        if out is None and self.last is None:
+            self._start()
+        if out is None and not self.waiting:
             return self.out.to(self.like.dtype), self.lse
         out = self.like.new_empty(self.shape) if out is None else out
-        if self.last is None or not _covers(self.last, self.shape):
+        if self.waiting:
+            self._settle()
+        if not (self.waiting and _covers(*self.waiting[0][:3], self.shape)):
             out.copy_(self.out)
-        if self.last is not None:
-            self._merge_last(out)
+        for rows, heads, x, its in self.waiting:
+            merged = rows.of(self.lse, heads)
+            kept, weight = (share(a, merged)[..., None] for a in (rows.of(self.before, heads), its))
+            rows.change(out, heads, lambda part: torch.addcmul(rows.of(self.out, heads) * kept, x, weight, out=part))  # noqa: B023
         return out, self.lse if lse is None else lse.copy_(self.lse)
 
 
@@ -94,8 +110,10 @@ class Sum:
 
     def _add_last(self, into: Tensor) -> None:
         rows, heads, x = self.last
-        with rows.opened(into[:, :, heads]) as part:
-            torch.add(rows.of(self.total[:, :, heads]), x, out=part)
+        if into is self.total:
+            rows.change(into, heads, lambda part: part.add_(x))
+        else:
+            rows.change(into, heads, lambda part: torch.add(rows.of(self.total, heads), x, out=part))
 
     def wide(self) -> Tensor:
         """The sum, in the accumulating dtype and free to be added to."""
@@ -112,8 +130,7 @@ class Sum:
             total += self.total
         if self.last is not None:
             rows, heads, x = self.last
-            with rows.opened(total[:, :, heads]) as part:
-                part += x
+            rows.change(total, heads, lambda part: part.add_(x))
 
     def result(self, into: Tensor | None) -> Tensor:
         """The sum in the inputs' dtype, written into this tensor if it is given."""
@@ -122,15 +139,14 @@ class Sum:
         if into is None and self.last is None:
             return self.total.to(self.like.dtype)
         into = self.like.new_empty(self.shape) if into is None else into
-        if self.last is None or not _covers(self.last, self.shape):
+        if self.last is None or not _covers(*self.last, self.shape):
             into.copy_(self.total)
         if self.last is not None:
             self._add_last(into)
         return into
 
 
-def _covers(last: tuple, shape: Sequence[int]) -> bool:
-    rows, _, x, *_ = last
+def _covers(rows: Rows, heads: slice, x: Tensor, shape: Sequence[int]) -> bool:
     return rows.all_of(shape[1]) and x.shape[3] == shape[2]
 
 
@@ -153,9 +169,9 @@ class Gradients(NamedTuple):
 
 
 class Leg(NamedTuple):
-    """A strand of a part: the key/value heads that travel for it, and between whom."""
+    """Strands of a part whose keys travel together (one), or not at all (all such); their key/value heads, and between whom."""
 
-    strand: Strand
+    strands: tuple[Strand, ...]
     kv_heads: range
     route: Route
 
@@ -185,7 +201,7 @@ def _cut(heads: range, of: range) -> slice:
     return slice((heads[0] - of.start) // of.step, (heads[-1] - of.start) // of.step + 1, max(1, heads.step // of.step))
 
 
-_PART_BYTES, _MOST_PARTS = 8 * 2**20, 4
+_PART_BYTES, _PART_BYTES_ALONE, _MOST_PARTS = 16 * 2**20, 256 * 2**20, 4
 
 
 @lru_cache(maxsize=256)
@@ -194,18 +210,24 @@ def _plan(dilation: Dilation | None, h: int, g: int, row_bytes: int, table: Tabl
     group, alone = h // g, len(table.keys) == 1
     longest = max(map(len, (*table.queries, *table.keys)))
     # on one rank nothing travels and one strand accumulates nothing
-    count = 1 if alone and dilation is None else max(1, min(longest * row_bytes // _PART_BYTES, g, _MOST_PARTS))
+    size = _PART_BYTES_ALONE if alone else _PART_BYTES
+    count = 1 if alone and dilation is None else max(1, min(longest * row_bytes // size, g, _MOST_PARTS))
     parts = []
     for some in torch.arange(g).tensor_split(count):
         kv_heads = range(int(some[0]), int(some[-1]) + 1)
         heads = range(kv_heads.start * group, kv_heads.stop * group)
-        legs = []
+        legs, local = [], []
         for strand in strands(dilation, h):
-            within = range(h)[heads.start : heads.stop]
-            mine = [j for j in strand.heads if j in within]
+            mine = [j for j in strand.heads if j in heads]
             for each in _even(range(mine[0], mine[-1] + 1, strand.heads.step), group) if mine else ():
                 one = strand._replace(heads=each)
-                legs.append(Leg(one, serving(each, group), route(one, table, rank, causal)))
+                if travels(one, table):  # a leg on every rank, so that all post their messages in one order
+                    legs.append(Leg((one,), serving(each, group), route(one, table, rank, causal)))
+                else:
+                    local.append(one)
+        if local:
+            stay = Route((rank,), {rank: torch.empty(0, dtype=torch.int64)}, {rank: {}})
+            legs.insert(0, Leg(tuple(local), kv_heads, stay))
         parts.append(Part(heads, kv_heads, tuple(legs)))
     return tuple(parts)
 
@@ -219,19 +241,60 @@ def _even(heads: range, group: int) -> list[range]:
 
 @lru_cache(maxsize=4096)
 def _meetings(
-    strand: Strand, kv_heads: range, part_heads: range, part_kv_heads: range, group: int,
+    some: tuple[Strand, ...], kv_heads: range, part_heads: range, part_kv_heads: range, group: int,
     queries: Positions, keys: Positions, causal: bool, masked: bool, q_chunk: int | None,
 ) -> tuple[Meeting, ...]:  # fmt: skip
-    """Everything that one strand of one part does with one block of keys."""
-    found = []
-    for visit in visits(strand, queries, keys, causal, masked, q_chunk):
-        for heads in regular(strand.heads, group):
-            used = serving(heads, group)
-            whole = slice(heads.start, heads[-1] + 1, heads.step)
-            found.append(
-                Meeting(visit, heads, whole, _cut(heads, part_heads), _cut(used, kv_heads), _cut(used, part_kv_heads))
-            )
+    """Everything that some strands of one part do with one block of keys."""
+
+    def meeting(visit: Visit, heads: range) -> Meeting:
+        used = serving(heads, group)
+        whole = slice(heads.start, heads[-1] + 1, heads.step)
+        return Meeting(visit, heads, whole, _cut(heads, part_heads), _cut(used, kv_heads), _cut(used, part_kv_heads))
+
+    found, offsets = [], []
+    for strand in some:
+        met = visits(strand, queries, keys, causal, masked, q_chunk)
+        if group == 1 and offsets and _neighbours(*offsets[-1], strand, met):
+            offsets.append((strand, met))
+            continue
+        found += [meeting(*x) for x in _slanted(offsets)]
+        offsets = [(strand, met)]
+        if group > 1:
+            found += [meeting(visit, heads) for visit in met for heads in regular(strand.heads, group)]
+            offsets = []
+    found += [meeting(*x) for x in _slanted(offsets)]
     return tuple(found)
+
+
+def _neighbours(strand: Strand, met: list[Visit], after: Strand, met_after: list[Visit]) -> bool:
+    """Whether the next strand does the same one row and one head further on."""
+
+    def shape(rows: Rows, on: int = 0):
+        return rows.strided, rows.start + on, rows.step, rows.hop, rows.m, rows.c
+
+    heads, shifted = after.heads, range(strand.heads.start + 1, strand.heads[-1] + 2, strand.heads.step)
+    return after[:2] == strand[:2] and list(heads) == list(shifted) and len(met) == len(met_after) and all(
+        x.kind == y.kind != "mask" and x.queries.strided and x.keys.strided
+        and shape(x.queries, 1) == shape(y.queries) and shape(x.keys, 1) == shape(y.keys)
+        for x, y in zip(met, met_after, strict=True)
+    )  # fmt: skip
+
+
+def _slanted(offsets: list[tuple[Strand, list[Visit]]]) -> Iterator[tuple[Visit, range]]:
+    """Visits of strands of neighbouring offsets: a visit a strand, or, where that is fewer, one a head of the first strand.
+
+    Head j has offset j % r, so neighbouring heads start at neighbouring rows: together they are one strided view too.
+    """
+    if offsets and len(offsets) > len(offsets[0][0].heads):
+        (first, met), count = offsets[0], len(offsets)
+        for visit in met:
+            rows, keys = (Rows(x.index, slant=1) for x in visit[:2])
+            for head in first.heads:
+                yield visit._replace(queries=rows, keys=keys), range(head, head + count)
+    else:
+        for strand, met in offsets:
+            for visit in met:
+                yield visit, strand.heads
 
 
 # ------------------------------------------------------------------------------------------------------ the conductor
@@ -307,7 +370,7 @@ class Job(NamedTuple):
     def meetings(self, part: Part, leg: Leg, block: Block) -> Iterator[tuple[Meeting, backends.Seen]]:
         call = self.call
         mine, masked = call.table.queries[call.ring.rank], call.mask_mod is not None
-        where = leg.strand, leg.kv_heads, part.heads, part.kv_heads, self.group
+        where = leg.strands, leg.kv_heads, part.heads, part.kv_heads, self.group
         for meeting in _meetings(*where, mine, block.positions, call.causal, masked, call.q_chunk):
             yield meeting, _seen(call, meeting, block.k)
 
@@ -323,7 +386,7 @@ def _seen(call: Call, meeting: Meeting, like: Tensor) -> backends.Seen:
         batch = torch.arange(like.shape[0], device=like.device)[:, None, None, None]
         head = torch.tensor(meeting.heads, device=like.device)[None, :, None, None]
         segments = zip(q_idx[:, None, None, :, None], kv_idx[:, None, None, None, :], strict=True)
-        kept = torch.stack([torch.as_tensor(call.mask_mod(batch, head, x, y), device=like.device) for x, y in segments], 1)
+        kept = torch.stack([call.keep(batch, head, x, y) for x, y in segments], 1)
         keep = kept if keep is None else keep & kept
     return backends.Seen("mask", keep)
 
@@ -332,6 +395,7 @@ class _Attend(torch.autograd.Function):
     """Forward and backward of every method: two loops over the same visits."""
 
     @staticmethod
+    @exactly
     def forward(ctx, q, k, v, anchor, job: Job):
         whole = len(job.parts) == 1
         out = None if whole else torch.empty_like(q, memory_format=torch.contiguous_format)
@@ -344,9 +408,10 @@ class _Attend(torch.autograd.Function):
                 while block is not None:
                     for meeting, seen in job.meetings(part, leg, block):
                         rows, keys = meeting.visit[:2]
-                        there = (keys.of(x[:, :, meeting.used]) for x in (block.k, block.v))
-                        piece = backends.forward(rows.of(q[:, :, meeting.whole]), *there, seen, job.call)
+                        there = (keys.of(x, meeting.used) for x in (block.k, block.v))
+                        piece = backends.forward(rows.of(q, meeting.whole), *there, seen, job.call)
                         running.merge(rows, meeting.in_part, *piece)
+                    block = None  # let go of it, or it lives on beside the next two
                     block = walk.send(None)
                 walk.close()
             heads = slice(part.heads.start, part.heads.stop)
@@ -360,15 +425,14 @@ class _Attend(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @exactly
     def backward(ctx, dout, dlse):
         (q, k, v, out, lse), job = ctx.saved_tensors, ctx.job
         dout = torch.zeros_like(out) if dout is None else dout
         # exp(score − inf) is the 0 of a query that saw nothing
         lse = lse.masked_fill(lse == -torch.inf, torch.inf).transpose(1, 2)
         dlse = None if dlse is None else dlse.transpose(1, 2)  # b s h
-        contiguous = torch.contiguous_format
-        wholes = [None if len(job.parts) == 1 else torch.empty_like(x, memory_format=contiguous) for x in (q, k, v)]
-        travelling = None
+        wholes, travelling = [None, None, None], None
         for part in job.parts:
             sums = [Sum(x, x.shape[1], len(heads)) for x, heads in zip((q, k, v), (part.heads, *[part.kv_heads] * 2), strict=True)]
             for leg in part.legs:
@@ -380,8 +444,8 @@ class _Attend(torch.autograd.Function):
                         theirs = Gradients(*(Sum(k, x.shape[1], x.shape[2]) for x in (block.k, block.v)))
                     for meeting, seen in job.meetings(part, leg, block):
                         (rows, keys), some = meeting.visit[:2], meeting.whole
-                        mine = [None if x is None else rows.of(x[:, :, some]) for x in (dout, dlse, q, out, lse)]
-                        there = (keys.of(x[:, :, meeting.used]) for x in (block.k, block.v))
+                        mine = [None if x is None else rows.of(x, some) for x in (dout, dlse, q, out, lse)]
+                        there = (keys.of(x, meeting.used) for x in (block.k, block.v))
                         dq, dk, dv = backends.backward(*mine[:3], *there, *mine[3:], seen, job.call)
                         sums[0].add(rows, meeting.in_part, dq)
                         for total, x in zip(theirs or sums[1:], (dk, dv), strict=True):
@@ -389,13 +453,14 @@ class _Attend(torch.autograd.Function):
                     if travelling:  # the gradients of the strand before have travelled under this computation
                         _come_home(*travelling)
                         travelling = None
+                    block = None
                     block = walk.send(theirs)
-                travelling = walk, part, leg, sums, wholes
+                travelling = walk, part, leg, sums, wholes, (q, k, v)
         _come_home(*travelling)
         return *wholes, None, None
 
 
-def _come_home(walk: Generator, part: Part, leg: Leg, sums: list[Sum], wholes: list[Tensor | None]) -> None:
+def _come_home(walk: Generator, part: Part, leg: Leg, sums: list[Sum], wholes: list[Tensor | None], inputs) -> None:
     """Add the gradients that other ranks computed for my rows; a part's gradients are complete after its last strand."""
     try:
         next(walk)
@@ -403,17 +468,39 @@ def _come_home(walk: Generator, part: Part, leg: Leg, sums: list[Sum], wholes: l
         for rows, message in end.value:
             for total, x in zip(sums[1:], message, strict=True):
                 total.add(Rows(rows[None]), _cut(leg.kv_heads, part.kv_heads), x[:, None])
-    if leg is part.legs[-1]:
-        for i, (total, heads) in enumerate(zip(sums, (part.heads, part.kv_heads, part.kv_heads), strict=True)):
-            whole = wholes[i]
-            some = total.result(None if whole is None else whole[:, :, heads.start : heads.stop])
-            wholes[i] = some if whole is None else whole
+    if leg is not part.legs[-1]:
+        return
+    for i, (total, heads, x) in enumerate(zip(sums, (part.heads, part.kv_heads, part.kv_heads), inputs, strict=True)):
+        if len(heads) == x.shape[2]:
+            wholes[i] = total.result(None)
+            continue
+        if wholes[i] is None:
+            wholes[i] = torch.empty_like(x, memory_format=torch.contiguous_format)
+        total.result(wholes[i][:, :, heads.start : heads.stop])
+        sums[i] = None
 
 
 def attend(conduct: Conductor, method: str, q: Tensor, k: Tensor, v: Tensor, **arguments) -> Attended:
     """Validate, agree with the other ranks, and carry out the call."""
-    call = agree(method, q, k, v, **arguments)
-    backends.check(q, call)
+    call = agree(method, q, k, v, able=backends.check, **arguments)
     (b, _, h, d), g = q.shape, k.shape[2]
     parts = _plan(call.dilation, h, g, b * h * d * q.element_size(), call.table, call.ring.rank, call.causal)
     return Attended(*_Attend.apply(q, k, v, call.anchor, Job(call, conduct, parts, h // g)))
+
+
+def paths(q: Tensor, k: Tensor, **arguments) -> list[str]:
+    """How the keys of a call travel and how its rows are read, a line per strand or set of strands; every rank must ask."""
+    call = agree("explain", q, k, k, **arguments)
+    (b, _, h, d), g, rank = q.shape, k.shape[2], call.ring.rank
+    lines = {}
+    for part in _plan(call.dilation, h, g, b * h * d * q.element_size(), call.table, rank, call.causal):
+        for leg in part.legs:
+            branches = sorted({(x.w, x.r) for x in leg.strands})
+            named = ", ".join("all keys" if w == EVERYTHING else f"w={w} r={r}" for w, r in branches)
+            where = "stay" if len(leg.route.members) == 1 else f"travel among ranks {list(leg.route.members)}"
+            where_own = leg.strands, leg.kv_heads, part.heads, part.kv_heads, h // g
+            met = _meetings(*where_own, call.table.queries[rank], call.table.keys[rank], call.causal, call.mask_mod is not None, call.q_chunk)
+            read = {"strided views" if x.visit.queries.strided and x.visit.keys.strided else "copied rows" for x in met}
+            kinds = sorted({x.visit.kind for x in met})
+            lines[f"{named}: keys {where}; own block: {len(met)} visits ({', '.join(kinds)}) of {', '.join(sorted(read))}"] = 0
+    return list(lines)

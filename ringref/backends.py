@@ -210,12 +210,16 @@ def choose(backend: str, task: Task) -> Kernel | None:
 
 
 def explain(
-    q: Tensor, *, causal: bool = False, mask_mod=None, backend: str = "auto", lse_gradient: bool = False
-) -> str:
-    """Which kernel a call on these queries takes, and why not the others; one line each.
+    q: Tensor, k: Tensor | None = None, *, causal: bool = False, dilation=None, mask_mod=None, scale=None, shard=None,
+    q_chunk: int | None = None, backend: str = "auto", lse_gradient: bool = False,
+) -> str:  # fmt: skip
+    """Which kernel a call takes and why not the others, and which keys travel between whom; one line each.
 
-    `lse_gradient`: whether the backward will carry a gradient through lse.
+    The arguments are the call's own (k as q where it is left out). `lse_gradient`: whether the backward will carry a gradient
+    through lse. Under a shard every rank must ask, as for the call itself.
     """
+    from .attend import paths  # which needs this module
+
     kinds = ["mask"] if mask_mod is not None else ["full", "causal"] if causal else ["full"]
     lines = []
     for kind in kinds:
@@ -225,21 +229,24 @@ def explain(
         for kernel in KERNELS:
             if kernel is not taken:
                 lines.append(f"  not {kernel.name}: {kernel.why_not(task) or _passed_over(kernel, backend)}")
-    return "\n".join(lines)
+    arguments = {"causal": causal, "dilation": dilation, "mask_mod": mask_mod, "scale": scale, "shard": shard}
+    return "\n".join(lines + paths(q, q if k is None else k, **arguments, q_chunk=q_chunk, backend=backend))
 
 
 def _passed_over(kernel: Kernel, backend: str) -> str:
     return "is slower" if backend in ("auto", kernel.family) else f"backend={backend!r} excludes it"
 
 
-def check(q: Tensor, call: Call) -> None:
+def check(q: Tensor, backend: str, masked: bool, scale: float) -> None:
     """Raise where a backend was asked for by name and cannot do what the call needs."""
-    if call.backend in ("auto", "math"):
+    if backend in ("auto", "math"):
         return
-    task = Task(q.device.type, q.dtype, q.shape[-1], "full" if call.mask_mod is None else "mask")
-    if choose(call.backend, task) is None:
-        reasons = [f"{kernel.name} {kernel.why_not(task)}" for kernel in _ranked(call.backend)]
-        raise NotImplementedError(f"backend={call.backend!r} cannot do this: {'; '.join(reasons)}")
+    if scale <= 0:  # they take the masked score −inf times the scale
+        raise NotImplementedError(f"backend={backend!r} needs a scale above 0, got {scale}")
+    task = Task(q.device.type, q.dtype, q.shape[-1], "mask" if masked else "full")
+    if choose(backend, task) is None:
+        reasons = [f"{kernel.name} {kernel.why_not(task)}" for kernel in _ranked(backend)]
+        raise NotImplementedError(f"backend={backend!r} cannot do this: {'; '.join(reasons)}")
 
 
 # ------------------------------------------------------------------------------------------------------------ the block
@@ -275,13 +282,13 @@ def backward(dout, dlse, q, k, v, out, lse, seen: Seen, call: Call) -> tuple[Ten
 def _kernel(q: Tensor, k: Tensor, seen: Seen, call: Call, lse_gradient: bool = False) -> Kernel | None:
     single = q.shape[2] == k.shape[2] == 1
     task = Task(q.device.type, q.dtype, q.shape[-1], seen.kind, lse_gradient, single)
-    return choose(call.backend, task) if q.numel() else None
+    return choose(call.backend, task) if q.numel() and call.scale > 0 else None
 
 
 def _folded(kernel: Kernel, q: Tensor, *keys: Tensor) -> tuple[Tensor, ...]:
     """Segments into the batch, b m s h d → (b m) h s d; key heads repeated for a kernel that wants as many as queries."""
-    group = 1 if kernel.grouped else q.shape[3] // keys[0].shape[3]
-    return _bhsd(q), *(_bhsd(x if group == 1 else x.repeat_interleave(group, 3)) for x in keys)
+    times = 1 if kernel.grouped else q.shape[3] // keys[0].shape[3]
+    return _bhsd(q), *(_bhsd(x if times == 1 else x.repeat_interleave(times, 3)) for x in keys)
 
 
 def _bhsd(x: Tensor) -> Tensor:

@@ -46,7 +46,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--sections", nargs="+", default=list(SECTIONS), choices=list(SECTIONS))
     parser.add_argument("--ranks", type=int, help="default: every GPU, or 2 CPU ranks")
     parser.add_argument("--tokens", nargs="+", type=int, help="tokens per rank of the ring section")
-    parser.add_argument("--dilated-tokens", nargs="+", type=int, help="tokens in all of the dilated section")
+    parser.add_argument("--dilated-tokens", nargs="+", type=int, help="tokens in all, dilated section")
     parser.add_argument("--longest", type=int, default=2**20, help="where the long section stops computing")
     parser.add_argument("--heads", type=int, default=16)
     parser.add_argument("--head-dim", type=int, default=128)
@@ -56,7 +56,8 @@ def main(argv: list[str]) -> int:
     args.command = "python -m ringref bench " + " ".join(argv)
     gpus = torch.cuda.device_count()
     args.tokens = args.tokens or ([8192, 32768] if gpus else [256])
-    args.dilated_tokens = args.dilated_tokens or ([131072, 1048576] if gpus else [8192])
+    args.dilated_compared = args.dilated_tokens or ([2**20] if gpus else [])
+    args.dilated_tokens = args.dilated_tokens or ([2**i for i in range(15, 30)] if gpus else [8192])
     if dist.is_torchelastic_launched():
         return int(not _run(args, from_env()))
     p = args.ranks or gpus or 2
@@ -410,31 +411,55 @@ class _allocations_only:
 
 
 def dilated_section(bench: Bench) -> list[dict]:
-    """LongNet's setting: h = 12, d = 64, causal, w = 2k … 32k, r = 1, 2, 4, 6, 12, on all ranks; with a branch that crosses."""
+    """LongNet's setting: h = 12, d = 64, causal, w = 2k … 32k, r = 1, 2, 4, 6, 12, for n doubling until it does not fit.
+
+    On several ranks also with a last branch over the whole sequence, which crosses them; at the longest n that
+    `--dilated-tokens` names, the head-grouped convention beside its best-known port.
+    """
     rows, ring, p = [], bench.ring, bench.ring.size
-    crossing = partial(_with_branch_over_all, LONGNET)
     for n in bench.args.dilated_tokens:
-        shard = partition(n, ring, "contiguous")
-        for name, dilation in (("LongNet", LONGNET), ("LongNet + a branch over all, r = 64", crossing(n))):
-            if name != "LongNet" and (p == 1 or n // p < 64):
-                continue
-            inputs, dout = bench.inputs(n // p, 12, 64)
-            fn = partial(dilated_attention, causal=True, dilation=dilation, shard=shard)
-            row = {"n": n, "p": p, "method": name}
-            if name == "LongNet" and n // p >= 32768:
-                row |= _judge_windows(bench, fn, inputs, dout)
-            before = ring.traffic.received
-            row |= bench.measure(partial(_out, fn), inputs, dout)
-            row["received"] = ring.traffic.received > before
-            rows.append(row)
-            inputs = dout = None
-            if bench.cuda:
-                torch.cuda.empty_cache()
+        over_all = Dilation([*LONGNET.segment_lengths, n], [*LONGNET.dilation_rates, 64])
+        kinds = {"LongNet": LONGNET, "LongNet + w = n, r = 64": over_all if p > 1 and n // p >= 64 else None}
+        grouped = Dilation(LONGNET.segment_lengths, LONGNET.dilation_rates, heads="grouped")
+        kinds["grouped"] = grouped if n == max(bench.args.dilated_compared) and p == 1 else None
+        runs = {x: partial(dilated_attention, causal=True, dilation=y) for x, y in kinds.items() if y is not None}
+        for name, fn in runs.items():
+            shard = partition(n, ring, "contiguous")
+            rows.append({"n": n, "p": p, "method": name, **_dilated(bench, n // p, partial(fn, shard=shard), name)})
+        peer = _dilated_peer(grouped) if kinds["grouped"] else None
+        if peer:
+            rows.append({"n": n, "p": p, "method": "dilated-attention-pytorch", **_dilated(bench, n // p, peer, "peer")})
+        if not all(row["fits"] for row in rows):
+            break
     return rows
 
 
-def _with_branch_over_all(dilation: Dilation, n: int) -> Dilation:
-    return Dilation([*dilation.segment_lengths, n], [*dilation.dilation_rates, 64])
+def _dilated(bench: Bench, s: int, fn: Callable, name: str) -> dict:
+    row: dict[str, Any] = {}
+    try:
+        inputs, dout = bench.inputs(s, 12, 64)
+        if name == "LongNet" and bench.dtype != torch.float32 and 32768 <= s <= 2**20:
+            row = _judge_windows(bench, fn, inputs, dout)
+        before = bench.ring.traffic.received
+        fn(*inputs)
+        row["received_forward_bytes"] = bench.ring.traffic.received - before
+        row |= bench.measure(fn if name == "peer" else partial(_out, fn), inputs, dout)
+        row["fits"] = True
+    except torch.OutOfMemoryError:
+        row["fits"] = False
+    row["fits"] = all(x[0] for x in bench.ring.announce([int(row["fits"])]))
+    inputs = dout = None
+    if bench.cuda:
+        torch.cuda.empty_cache()
+    return row
+
+
+def _dilated_peer(grouped: Dilation) -> Callable | None:
+    try:
+        from dilated_attention_pytorch.dilated_attention import DilatedAttention
+    except ImportError:
+        return None
+    return partial(DilatedAttention(list(grouped.segment_lengths), list(grouped.dilation_rates)), is_causal=True)
 
 
 def _judge_windows(bench: Bench, fn: Callable, inputs: list[Tensor], dout: Tensor) -> dict:

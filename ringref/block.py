@@ -21,17 +21,9 @@ from torch import Tensor
 from .layout import Attended, wide
 
 
-def weigh(lse: Tensor, other: Tensor) -> Tensor:
-    """The share of `other` in the merge, exp(other − merged) (0 where neither saw a key); `lse` becomes the merged one."""
-    share = torch.sigmoid(other - lse).nan_to_num_(0.0)
-    torch.logaddexp(lse, other, out=lse)
-    return share
-
-
-def blend(out: Tensor, other: Tensor, share: Tensor, into: Tensor | None = None) -> Tensor:
-    """(1 − share)·out + share·other, computed in the share's dtype."""
-    kept = 1 - share
-    return torch.addcmul(out.mul_(kept) if out is into else out * kept, other, share, out=into)
+def share(lse: Tensor, merged: Tensor) -> Tensor:
+    """The weight exp(lse − merged) of a block in the merge; 0 where neither saw a key."""
+    return torch.exp(lse - merged).nan_to_num_(0.0)
 
 
 def merge(a: Attended, b: Attended) -> Attended:
@@ -49,17 +41,30 @@ def merge(a: Attended, b: Attended) -> Attended:
     dtype = wide(torch.promote_types(a.out.dtype, b.out.dtype))
     # a row that saw nothing on either side has no gradient: keep −inf − −inf out of the graph
     blind = (a.lse == -math.inf) & (b.lse == -math.inf)
-    first, second = (x.lse.to(dtype).masked_fill(blind, 0.0) for x in (a, b))
-    share = rearrange(torch.sigmoid(second - first), "b h s -> b s h 1")
-    lse = torch.logaddexp(first, second).masked_fill(blind, -math.inf)
-    return Attended(blend(a.out.to(dtype), b.out.to(dtype), share), lse)
+    lses = [x.lse.to(dtype).masked_fill(blind, 0.0) for x in (a, b)]
+    lse = torch.logaddexp(*lses)
+    first, second = (rearrange(torch.exp(x - lse), "b h s -> b s h 1") for x in lses)
+    return Attended(first * a.out + second * b.out, lse.masked_fill(blind, -math.inf))
+
+
+def _by_group(x: Tensor, g: int) -> Tensor:
+    """Rows of the query heads that share a key/value head, together: so products need no copy of the scores."""
+    return rearrange(x, "b m c (g e) d -> b m g (e c) d", g=g)
+
+
+def _by_head(x: Tensor, like: Tensor) -> Tensor:
+    """Back to `b m c (g e) d`, as many rows and heads as `like`."""
+    return rearrange(x, "b m g (e c) d -> b m c (g e) d", c=like.shape[2], e=like.shape[3] // x.shape[2])
 
 
 def _scores(q: Tensor, k: Tensor, scale: float, keep: Tensor | None) -> Tensor:
-    """Scaled scores `b m g e c k` of query heads (g e), −inf where not kept."""
-    scores = torch.einsum("bmcged,bmkgd->bmgeck", rearrange(q, "b m c (g e) d -> b m c g e d", g=k.shape[3]), k)
+    """Scaled scores `b m g (e c) k` of query heads (g e), −inf where not kept."""
+    g = k.shape[3]
+    scores = _by_group(q, g) @ rearrange(k, "b m k g d -> b m g d k")
     scores *= scale
-    return scores if keep is None else scores.masked_fill_(~keep, -math.inf)
+    if keep is not None:
+        scores.unflatten(3, (q.shape[3] // g, q.shape[2])).masked_fill_(~keep, -math.inf)
+    return scores
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, scale: float, keep: Tensor | None = None) -> Attended:
@@ -69,11 +74,9 @@ def forward(q: Tensor, k: Tensor, v: Tensor, scale: float, keep: Tensor | None =
     top = scores.amax(-1, keepdim=True)
     weights = scores.sub_(top.masked_fill_(top == -math.inf, 0.0)).exp_()
     total = weights.sum(-1, keepdim=True)
-    out = torch.einsum("bmgeck,bmkgd->bmcged", weights, v.to(dtype))
-    out /= rearrange(total.masked_fill(total == 0, 1.0), "b m g e c 1 -> b m c g e 1")
-    return Attended(
-        rearrange(out, "b m c g e d -> b m c (g e) d"), rearrange(top + total.log(), "b m g e c 1 -> b m c (g e)")
-    )
+    out = weights @ rearrange(v.to(dtype), "b m k g d -> b m g k d")
+    out /= total.masked_fill(total == 0, 1.0)
+    return Attended(_by_head(out, q), _by_head(top + total.log(), q)[..., 0])
 
 
 def backward(dout, dlse, q, k, v, out, lse, scale: float, keep: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -84,12 +87,11 @@ def backward(dout, dlse, q, k, v, out, lse, scale: float, keep: Tensor | None = 
     dtype, g = wide(q.dtype), k.shape[3]
     dout, q, k, v = (x.to(dtype) for x in (dout, q, k, v))
     delta = (dout * out).sum(-1) if dlse is None else (dout * out).sum(-1) - dlse  # D
-    heads = "b m c (g e) -> b m g e c 1"
-    weights = _scores(q, k, scale, keep).sub_(rearrange(lse, heads, g=g)).exp_()  # P
-    grouped = rearrange(dout, "b m c (g e) d -> b m c g e d", g=g)
-    dv = torch.einsum("bmgeck,bmcged->bmkgd", weights, grouped)
-    ds = torch.einsum("bmcged,bmkgd->bmgeck", grouped, v)
-    ds.sub_(rearrange(delta, heads, g=g)).mul_(weights).mul_(scale)
-    dq = rearrange(torch.einsum("bmgeck,bmkgd->bmcged", ds, k), "b m c g e d -> b m c (g e) d")
-    dk = torch.einsum("bmgeck,bmcged->bmkgd", ds, rearrange(q, "b m c (g e) d -> b m c g e d", g=g))
-    return dq, dk, dv
+    weights = _scores(q, k, scale, keep).sub_(_by_group(lse[..., None], g)).exp_()  # P
+    dout = _by_group(dout, g)
+    dv = weights.mT @ dout
+    ds = dout @ rearrange(v, "b m k g d -> b m g d k")
+    ds.sub_(_by_group(delta[..., None], g)).mul_(weights).mul_(scale)
+    dq = _by_head(ds @ rearrange(k, "b m k g d -> b m g k d"), q)
+    dk = ds.mT @ _by_group(q, g)
+    return dq, *(rearrange(x, "b m g k d -> b m k g d") for x in (dk, dv))

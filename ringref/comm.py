@@ -8,6 +8,7 @@ oneself never leaves. Two transports: `ThreadRing` (made by `simulate`) and `Pro
 
 from __future__ import annotations
 
+import logging
 import random
 import threading
 from collections.abc import Callable, Sequence
@@ -19,6 +20,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 Message = Sequence[Tensor]
+log = logging.getLogger(__name__)  # at DEBUG: every hop, so that a survivor's log names its last
+_HEADER = 32  # integers in a header
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.bool)
 
 
@@ -74,9 +77,15 @@ class Ring:
         return rows
 
     def announce(self, row: Sequence[int]) -> list[list[int]]:
-        """Every rank's row of integers, in rank order: the one fixed-size header of a call."""
-        rows = self.share(torch.tensor(row, dtype=torch.int64), [len(row)] * self.size)
-        return [x.tolist() for x in rows]
+        """Every rank's row of integers, in rank order: the one fixed-size header of a call.
+
+        One size for all calls, so that ranks that are not in the same one get an error and not a short message.
+        """
+        mine = [len(row), *row, *[0] * (_HEADER - 1 - len(row))]
+        rows = [x.tolist() for x in self.share(torch.tensor(mine, dtype=torch.int64), [_HEADER] * self.size)]
+        if len({x[0] for x in rows}) > 1:
+            raise ValueError(f"the ranks are not in the same call: they announce {[x[0] for x in rows]} integers")
+        return [x[1 : 1 + len(row)] for x in rows]
 
     def _shapes(self, x: Tensor) -> list[tuple[int, ...]]:
         if x.dim() > 8:
@@ -173,6 +182,7 @@ class ProcessRing(Ring):
         ops = [dist.P2POp(dist.isend, x, self._world_ranks[r], self.group) for r, x in sends]
         ops += [dist.P2POp(dist.irecv, x, self._world_ranks[r], self.group) for r, m in into.items() for x in m]
         where = f"rank {self.rank}, hop {hop}: the exchange with ranks {peers}"
+        log.debug("%s is posted", where)
         try:
             works = dist.batch_isend_irecv(ops)
         except RuntimeError as error:
@@ -182,6 +192,7 @@ class ProcessRing(Ring):
             try:
                 for work in works:
                     work.wait()
+                log.debug("%s is done", where)
             except RuntimeError as error:
                 raise RuntimeError(f"{where} broke off") from error
             sends.clear()  # the buffers had to live until here

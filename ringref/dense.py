@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from .layout import Attended, Call, Dilation, Shard, agree, wide
+from .layout import Attended, Call, Dilation, Shard, agree, exactly, wide
 
 
 def dense_attention(
@@ -51,10 +51,8 @@ def dense_attention(
         TypeError, ValueError: an argument is wrong, or differs between ranks; raised on every rank.
         NotImplementedError: the backend cannot do it.
     """
-    call = agree("dense", q, k, v, causal=causal, dilation=dilation, mask_mod=mask_mod, scale=scale, shard=shard,
-                 q_chunk=q_chunk, backend=backend)  # fmt: skip
-    if backend not in ("auto", "math"):
-        raise NotImplementedError(f"backend: dense attention is the definition and has only 'math', got {backend!r}")
+    call = agree("dense", q, k, v, able=_only_math, causal=causal, dilation=dilation, mask_mod=mask_mod, scale=scale,
+                 shard=shard, q_chunk=q_chunk, backend=backend)  # fmt: skip
     queries, keys = ([one.index for one in side] for side in call.table)
     q, k, v = _Whole.apply(q, call, queries), _Whole.apply(k, call, keys), _Whole.apply(v, call, keys)
     q_idx, kv_idx = torch.cat(queries).to(q.device), torch.cat(keys).to(q.device)
@@ -68,6 +66,12 @@ def dense_attention(
     return Attended(*_Mine.apply(torch.cat(outs, 1), torch.cat(lses, 2), call.anchor, call, queries))
 
 
+def _only_math(_q: Tensor, backend: str, *_) -> None:
+    if backend not in ("auto", "math"):
+        raise NotImplementedError(f"backend: dense attention is the definition and has only 'math', got {backend!r}")
+
+
+@exactly
 def _define(q: Tensor, k: Tensor, v: Tensor, q_idx: Tensor, kv_idx: Tensor, call: Call) -> Attended:
     """softmax(scale · q kᵀ + log multiplicity) v, for these queries and all keys."""
     dtype, result, g = wide(q.dtype), q.dtype, k.shape[2]
@@ -103,7 +107,7 @@ def _log_times_seen(q_idx: Tensor, kv_idx: Tensor, scores: Tensor, call: Call) -
     if call.causal:
         times = times * (kv_idx <= q_idx)
     if call.mask_mod is not None:
-        times = times * call.mask_mod(batch, head, q_idx, kv_idx)
+        times = times * call.keep(batch, head, q_idx, kv_idx)
     return times.log()
 
 

@@ -33,6 +33,7 @@ MESSAGES = {
 }
 GROUP = "a rank, size or group of the world is used for the group's own (group rank used as global rank?)"
 LARGE = "large scores overflow or underflow: exp without the maximum, or a maximum that starts at 0"
+BLIND = "the lse of a query that sees nothing is a finite number: a maximum or sum that starts at 0"
 VAGUE = (UNKNOWN, "NaN or inf", "it raises")  # what a finding says when it has nothing better
 HARMLESS = ("unfinished work", "an input was written to")  # values are worth a look all the same
 
@@ -239,6 +240,17 @@ def masks(s: Scene) -> Iterator[tuple[str, Tensor]]:
             ("keys of the own block only under causal", s.same & (j <= i)),
         ):  # fmt: skip
             yield text, s.unmasked * rule
+    if case.causal and case.layout == "zigzag" and s.even:
+        half = case.n // s.p // 2
+        early, late = (s.loc[None] < half) & square.bool(), (s.loc[:, None] >= half) & square.bool()
+        right, mine, theirs = j <= i, s.owner[:, None], s.owner[None]
+        for text, where_, rule in (
+            ("blocks of earlier ranks are masked like those of later ones", theirs < mine, late),
+            ("blocks of later ranks are masked like those of earlier ones", theirs > mine, early),
+            ("blocks of earlier ranks are masked like those of later ones, after hop 1", (theirs < mine) & (s.hop > 1), late),
+            ("blocks of later ranks are masked like those of earlier ones, after hop 1", (theirs > mine) & (s.hop > 1), early),
+        ):
+            yield f"causal mask: {text}", s.unmasked * torch.where(where_, rule, right)
     if what:
         bare = replace(case, mask=None, window=None, dilation=None)
         yield f"{what} is ignored", bare.times
@@ -402,6 +414,15 @@ def forwards(s: Scene) -> Iterator[Guess]:
             ("the ranks are taken for the batch", whole.reshape(case.b, s.p, *whole.shape[2:]).transpose(0, 1)),
         ):
             yield f"sequences of the batch are mixed: {text}", {"out": torch.cat(list(mixed), 1)[:, order]}
+        q, K, V = (
+            torch.stack([x[:, m] for m in s.case.shards]).reshape(case.b, case.n, *x.shape[2:])[:, order] for x in (s.q, s.K, s.V)
+        )
+        yield told("sequences of the batch are mixed: the ranks are taken for the batch", V=V,
+                   S=torch.einsum("bqhd,bkhd->bhqk", q, K) * s.scale)  # fmt: skip
+    padding = -case.h % case.p
+    if padding:
+        pushed = {"out": torch.cat([s.O[:, :, :padding] * 0, s.O[:, :, :-padding]], 2)}
+        yield "heads are shifted by their padding: added in front, dropped at the end", pushed
     heads = torch.einsum("bqhd,bqkd->bqhk", s.q, s.K) * s.scale
     yield "attention over the head axis: a transpose is missing", {"out": torch.einsum("bqhk,bqkd->bqhd", heads.softmax(-1), s.V)}
     yield from merges(s, s.hops(), "blocks")
@@ -526,20 +547,18 @@ def merges(s: Scene, parts: list[Tensor], what: str) -> Iterator[Guess]:
 
 
 def rescaling(s: Scene) -> Iterator[Guess]:
-    """Blocks in rank order with a running maximum, where one of the two sums misses its rescaling."""
+    """Blocks with a running maximum, where one of the two sums misses its rescaling."""
     logits = s.S + s.times.log()
-    done = [attend(s.S, s.times * (s.owner == r), s.V) for r in range(s.p)]
-    top = torch.stack([logits.masked_fill(s.owner != r, -math.inf).amax(-1) for r in range(s.p)]).cummax(0)[0]
-    top = top.masked_fill(top == -math.inf, 0.0)
-    weight = torch.stack([d[2] for d in done])
-    right, late = (weight - top[-1]).exp(), (weight - top).exp()
-    outs = torch.stack([d[1] for d in done])
-
-    def mix(w: Tensor, norm: Tensor) -> Tensor:
-        return (outs * (w / norm.sum(0)).nan_to_num().transpose(2, 3)[..., None]).sum(0)
-
-    yield "the running denominator is not rescaled when the maximum grows", {"out": mix(right, late)}
-    yield "the running numerator is not rescaled when the maximum grows", {"out": mix(late, right)}
+    for order in (s.hop, -s.hop % s.p, s.owner[None].expand_as(s.hop)):
+        blocks = [order == t for t in range(s.p)]
+        done = [attend(s.S, s.times * block, s.V) for block in blocks]
+        top = torch.stack([logits.masked_fill(~block, -math.inf).amax(-1) for block in blocks]).cummax(0)[0]
+        top = top.masked_fill(top == -math.inf, 0.0)
+        outs, weight = torch.stack([d[1] for d in done]), torch.stack([d[2] for d in done])
+        right, late = (weight - top[-1]).exp(), (weight - top).exp()
+        for text, w, norm in (("denominator", right, late), ("numerator", late, right)):
+            out = (outs * (w / norm.sum(0)).nan_to_num().transpose(2, 3)[..., None]).sum(0)
+            yield f"the running {text} is not rescaled when the maximum grows", {"out": out}
 
 
 def only_lse(s: Scene, got: list[Tensor], truth: Any) -> Iterator[Guess]:
@@ -547,7 +566,7 @@ def only_lse(s: Scene, got: list[Tensor], truth: Any) -> Iterator[Guess]:
     seen = s.L.isfinite()
     mine = _joined(s, got, "lse")
     gap = (mine - s.L)[seen]
-    if gap.numel():
+    if gap.numel() and gap.isfinite().all():
         constant = gap.mean().item()
         known = {"log 2": math.log(2), "log p": math.log(s.p), "log n": math.log(s.case.n), "log d": math.log(s.case.d)}
         known |= {f"−{name}": -value for name, value in known.items()}
@@ -678,11 +697,11 @@ def backwards(s: Scene, got: dict, truth: Any) -> Iterator[Guess]:
         yield f"{', '.join(names)} {'is' if len(names) == 1 else 'are'} zero", true | {n: true[n] * 0 for n in names}
 
 
-def right_backward(s: Scene) -> dict[str, Tensor]:
-    """The true dq, dk, dv of a scene."""
+def right_backward(s: Scene, keep: Any = 1) -> dict[str, Tensor]:
+    """The true dq, dk, dv of a scene, or what some pairs add to dk and dv."""
     dP = torch.einsum("bqhd,bkhd->bhqk", s.do, s.V)
     D = (s.do * s.O).sum(-1).transpose(1, 2) - s.dlse
-    return backward(s, s.P, s.P, s.P * (dP - D[..., None]))
+    return backward(s, s.P, s.P, s.P * (dP - D[..., None]), keep=keep)
 
 
 def _with(s: Scene, **changed: Any) -> Any:
@@ -759,13 +778,19 @@ def name(case: Any, truth: Any, got: dict[str, list[Tensor]], wrong: list[str], 
             return [calls + "what one forward saved is overwritten by the next"]
         if all(_left(whole[n], other.whole[n], truth.whole[n]) < ENOUGH for n in about):
             return [calls + "it is the other's"]
-        for by in range(s.p) if s.even and "lse" not in about else ():
-            if all(_left(whole[n], truth.whole[n] + s.rolled(other.whole[n], by), truth.whole[n]) < ENOUGH for n in about):
+        if "lse" in about:
+            continue
+        saved = Scene(case, other)
+        left_behind = [other.whole, right_backward(saved, keep=saved.same)]
+        left_behind += [{n: s.rolled(other.whole[n], by) for n in about} for by in range(s.p) if s.even]
+        for old in left_behind:
+            if all(n in old and _left(whole[n], truth.whole[n] + old[n], truth.whole[n]) < ENOUGH for n in about):
                 return [calls + "a buffer is not cleared, results add up"]
     left = {}
     for told, guess in guesses:
         if all(n in guess for n in about):
-            left.setdefault(told, max(_left(whole[n], guess[n], truth.whole[n]) for n in about))
+            share = max(_left(whole[n], guess[n], truth.whole[n]) for n in about)
+            left[told] = min(share, left.get(told, math.inf))
     best = min(left.values(), default=math.inf)
     if best >= ENOUGH and (small := precision(whole, truth, about)):
         return [small]
@@ -786,12 +811,17 @@ def precision(whole: dict[str, Tensor], truth: Any, about: list[str]) -> str | N
 
 
 def _left(got: Tensor, guess: Tensor, truth: Tensor) -> float:
-    """The share of the error that a guess leaves."""
-    seen = truth.isfinite() & guess.isfinite()
-    if not seen.any() or got.shape != guess.shape:
+    """The share of the error that a guess leaves; a number that is not finite has to be guessed exactly."""
+    if got.shape != guess.shape:
         return math.inf
+    lost = ~got.isfinite()
+    if not torch.equal(got[lost], guess[lost]):
+        return math.inf
+    seen = truth.isfinite() & guess.isfinite() & ~lost
     error = (got - truth)[seen].norm().item()
-    return (got - guess)[seen].norm().item() / error if error else math.inf
+    if not error:
+        return 0.0 if lost.any() else math.inf
+    return (got - guess)[seen].norm().item() / error
 
 
 def place(s: Scene, whole: dict[str, Tensor], truth: Any, name: str) -> str:

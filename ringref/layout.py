@@ -14,9 +14,8 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, wraps
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -24,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .comm import DTYPES, Ring, ThreadRing, _World
+from .comm import Ring, ThreadRing, _World
 
 LAYOUTS = ("contiguous", "zigzag", "striped")
 BACKENDS = ("auto", "math", "torch", "xformers")
@@ -42,6 +41,20 @@ class Attended(NamedTuple):
 def wide(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which results are merged and gradients accumulate: float32, or float64 for float64."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def exactly(step: Callable) -> Callable:
+    """`step` without autocast: mixed precision is the caller's choice of q, k and v, not of what is computed with them."""
+
+    @wraps(step)
+    def run(*args):
+        device = next(x for x in args if isinstance(x, Tensor)).device.type
+        if not torch.amp.is_autocast_available(device):
+            return step(*args)
+        with torch.autocast(device, enabled=False):
+            return step(*args)
+
+    return run
 
 
 # ---------------------------------------------------------------------------------------------------------- positions
@@ -74,12 +87,18 @@ def counted(n: int) -> Positions:
 
 
 def _positions(name: str, index: Any) -> Positions:
-    if not isinstance(index, Tensor) or index.dim() != 1 or index.dtype != torch.int64 or index.is_cuda:
+    if not isinstance(index, Tensor) or index.dim() != 1 or index.dtype != torch.int64 or not index.is_cpu:
         got = f"{tuple(index.shape)} {index.dtype} {index.device}" if isinstance(index, Tensor) else repr(index)
         raise TypeError(f"{name} must be a 1-D int64 CPU tensor of global positions, got {got}")
     if len(index) and int(index.min()) < 0:
         raise ValueError(f"{name}: positions count from 0, got {int(index.min())}")
     return Positions(index.detach().clone(memory_format=torch.contiguous_format))
+
+
+def _a_ring(ring: Any) -> Ring:
+    if not all(hasattr(ring, a) for a in ("rank", "size", "exchange")):
+        raise TypeError(f"ring must be a ring (simulate's, launch's or a ProcessRing), got {ring!r}")
+    return ring
 
 
 def alone() -> Ring:
@@ -100,9 +119,7 @@ class Shard:
     """
 
     def __init__(self, positions: Tensor, ring: Ring | None, kv_positions: Tensor | None = None):
-        if ring is not None and not all(hasattr(ring, a) for a in ("rank", "size", "exchange")):
-            raise TypeError(f"ring must be a ring (simulate's, launch's or a ProcessRing), got {ring!r}")
-        self.ring = alone() if ring is None else ring
+        self.ring = alone() if ring is None else _a_ring(ring)
         self.queries = _positions("positions", positions)
         self.keys = self.queries if kv_positions is None else _positions("kv_positions", kv_positions)
         self.positions, self.kv_positions = self.queries.index, self.keys.index
@@ -118,15 +135,21 @@ class Shard:
 
     def gather(self, x: Tensor, dim: int = 1) -> Tensor:
         """Every rank's rows in global order, `b s …` → `b n …`; the gradient is summed over ranks and cut again."""
-        if x.shape[dim] != len(self.queries):
-            raise ValueError(f"x has {x.shape[dim]} rows along dim {dim}; this shard has {len(self.queries)} positions")
-        needs = int(torch.is_grad_enabled() and x.requires_grad)
+        def say():
+            if not isinstance(x, Tensor) or not -x.dim() <= dim < x.dim():
+                got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+                raise TypeError(f"x must be a tensor that has dim {dim}, got {got}")
+            if x.shape[dim] != len(self.queries):
+                held = len(self.queries)
+                raise ValueError(f"x has {x.shape[dim]} rows along dim {dim}; this shard has {held} positions")
+            others = tuple(size for i, size in enumerate(x.shape) if i != dim % x.dim())
+            words = ["gather", str(x.dtype), x.device.type, dim % x.dim(), others, torch.is_grad_enabled()]
+            return words, torch.is_grad_enabled() and x.requires_grad
+
+        names = ("method", "dtype of x", "device of x", "dim", "shape of x", "grad mode")
+        needs, table = meet(self, names, say)
+        anchor = torch.zeros((), requires_grad=True) if needs else None
         dim = dim % x.dim()
-        others = [*x.shape[:dim], *x.shape[dim + 1 :]]
-        rows, table = meet(self, [DTYPES.index(x.dtype), needs, dim, *others, *[0] * (8 - len(others))])
-        for name, column in (("dtype", 0), ("dim", 2), *(("x", 3 + i) for i in range(8))):
-            _same(name, [row[column] for row in rows])
-        anchor = torch.zeros((), requires_grad=True) if any(row[1] for row in rows) else None
         return _Rejoin.apply(x, anchor, self.ring, table.queries, dim)
 
 
@@ -156,9 +179,9 @@ def _runs(n: int, m: int) -> list[Tensor]:
 def partition(n: int, ring: Ring, layout: str = "contiguous") -> Shard:
     """Who holds which of n tokens: rank i gets run i of p (contiguous), chunks i and 2p−1−i of 2p (zigzag, also called
     head-tail: 2p equal slices of causal work), or positions i::p (striped, 2311.09431). n need not divide by anything."""
-    if not isinstance(n, int) or n < 0:
+    if not isinstance(n, int) or isinstance(n, bool) or n < 0:
         raise ValueError(f"n must be a number of tokens, got {n!r}")
-    i, p = ring.rank, ring.size
+    i, p = _a_ring(ring).rank, ring.size
     if layout == "contiguous":
         return Shard(_runs(n, p)[i], ring)
     if layout == "zigzag":
@@ -187,15 +210,38 @@ _tables: WeakKeyDictionary = WeakKeyDictionary()  # ring -> the tables that it k
 _KNOWN = 4
 
 
-def meet(shard: Shard, row: Sequence[int]) -> tuple[list[list[int]], Table]:
-    """One fixed-size header from every rank: `row`, and digests of its positions; positions themselves only when new.
+def meet(shard: Shard, names: Sequence[str], say: Callable[[], tuple[list, bool]]) -> tuple[bool, Table]:
+    """One fixed-size header from every rank, and its positions only when new: what a call begins with.
+
+    Args:
+        names: of the words that must be alike on all ranks, in the words' order.
+        say: checks this rank's arguments, and returns the words and whether this rank needs a gradient.
+
+    Returns:
+        Whether any rank needs a gradient, and the table of positions. A mistake of one rank is an error on all of them.
 
     Whether positions are exchanged is decided from what all ranks said they know, so that no rank waits alone.
     """
+    try:
+        (words, needs), mistake = say(), None
+    except (TypeError, ValueError, NotImplementedError) as error:
+        words, needs, mistake = [0] * len(names), False, error
     ring, known = shard.ring, _tables.setdefault(shard.ring, {})
-    names = list(known)[-_KNOWN:]
-    mine = [*row, len(shard.queries), len(shard.keys), shard.queries.digest, shard.keys.digest]
-    rows = ring.announce([*mine, *names, *[0] * (_KNOWN - len(names))])
+    row = [int(mistake is None), int(needs), *map(_number, words)]
+    known_names = list(known)[-_KNOWN:]
+    digests = [len(shard.queries), len(shard.keys), shard.queries.digest, shard.keys.digest]
+    rows = ring.announce([*row, *digests, *known_names, *[0] * (_KNOWN - len(known_names))])
+    if mistake is not None:
+        raise mistake
+    wrong = [r for r, said in enumerate(rows) if not said[0]]
+    if wrong:
+        raise ValueError(f"rank {wrong[0]} rejected its own arguments (its error says which); no rank goes on")
+    needs = any(said[1] for said in rows)
+    for name, word, *column in zip(names, words, *(said[2:] for said in rows), strict=False):
+        if (name != "grad mode" or needs) and len(set(column)) > 1:
+            alike = [r for r, x in enumerate(column) if x == column[ring.rank]]
+            shown = column if all(abs(x) < 2**31 for x in column) else f"{word!r} only on ranks {alike}"
+            raise ValueError(f"{name} differs between ranks: {shown}")
     sizes = [r[len(row) :] for r in rows]
     name = hash(tuple(tuple(s[:4]) for s in sizes)) & (2**62 - 1)
     if not all(name in s[4:] for s in sizes):
@@ -207,7 +253,7 @@ def meet(shard: Shard, row: Sequence[int]) -> tuple[list[list[int]], Table]:
     table = known[name] = known.pop(name)
     for old in list(known)[:-_KNOWN]:
         del known[old]
-    return [r[: len(row)] for r in rows], table
+    return needs, table
 
 
 def _check_cover(table: Table) -> None:
@@ -221,11 +267,6 @@ def _check_cover(table: Table) -> None:
         if every is table.keys and len(index) and int(index[-1]) != len(index) - 1:
             gaps = torch.ones(int(index[-1]) + 1, dtype=torch.bool).index_fill_(0, index, False).nonzero()[:, 0]
             raise ValueError(f"{name} leave gaps: no rank holds the keys {described(gaps)}; they must cover 0 … n−1")
-
-
-def _same(name: str, values: Sequence[Any]) -> None:
-    if len(set(values)) > 1:
-        raise ValueError(f"{name} differs between ranks, in rank order: {list(values)}")
 
 
 @dataclass(frozen=True)
@@ -275,44 +316,48 @@ class Call(NamedTuple):
     table: Table
     anchor: Tensor | None  # makes autograd visit this rank's backward when only its neighbours need a gradient
 
+    def keep(self, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        """What `mask_mod` says of these indices: booleans of four dimensions that broadcast to b h q k."""
+        keep = torch.as_tensor(self.mask_mod(b, h, q_idx, kv_idx), device=q_idx.device)
+        if keep.dtype != torch.bool:
+            raise TypeError(f"mask_mod must return booleans (True: the key is seen), got {keep.dtype}")
+        full = (len(b), h.shape[1], q_idx.shape[2], kv_idx.shape[3])
+        if keep.dim() > 4 or any(x not in (1, y) for x, y in zip(keep.shape[::-1], full[::-1], strict=False)):
+            raise ValueError(f"mask_mod must return what broadcasts to b h q k = {full}, got shape {tuple(keep.shape)}")
+        return keep[(None,) * (4 - keep.dim())]
 
-_HEADER = ("method", "batch (dim 0 of q)", "heads (dim 2 of q)", "key/value heads (dim 2 of k)", "head dim", "dtype")
-_HEADER += ("device", "causal", "scale", "dilation", "mask_mod", "grad mode")
+
+_WORDS = ("method", "batch (dim 0 of q)", "heads (dim 2 of q)", "key/value heads (dim 2 of k)", "head dim", "dtype")
+_WORDS += ("device", "causal", "scale", "dilation", "mask_mod", "backend", "grad mode")
 
 
-def agree(method: str, q, k, v, *, causal, dilation, mask_mod, scale, shard, q_chunk, backend) -> Call:
-    """Check the arguments here and against every other rank's; any rank's mistake is an error on all of them."""
+def agree(method: str, q, k, v, *, able, causal, dilation, mask_mod, scale, shard, q_chunk, backend) -> Call:
+    """Check the arguments here and against every other rank's; any rank's mistake is an error on all of them.
+
+    `able(q, backend, masked, scale)` raises where the backend cannot do it.
+    """
     if shard is not None and not isinstance(shard, Shard):
         raise TypeError(f"shard must be a Shard (see partition) or None, got {type(shard).__name__}")
-    try:
+
+    def factor() -> float:
+        return q.shape[-1] ** -0.5 if scale is None else float(scale)
+
+    def say():
         _check(q, k, v, causal, dilation, mask_mod, scale, shard, q_chunk, backend)
-        scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-        needs = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-        words = [method, q.shape[0], q.shape[2], k.shape[2], q.shape[3], DTYPES.index(q.dtype), q.device.type, causal]
-        words += [scale, dilation, mask_mod is not None, torch.is_grad_enabled()]
-        mistake = None
-    except (TypeError, ValueError) as error:
-        if shard is None:
-            raise
-        mistake, needs, words = error, False, [0] * len(_HEADER)
+        able(q, backend, mask_mod is not None, factor())
+        shape = q.shape[0], q.shape[2], k.shape[2], q.shape[3]
+        words = [method, *shape, str(q.dtype), q.device.type, causal, factor(), dilation, mask_mod is not None, backend]
+        grad = torch.is_grad_enabled()
+        return [*words, grad], grad and any(x.requires_grad for x in (q, k, v))
+
     if shard is None:
+        _, needs = say()
         ring, table = alone(), Table((counted(q.shape[1]),), (counted(k.shape[1]),))
     else:
-        rows, table = meet(shard, [int(mistake is None), int(needs), *map(_number, words)])
+        needs, table = meet(shard, _WORDS, say)
         ring = shard.ring
-        if mistake is not None:
-            raise mistake
-        wrong = [r for r, row in enumerate(rows) if not row[0]]
-        if wrong:
-            raise ValueError(f"rank {wrong[0]} rejected its own arguments (its error says which); no rank goes on")
-        needs = any(row[1] for row in rows)
-        for name, word, *column in zip(_HEADER, words, *(row[2:] for row in rows), strict=True):
-            if (name != "grad mode" or needs) and len(set(column)) > 1:
-                same = [r for r, x in enumerate(column) if x == column[ring.rank]]
-                shown = column if all(abs(x) < 2**31 for x in column) else f"{word!r} only on ranks {same}"
-                raise ValueError(f"{name} differs between ranks: {shown}")
     anchor = torch.zeros((), requires_grad=True) if needs and ring.size > 1 else None
-    return Call(bool(causal), dilation, mask_mod, scale, q_chunk, backend, ring, table, anchor)
+    return Call(causal, dilation, mask_mod, factor(), q_chunk, backend, ring, table, anchor)
 
 
 def _number(word: Any) -> int:
@@ -411,10 +456,11 @@ def regular(heads: range, group: int) -> list[range]:
 
 
 class Rows:
-    """m segments of c rows of a tensor `b s …`, seen as `b m c …`: a strided view where the indices allow it, else a copy."""
+    """m segments of c rows of some heads of a tensor `b s h …`, seen as `b m c h …`: a strided view where the indices allow it,
+    else a copy. `slant`: how many rows further each next head starts."""
 
-    def __init__(self, index: Tensor):
-        self.index, (self.m, self.c) = index, index.shape
+    def __init__(self, index: Tensor, slant: int = 0):
+        self.index, (self.m, self.c), self.slant = index, index.shape, slant
         first = index.flatten().tolist()[:1] or [0]
         self.start = first[0]
         self.step = int(index[0, 1] - index[0, 0]) if index.numel() and self.c > 1 else 1
@@ -425,27 +471,32 @@ class Rows:
 
     def all_of(self, s: int) -> bool:
         """Whether these are rows 0 … s−1 in order."""
-        return self.strided and self.start == 0 and self.step == 1 and self.hop == self.c and self.m * self.c == s
+        whole = self.start == 0 and self.step == 1 and self.hop == self.c and self.m * self.c == s
+        return whole and self.strided and not self.slant
 
-    def of(self, x: Tensor) -> Tensor:
-        if self.strided:
-            shape = (x.shape[0], self.m, self.c, *x.shape[2:])
-            stride = (x.stride(0), self.hop * x.stride(1), self.step * x.stride(1), *x.stride()[2:])
-            return x.as_strided(shape, stride, x.storage_offset() + self.start * x.stride(1))
-        return x.index_select(1, self.flat(x.device)).unflatten(1, (self.m, self.c))
+    def of(self, x: Tensor, heads: slice) -> Tensor:
+        if not self.strided:
+            return x[:, :, heads].index_select(1, self.flat(x.device)).unflatten(1, (self.m, self.c))
+        (b, row, head, *rest), shape = x.stride(), x.shape
+        first, stop, every = heads.indices(shape[2])
+        return x.as_strided(
+            (shape[0], self.m, self.c, len(range(first, stop, every)), *shape[3:]),
+            (b, self.hop * row, self.step * row, every * head + self.slant * row, *rest),
+            x.storage_offset() + self.start * row + first * head,
+        )
 
     def flat(self, device: torch.device) -> Tensor:
         if device not in self._on:
             self._on[device] = self.index.flatten().to(device)
         return self._on[device]
 
-    @contextmanager
-    def opened(self, x: Tensor) -> Iterator[Tensor]:
-        """`of(x)`, to be written to: what was written is in x afterwards."""
-        part = self.of(x)
-        yield part
+    def change(self, x: Tensor, heads: slice, write: Callable[[Tensor], Any]) -> Any:
+        """Let `write` write to `of(x, heads)`; what it wrote is in x afterwards."""
+        part = self.of(x, heads)
+        result = write(part)
         if not self.strided:
-            x.index_copy_(1, self.flat(x.device), part.flatten(1, 2))
+            x[:, :, heads].index_copy_(1, self.flat(x.device), part.flatten(1, 2))
+        return result
 
 
 # ------------------------------------------------------------------------------------------------------------- visits
@@ -556,30 +607,46 @@ class Route(NamedTuple):
 
 
 @lru_cache(maxsize=1024)
-def route(strand: Strand, table: Table, rank: int, causal: bool) -> Route:
-    """The route of one strand from the point of view of one rank; every rank computes the same."""
+def _shared(strand: Strand, table: Table) -> tuple[list[Tensor], list[Tensor], dict[tuple[int, int], Tensor]]:
+    """Of every rank: the positions of its queries and the rows of its keys in a strand; of every two, which of the rows of
+    the second lie in a segment of the first."""
     ranks = range(len(table.keys))
-    # rows in the order of the tensor, so that all of them are the tensor itself
     q_at = [one.index[strand.rows(one)] for one in table.queries]
+    # rows in the order of the tensor, so that all of them are the tensor itself
     k_rows = [strand.rows(one).sort().values for one in table.keys]
     k_segment = [one.index[rows] // strand.w for one, rows in zip(table.keys, k_rows, strict=True)]
     q_segment = [(at // strand.w).unique_consecutive() for at in q_at]
     meets = {(i, j): torch.isin(k_segment[j], q_segment[i]) for i in ranks for j in ranks if i != j}
+    return q_at, k_rows, {pair: rows for pair, rows in meets.items() if bool(rows.any())}
+
+
+def travels(strand: Strand, table: Table) -> bool:
+    """Whether any rank needs another's keys."""
+    return bool(_shared(strand._replace(heads=range(0)), table)[2])
+
+
+def route(strand: Strand, table: Table, rank: int, causal: bool) -> Route:
+    """The route of one strand from the point of view of one rank; every member computes the same."""
+    return _route(strand._replace(heads=range(0)), table, rank, causal)
+
+
+@lru_cache(maxsize=1024)
+def _route(strand: Strand, table: Table, rank: int, causal: bool) -> Route:
+    q_at, k_rows, meets = _shared(strand, table)
     members, fresh = {rank}, [rank]
     while fresh:
         i = fresh.pop()
-        new = [j for j in ranks if j not in members and bool(meets[i, j].any() or meets[j, i].any())]
-        members.update(new)
+        new = {j for pair in meets if i in pair for j in pair} - members
+        members |= new
         fresh += new
-    members = sorted(members)
     load, wanted = {}, {i: {} for i in members}
     for j in members:
-        others = [meets[i, j] for i in members if i != j]
-        load[j] = k_rows[j][torch.stack(others).any(0)] if others else k_rows[j][:0]
-        for i in members:
-            if i != j:
-                seen = meets[i, j]
-                if causal and len(q_at[i]):
-                    seen = seen & (table.keys[j].index[k_rows[j]] <= q_at[i][-1])
-                wanted[i][j] = k_rows[j][seen]
-    return Route(tuple(members), load, wanted)
+        needed = torch.zeros(len(k_rows[j]), dtype=torch.bool)
+        for i in members - {j}:
+            seen = meets.get((i, j), torch.zeros_like(needed))
+            needed |= seen
+            if causal and len(q_at[i]):
+                seen = seen & (table.keys[j].index[k_rows[j]] <= q_at[i][-1])
+            wanted[i][j] = k_rows[j][seen]
+        load[j] = k_rows[j][needed]
+    return Route(tuple(sorted(members)), load, wanted)

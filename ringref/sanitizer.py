@@ -244,13 +244,8 @@ class Post(dist.Work):
         self.wait()
 
     def is_completed(self) -> bool:
-        LEDGER.flush()
-        if not self.waited and self.arrived():
-            self.wait()
-        return self.waited
-
-    def arrived(self) -> bool:
-        return self.real is not None and self.real.is_completed()
+        # gloo's own messages are never complete before somebody waits, so that polling is waiting here
+        return self.wait()
 
     def is_success(self) -> bool:
         return self.waited
@@ -482,6 +477,18 @@ def _create(options: Any, _: Any = None) -> Watched:
     return Watched(
         options.store, options.group_rank, options.group_size, list(options.global_ranks_in_group), options.group_id
     )
+
+
+def group_ranks(group: Any) -> list[int]:
+    """The world's ranks that are in a group."""
+    return dist.get_process_group_ranks(group)
+
+
+def mesh_of(group: Any) -> Any:
+    """A 1-D device mesh over a group."""
+    from torch.distributed.device_mesh import DeviceMesh
+
+    return DeviceMesh.from_group(group, "cpu", mesh_dim_names=("ring",))
 
 
 # -------------------------------------------------------------------------------------------------------- peak of bytes
@@ -813,7 +820,7 @@ class Pool:
             self.sent_fn = fn if not idle or not fresh else None
             if not all(r["clean"] for r in results.values()):
                 self.shape = None  # the next case gets new process groups: these hold messages that nobody took
-        return results
+        return dict(sorted(results.items()))
 
     def _ask(self, ranks: list[int]) -> dict[int, dict]:
         answers: dict[int, dict] = {}

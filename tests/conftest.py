@@ -1,3 +1,4 @@
+<<<<<<< HEAD
 import pytest
 
 
@@ -7,3 +8,24 @@ def pool():
 
     with Pool(8) as workers:
         yield workers
+=======
+"""One deterministic hypothesis profile, and what the swap test took and skipped."""
+
+import hypothesis
+import torch
+
+hypothesis.settings.register_profile("exact", derandomize=True, deadline=None, database=None)
+hypothesis.settings.load_profile("exact")
+
+torch.set_num_threads(1)  # the tensors are tiny, and rank threads take turns anyway
+
+taken: list[str] = []  # the combinations that the swap test compared
+skipped: list[str] = []
+
+
+def pytest_terminal_summary(terminalreporter):
+    if taken or skipped:
+        terminalreporter.write_line(f"swap test: {len(taken)} compared, {len(skipped)} skipped")
+    for what in skipped:
+        terminalreporter.write_line(f"  skipped: {what}")
+>>>>>>> main

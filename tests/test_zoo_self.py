@@ -337,8 +337,7 @@ EXTREME = [
 ]
 MORE = [
     replace(case, name=f"{case.name}, {p} ranks", p=p, dtype=dtype)
-    for p in (5, 8)
-    for dtype in (torch.float64, torch.bfloat16)
+    for p, dtype in ((5, torch.float64), (8, torch.float64), (8, torch.bfloat16))
     for case in PLAIN
     if not case.ranks and not case.lengths and case.s % 2 == 0
 ]

@@ -1,0 +1,211 @@
+"""What the tests share: inputs, layouts written without ringref, and errors relative to norms.
+
+`b` batch, `n` keys, `m` queries, `h` query heads, `g` key/value heads, `d` head dim, `p` ranks.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ringref import (
+    Dilation,
+    Shard,
+    collective_attention,
+    dense_attention,
+    dilated_attention,
+    ring_attention,
+    simulate,
+)
+
+METHODS = {
+    "dense": dense_attention,
+    "dilated": dilated_attention,
+    "collective": collective_attention,
+    "ring": ring_attention,
+}
+OTHERS = {name: method for name, method in METHODS.items() if name != "dense"}
+TOLERANCE = 1e-10  # in float64, relative to the tensor's norm
+
+
+class Results(NamedTuple):
+    """What is compared: everything that goes out and everything that comes back."""
+
+    out: Tensor
+    lse: Tensor
+    dq: Tensor
+    dk: Tensor
+    dv: Tensor
+
+
+class Inputs(NamedTuple):
+    """q, k, v, and the gradients of out and lse, of the whole sequence."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    dout: Tensor
+    dlse: Tensor
+
+    def cut(self, queries: slice | Tensor, keys: slice | Tensor) -> "Inputs":
+        """The rows of one rank."""
+        q, k, v, dout, dlse = self
+        return Inputs(q[:, queries], k[:, keys], v[:, keys], dout[:, queries], dlse[:, :, queries])
+
+
+def inputs(m, n=None, b=2, h=4, g=2, d=3, dtype=torch.float64, seed=0, size=1.0) -> Inputs:
+    """Random inputs for m queries and n keys (m, if not given); `size` multiplies q, so the logits."""
+    random, n = torch.Generator().manual_seed(seed), m if n is None else n
+    shapes = ((b, m, h, d), (b, n, g, d), (b, n, g, d), (b, m, h, d), (b, h, m))
+    q, *rest = (torch.randn(x, generator=random, dtype=torch.float64) for x in shapes)
+    *most, dlse = (x.to(dtype) for x in (q * size, *rest))
+    return Inputs(*most, dlse if dtype == torch.float64 else dlse.float())
+
+
+def both_ways(method, given: Inputs, **arguments) -> Results:
+    """Forward and backward of one rank, as leaves of their own."""
+    q, k, v = (x.detach().clone().requires_grad_() for x in given[:3])
+    out, lse = method(q, k, v, **arguments)
+    torch.autograd.backward((out, lse), (given.dout, given.dlse))
+    return Results(out.detach(), lse.detach(), q.grad, k.grad, v.grad)
+
+
+def error(one: Tensor, true: Tensor) -> float:
+    """‖one − true‖ / ‖true‖; infinite where shapes, dtypes, infinities or NaN differ."""
+    if one is None or one.shape != true.shape or not one.isfinite().equal(true.isfinite()):
+        return math.inf
+    infinite = ~true.isfinite()
+    if not one[infinite].equal(true[infinite]):
+        return math.inf
+    one, true = (x.double().masked_fill(infinite, 0.0) for x in (one, true))
+    # a gradient that is zero in exact arithmetic has no norm to compare with: inputs are of order 1
+    return float((one - true).norm() / max(float(true.norm()), 1e-3))
+
+
+def assert_close(one: Results, true: Results, where: object = "", tolerance=TOLERANCE) -> None:
+    wrong = {
+        name: found
+        for name, found in zip(true._fields, map(error, one, true), strict=True)
+        if not found < tolerance
+    }
+    assert not wrong, f"{where}: relative errors {wrong}"
+
+
+# ------------------------------------------------------------------------------------------ layouts
+
+
+def runs(n: int, weights: list[int]) -> list[Tensor]:
+    """0 … n−1 in consecutive runs, as long as the weights say."""
+    ends = [0]
+    for weight in weights:
+        ends.append(ends[-1] + weight)
+    ends = [x * n // ends[-1] for x in ends]
+    return [torch.arange(a, b) for a, b in zip(ends, ends[1:], strict=False)]
+
+
+def chunks(n: int, parts: int) -> list[Tensor]:
+    """0 … n−1 in runs of sizes that differ by at most one, the longer first."""
+    sizes = [n // parts + (i < n % parts) for i in range(parts)]
+    return [torch.arange(sum(sizes[:i]), sum(sizes[: i + 1])) for i in range(parts)]
+
+
+def layout(name: str, n: int, p: int) -> list[tuple[Tensor, Tensor]]:
+    """The positions of every rank's queries and keys, written without ringref's own."""
+    shuffled = torch.Generator().manual_seed(n + p)
+    if name == "contiguous":
+        return [(x, x) for x in chunks(n, p)]
+    if name == "zigzag":
+        cut = chunks(n, 2 * p)
+        return [(x, x) for x in (torch.cat([cut[i], cut[2 * p - 1 - i]]) for i in range(p))]
+    if name == "striped":
+        return [(x, x) for x in (torch.arange(n)[i::p] for i in range(p))]
+    if name == "uneven":  # from p = 4 on a shard is empty
+        return [(x, x) for x in runs(n, [(3, 1, 2, 0)[i % 4] for i in range(p)])]
+    if name == "permuted":  # queries and keys of one token on different ranks
+        cuts = [torch.randperm(n, generator=shuffled).tensor_split(p) for _ in range(2)]
+        return list(zip(*cuts, strict=True))
+    if name == "decoding":  # few queries, on the last rank; the keys on all the others
+        held = [*runs(n, [1 + i % 2 for i in range(p - 1)]), torch.arange(0)] if p > 1 else [None]
+        queries = [torch.arange(0)] * (p - 1) + [torch.tensor([n - 3, n - 1, n, n + 4])]
+        return [
+            (q, torch.arange(n) if k is None else k) for q, k in zip(queries, held, strict=True)
+        ]
+    raise ValueError(name)
+
+
+LAYOUTS = ("contiguous", "zigzag", "striped", "uneven", "permuted", "decoding")
+
+
+class Split(NamedTuple):
+    """A layout with its positions, and where each rank's rows lie when all are laid end to end."""
+
+    positions: list[tuple[Tensor, Tensor]]
+
+    @property
+    def rows(self) -> list[tuple[slice, slice]]:
+        found, q, k = [], 0, 0
+        for queries, keys in self.positions:
+            found.append((slice(q, q + len(queries)), slice(k, k + len(keys))))
+            q, k = q + len(queries), k + len(keys)
+        return found
+
+    @property
+    def whole(self) -> Shard:
+        """All rows on one rank, end to end."""
+        queries, keys = (torch.cat(side) for side in zip(*self.positions, strict=True))
+        return Shard(queries, None, keys)
+
+    def shard(self, ring) -> Shard:
+        return Shard(self.positions[ring.rank][0], ring, self.positions[ring.rank][1])
+
+    def true(self, given: Inputs, **arguments) -> list[Results]:
+        """What each rank must find, by dense attention on one rank."""
+        whole = both_ways(dense_attention, given, shard=self.whole, **arguments)
+        return [
+            Results(
+                whole.out[:, q], whole.lse[:, :, q], whole.dq[:, q], whole.dk[:, k], whole.dv[:, k]
+            )
+            for q, k in self.rows
+        ]
+
+    def found(self, method, given: Inputs, adversarial=True, **arguments) -> list[Results]:
+        """What each rank finds, in simulation."""
+
+        def on(ring):
+            mine = given.cut(*self.rows[ring.rank])
+            return both_ways(method, mine, shard=self.shard(ring), **arguments)
+
+        return simulate(on, len(self.positions), adversarial=adversarial)
+
+
+def swap(given: Inputs, split: Split, methods=METHODS, **arguments) -> None:
+    """Every method, on every rank, finds what dense attention finds on one."""
+    true = split.true(given, **arguments)
+    for name, method in methods.items():
+        for rank, (one, other) in enumerate(
+            zip(split.found(method, given, **arguments), true, strict=True)
+        ):
+            assert_close(one, other, f"{name}, rank {rank} of {len(true)}, {arguments}")
+
+
+# -------------------------------------------------------------------------------------------- masks
+
+
+def documents(b, h, q_idx, kv_idx):
+    """Documents of 7 tokens; later batches and heads see less; queries 5 and 6 see nothing."""
+    same = q_idx // 7 == kv_idx // 7
+    return same & (kv_idx % 5 != b) & (kv_idx % 4 != h) & (q_idx != 5) & (q_idx != 6)
+
+
+def window(b, h, q_idx, kv_idx):
+    """A sliding window that differs between heads."""
+    return (q_idx - kv_idx).abs() <= 2 + 2 * h
+
+
+DILATIONS = {
+    "none": None,
+    "longnet": Dilation([4, 16], [1, 4]),
+    "odd": Dilation([5, 40], [2, 3]),  # neither divides w, n or h; a tail; w > n
+    "grouped": Dilation([6, 12, 30], [1, 2, 3], heads="grouped"),
+}

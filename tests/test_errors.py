@@ -1,0 +1,451 @@
+"""Bad input is an error that names the argument, on every rank, and never a hang."""
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+from common import METHODS, documents, inputs
+
+from ringref import Dilation, Shard, dense_attention, merge, partition, ring_attention, simulate
+from ringref.comm import Deadlock
+from ringref.layout import Attended
+
+P, N = 3, 9
+
+
+def errors(fn, p=P, adversarial=True) -> list[Exception | None]:
+    """What each rank raised; a rank that was left waiting raises Deadlock."""
+
+    def on(ring):
+        try:
+            fn(ring)
+        except Exception as error:
+            return error
+
+    return simulate(on, p, adversarial=adversarial)
+
+
+def shards(ring, n=N):
+    shard, given = partition(n, ring, "zigzag"), inputs(n)
+    return shard, [shard.take(x).requires_grad_() for x in given[:3]]
+
+
+def everywhere(found, *words, kinds=(ValueError, TypeError, NotImplementedError)):
+    for rank, error in enumerate(found):
+        assert isinstance(error, kinds) and not isinstance(error, Deadlock), (
+            f"rank {rank}: {error!r}"
+        )
+    assert any(all(word in str(error) for word in words) for error in found), found
+
+
+# name: what replaces an argument, and words of the message
+BAD_TENSORS = {
+    "q of three dimensions": (lambda q, k, v: (q[0], k, v), ["q", "b s h d"]),
+    "k no tensor": (lambda q, k, v: (q, k.tolist(), v), ["k", "list"]),
+    "integers": (lambda q, k, v: (q.long(), k.long(), v.long()), ["q", "int64"]),
+    "k of another dtype": (lambda q, k, v: (q, k.float(), v), ["k", "float32", "float64"]),
+    "v of another dtype": (lambda q, k, v: (q, k, v.half()), ["v", "float16"]),
+    "k on meta": (lambda q, k, v: (q, k.to("meta"), v), ["k", "meta", "cpu"]),
+    "k and v of other lengths": (lambda q, k, v: (q, k, v[:, :-1]), ["k and v", "shape"]),
+    "k and v of other heads": (lambda q, k, v: (q, k, v[:, :, :1]), ["k and v", "shape"]),
+    "another batch": (lambda q, k, v: (q, k[:1], v[:1]), ["k", "batch"]),
+    "another head dim": (lambda q, k, v: (q, k[..., :1], v[..., :1]), ["k", "head dim"]),
+    "heads do not divide": (lambda q, k, v: (q[:, :, :3], k, v), ["2 heads", "3"]),
+    "no key heads": (lambda q, k, v: (q, k[:, :, :0], v[:, :, :0]), ["0 heads"]),
+    "more key heads": (lambda q, k, v: (q[:, :, :1], k, v), ["heads"]),
+    "no head dim": (lambda q, k, v: (q[..., :0], k[..., :0], v[..., :0]), ["d = 0"]),
+    "a row too few": (lambda q, k, v: (q[:, 1:], k, v), ["shard", "q has"]),
+    "a key too many": (lambda q, k, v: (q, torch.cat([k, k], 1), torch.cat([v, v], 1)), ["k has"]),
+}
+BAD_ARGUMENTS = {
+    "causal": [1, None, "yes", torch.tensor(True)],
+    "dilation": [(4, 2), [[4], [2]], 4],
+    "mask_mod": [3, torch.ones(9, 9)],
+    "scale": [float("nan"), float("inf"), "1", True, torch.tensor(1.0)],
+    "q_chunk": [0, -1, 2.0, True, "2"],
+    "backend": ["cuda", "flash", None, 3],
+}
+ALL_BAD = [(name, value) for name, values in BAD_ARGUMENTS.items() for value in values]
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", BAD_TENSORS)
+def test_bad_tensors(method, name):
+    change, words = BAD_TENSORS[name]
+    if "shard" not in words and words != ["k has"]:
+        with pytest.raises((TypeError, ValueError), match=words[0]):
+            METHODS[method](*change(*inputs(N)[:3]))
+    for whose in (range(P), [1]):  # all ranks, or one whose neighbours are right
+
+        def on(ring, whose=whose):
+            shard, leaves = shards(ring)
+            METHODS[method](*(change(*leaves) if ring.rank in whose else leaves), shard=shard)
+
+        everywhere(errors(on), *words)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name, value", ALL_BAD, ids=[f"{a}={b!r}"[:30] for a, b in ALL_BAD])
+def test_bad_arguments(method, name, value):
+    with pytest.raises((TypeError, ValueError), match=name):
+        METHODS[method](*inputs(N)[:3], **{name: value})
+
+    def on(ring):
+        shard, leaves = shards(ring)
+        METHODS[method](*leaves, shard=shard, **({name: value} if ring.rank == 1 else {}))
+
+    everywhere(errors(on), name)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_shard_of_another_kind(method):
+    with pytest.raises(TypeError, match="shard"):
+        METHODS[method](*inputs(N)[:3], shard=torch.arange(N))
+
+
+DIFFERENT = {
+    "causal": [{"causal": True}, {}],
+    "scale": [{"scale": 0.25}, {"scale": 0.2500001}],
+    "dilation": [{"dilation": Dilation([4], [2])}, {"dilation": Dilation([4], [1])}, {}],
+    "dilation heads": [{"dilation": Dilation([4], [2], x)} for x in ("all", "grouped")],
+    "mask_mod": [{"mask_mod": documents}, {}],
+    "backend": [{"backend": "math"}, {"backend": "auto"}],
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", DIFFERENT)
+def test_arguments_differ_between_ranks(method, name):
+    def on(ring):
+        shard, leaves = shards(ring)
+        arguments = DIFFERENT[name][min(ring.rank, len(DIFFERENT[name]) - 1)]
+        METHODS[method](*leaves, shard=shard, **arguments)
+
+    everywhere(errors(on), name.split()[0], "differs between ranks")
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "name, change",
+    [
+        ("batch", lambda x: x[:1]),
+        ("head dim", lambda x: x[..., :2]),
+        ("heads", lambda x: x[:, :, :2]),
+        ("dtype", lambda x: x.float()),
+        ("device", lambda x: x.to("meta")),
+    ],
+)
+def test_tensors_differ_between_ranks(method, name, change):
+    def on(ring):
+        shard, leaves = shards(ring)
+        METHODS[method](*(map(change, leaves) if ring.rank == 2 else leaves), shard=shard)
+
+    everywhere(errors(on), name, "differs between ranks")
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", ["no_grad", "inference_mode"])
+def test_grad_mode_differs(method, name):
+    mode = {"no_grad": torch.no_grad, "inference_mode": torch.inference_mode}[name]
+
+    def on(ring):
+        shard, leaves = shards(ring)
+        with mode() if ring.rank == 1 else nullcontext():
+            METHODS[method](*leaves, shard=shard)
+
+    everywhere(errors(on), "grad mode", "differs between ranks")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_backend_that_one_rank_lacks(method):
+    def on(ring):
+        shard, leaves = shards(ring)
+        METHODS[method](*leaves, shard=shard, backend="xformers" if ring.rank == 0 else "math")
+
+    everywhere(errors(on), "backend")
+
+
+@pytest.mark.parametrize("backend", ["torch", "xformers"])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_backend_cannot_do_it(method, backend):
+    """Asked for by name, it raises; `auto` finds another."""
+    for arguments in ({"mask_mod": documents}, {"scale": -1.0}):
+        with pytest.raises(NotImplementedError, match="backend"):
+            METHODS[method](*inputs(N)[:3], backend=backend, **arguments)
+        METHODS[method](*inputs(N)[:3], **arguments)
+
+
+MASKS = {
+    "numbers": (lambda b, h, q, k: (q >= k).to(torch.float64), TypeError),
+    "integers": (lambda b, h, q, k: (q >= k).long(), TypeError),
+    "another shape": (lambda b, h, q, k: torch.ones(7, 5, 3, dtype=torch.bool), ValueError),
+    "five dimensions": (lambda b, h, q, k: (q >= k)[None], ValueError),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", MASKS)
+def test_mask_mod_returns_something_else(method, name):
+    mask, kind = MASKS[name]
+    with pytest.raises(kind, match="mask_mod"):
+        METHODS[method](*inputs(N)[:3], mask_mod=mask)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_mask_mod_raises_on_one_rank(method):
+    """Its own error comes out, and the others do not wait for ever."""
+
+    def on(ring):
+        def mask(b, h, q, k):
+            if ring.rank == 1:
+                raise ZeroDivisionError("of mine")
+            return q >= k
+
+        shard, leaves = shards(ring)
+        METHODS[method](*leaves, shard=shard, mask_mod=mask)
+
+    with pytest.raises(ZeroDivisionError, match="of mine"):
+        simulate(on, P, adversarial=True)
+
+
+# ---------------------------------------------------------------------------------------- positions
+
+BAD_POSITIONS = {
+    "overlap": ([[0, 1], [1, 2], [3]], None, ["positions overlap", "[1]"]),
+    "held twice by one": ([[0, 0], [1], [2]], None, ["positions overlap", "[0]"]),
+    "gap": ([[0, 1], [3], [4]], None, ["positions leave gaps", "[2]"]),
+    "does not begin at 0": ([[1], [2], [3]], None, ["positions leave gaps", "[0]"]),
+    "keys overlap": ([[0], [1], [2]], [[0, 1], [1, 2], []], ["kv_positions overlap"]),
+    "keys leave gaps": ([[0], [1], [2]], [[0], [2], [5]], ["kv_positions leave gaps", "[1, 3, 4]"]),
+    "queries overlap": ([[7], [7], [2]], [[0], [1], [2]], ["positions overlap", "[7]"]),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", BAD_POSITIONS)
+def test_positions(method, name):
+    queries, keys, words = BAD_POSITIONS[name]
+
+    def on(ring):
+        q_index = torch.tensor(queries[ring.rank])
+        k_index = q_index if keys is None else torch.tensor(keys[ring.rank], dtype=torch.int64)
+        shard = Shard(q_index, ring, None if keys is None else k_index)
+        given = inputs(len(q_index), len(k_index))
+        METHODS[method](*given[:3], shard=shard)
+
+    everywhere(errors(on), *words)
+
+
+def test_positions_are_checked_again():
+    """A shard that was refused is refused a second time, also in between good ones."""
+
+    def on(ring):
+        good, leaves = shards(ring, n=6)
+        bad = Shard(torch.tensor([[0, 1], [1, 2], [3, 4]][ring.rank]), ring)
+        seen = []
+        for shard in (good, bad, bad, good, bad, good):
+            try:
+                ring_attention(*leaves, shard=shard)
+                seen.append(None)
+            except ValueError as error:
+                seen.append(str(error))
+        return seen
+
+    for seen in simulate(on, P, adversarial=True):
+        assert [x is None for x in seen] == [True, False, False, True, False, True]
+        assert len(set(filter(None, seen))) == 1
+
+
+def test_a_shard_that_one_rank_changed():
+    """The first call's positions are remembered, and a rank that comes with others is noticed."""
+
+    def on(ring):
+        shard, leaves = shards(ring, n=6)
+        ring_attention(*leaves, shard=shard)
+        if ring.rank == 1:
+            shard = Shard(torch.tensor([0, 1]), ring)
+        ring_attention(*leaves, shard=shard)
+
+    everywhere(errors(on), "positions overlap")
+
+
+@pytest.mark.parametrize(
+    "positions",
+    [
+        [0, 1],
+        torch.arange(3.0),
+        torch.arange(3).int(),
+        torch.arange(4).view(2, 2),
+        None,
+        torch.arange(2).to("meta"),
+    ],
+    ids=str,
+)
+def test_positions_of_another_kind(positions):
+    with pytest.raises(TypeError, match="positions must be a 1-D int64 CPU tensor"):
+        Shard(positions, None)
+    if positions is not None:
+        with pytest.raises(TypeError, match="kv_positions must be"):
+            Shard(torch.arange(2), None, positions)
+
+
+def test_negative_positions():
+    with pytest.raises(ValueError, match="kv_positions: positions count from 0, got -1"):
+        Shard(torch.arange(2), None, torch.tensor([-1, 0]))
+
+
+def test_ring_of_another_kind():
+    with pytest.raises(TypeError, match="ring"):
+        Shard(torch.arange(2), 4)
+    with pytest.raises(TypeError, match="ring"):
+        partition(8, 4)
+
+
+@pytest.mark.parametrize("layout", ["zig-zag", None, 3, ["striped"]])
+def test_unknown_layout(layout):
+    with pytest.raises(ValueError, match="layout must be one of"):
+        simulate(lambda ring: partition(4, ring, layout), 2)
+
+
+@pytest.mark.parametrize("n", [-1, 2.0, None, True])
+def test_number_of_tokens(n):
+    with pytest.raises(ValueError, match="n must be"):
+        simulate(lambda ring: partition(n, ring), 2)
+
+
+# ----------------------------------------------------------------------------------------- dilation
+
+
+@pytest.mark.parametrize(
+    "arguments, word",
+    [
+        (([4, 8], [1]), "same length"),
+        (([], []), "segment_lengths"),
+        ((4, 2), "segment_lengths"),
+        (([4], 2), "dilation_rates"),
+        (([4], [5]), "r = 5 is larger than its segment length w = 4"),
+        (([0], [1]), "segment_lengths"),
+        (([4], [0]), "dilation_rates"),
+        (([4.0], [1]), "segment_lengths"),
+        (([4], [True]), "dilation_rates"),
+        (("44", "11"), "segment_lengths"),
+        (([4], [1], "some"), "heads"),
+        (([4], [1], None), "heads"),
+    ],
+)
+def test_dilation(arguments, word):
+    with pytest.raises((TypeError, ValueError), match=word):
+        Dilation(*arguments)
+
+
+def test_dilation_of_lists_and_tuples_is_alike():
+    assert Dilation([4, 8], (1, 2)) == Dilation((4, 8), [1, 2])
+    assert hash(Dilation([4, 8], [1, 2])) == hash(Dilation((4, 8), (1, 2)))
+
+
+# ----------------------------------------------------------------------------- ranks that go astray
+
+
+@pytest.mark.parametrize("one", METHODS)
+@pytest.mark.parametrize("other", METHODS)
+def test_different_methods(one, other):
+    def on(ring):
+        shard, leaves = shards(ring)
+        METHODS[one if ring.rank == 1 else other](*leaves, shard=shard)
+
+    if one != other:
+        everywhere(errors(on), "method differs")
+
+
+def test_a_call_and_a_gather():
+    def on(ring):
+        shard, leaves = shards(ring)
+        if ring.rank == 1:
+            shard.gather(leaves[0])
+        else:
+            ring_attention(*leaves, shard=shard)
+
+    everywhere(errors(on), "not in the same call")
+
+
+def test_a_call_less():
+    """The rank that left cannot be told, but those that wait are."""
+
+    def on(ring):
+        shard, leaves = shards(ring)
+        ring_attention(*leaves, shard=shard)
+        if ring.rank != 1:
+            ring_attention(*leaves, shard=shard)
+
+    found = errors(on)
+    assert found[1] is None
+    assert all(isinstance(found[r], Deadlock) and "rank 1" in str(found[r]) for r in (0, 2))
+
+
+def test_gather_and_take():
+    def wrong_length(ring):
+        shard, (q, *_) = shards(ring)
+        shard.gather(q[:, 1:] if ring.rank == 1 else q)
+
+    def wrong_dim(ring):
+        shard, (q, *_) = shards(ring)
+        shard.gather(q, 7 if ring.rank == 1 else 1)
+
+    def no_tensor(ring):
+        shard, (q, *_) = shards(ring)
+        shard.gather(q.tolist() if ring.rank == 1 else q)
+
+    def other_dtype(ring):
+        shard, (q, *_) = shards(ring)
+        shard.gather(q.float() if ring.rank == 1 else q)
+
+    def other_shape(ring):
+        shard, (q, *_) = shards(ring)
+        shard.gather(q[:, :, :1] if ring.rank == 1 else q)
+
+    def other_grad_mode(ring):
+        shard, (q, *_) = shards(ring)
+        with torch.set_grad_enabled(ring.rank != 1):
+            shard.gather(q)
+
+    everywhere(errors(wrong_length), "x has", "rows along dim 1")
+    everywhere(errors(wrong_dim), "x must be a tensor that has dim 7")
+    everywhere(errors(no_tensor), "x must be a tensor", "list")
+    everywhere(errors(other_dtype), "dtype of x differs")
+    everywhere(errors(other_shape), "shape of x differs")
+    everywhere(errors(other_grad_mode), "grad mode differs")
+    with pytest.raises(ValueError, match="x has 4 rows along dim 1"):
+        simulate(lambda ring: partition(9, ring).take(torch.zeros(2, 4)), 2)
+
+
+def test_merge():
+    good = Attended(torch.zeros(1, 4, 2, 3), torch.zeros(1, 2, 4))
+    for bad in (
+        Attended(good.out[:, :3], good.lse[..., :3]),
+        Attended(good.out, good.lse.transpose(1, 2)),
+    ):
+        with pytest.raises(ValueError, match="a and b must be results for the same queries"):
+            merge(good, bad)
+
+
+@pytest.mark.parametrize("p", [0, -1, 2.0, None])
+def test_simulate(p):
+    with pytest.raises(ValueError, match="p must be a positive number"):
+        simulate(lambda ring: None, p)
+
+
+def test_arguments_are_keywords():
+    with pytest.raises(TypeError):
+        dense_attention(*inputs(N)[:3], True)
+    for method in METHODS.values():
+        with pytest.raises(TypeError, match="window"):
+            method(*inputs(N)[:3], window=4)
+
+
+def test_what_is_right_is_not_refused():
+    def on(ring):
+        for method in METHODS.values():
+            shard, leaves = shards(ring)
+            method(*leaves, shard=shard, q_chunk=ring.rank + 1)
+
+    assert errors(on) == [None] * P

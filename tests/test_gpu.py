@@ -1,0 +1,171 @@
+"""On a CUDA device: every kernel, every method over simulated ranks, NCCL. Run with `pytest -m gpu`."""
+
+import pytest
+import torch
+
+import ringref
+from ringref import backends, block
+from ringref.layout import Call, Table, alone, counted
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+METHODS = [ringref.dilated_attention, ringref.collective_attention, ringref.ring_attention]
+LONGNET = ringref.Dilation([64, 256, 1024], [1, 3, 8])
+BUDGET = 3.0  # times the error of PyTorch's own attention, in the same dtype on the same inputs
+
+
+def relative(x, true):
+    finite = true.isfinite()
+    assert torch.equal(finite, x.isfinite())
+    return float((x.double() - true)[finite].norm() / true[finite].norm().clamp_min(1e-30))
+
+
+def plain(q, k, v, dout, causal):
+    """out, dq, dk, dv of PyTorch's attention written out, in the inputs' dtype."""
+    q, k, v = (x.detach().clone().requires_grad_() for x in (q, k, v))
+    group = q.shape[2] // k.shape[2]
+    scores = torch.einsum("bqhd,bkhd->bhqk", q, k.repeat_interleave(group, 2)) * q.shape[-1] ** -0.5
+    if causal:
+        ahead = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
+        scores = scores.masked_fill(ahead, -torch.inf)
+    out = torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), v.repeat_interleave(group, 2))
+    out.backward(dout)
+    return out.detach(), q.grad, k.grad, v.grad
+
+
+def kernels():
+    for kernel in backends.KERNELS:
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            for d in (64, 128):
+                yield pytest.param(kernel, dtype, d, id=f"{kernel.name}-{str(dtype)[6:]}-{d}")
+
+
+@pytest.mark.parametrize(("kernel", "dtype", "d"), kernels())
+@pytest.mark.parametrize("lse_gradient", [False, True])
+def test_kernel_equals_einsum(kernel, dtype, d, lse_gradient, monkeypatch):
+    reason = kernel.why_not(backends.Task("cuda", dtype, d, "causal", lse_gradient))
+    if reason:
+        pytest.skip(f"{kernel.name} {reason}")
+    monkeypatch.setattr(backends, "choose", lambda *_: kernel)
+    table = Table((counted(4),), (counted(4),))
+    call = Call(True, None, None, d**-0.5, None, "auto", alone(), table, None)
+    torch.manual_seed(0)
+    for m, c, n, h, g, kind in (
+        (1, 256, 256, 4, 4, "causal"), (3, 100, 100, 4, 2, "causal"),
+        (2, 37, 53, 4, 4, "full"), (1, 300, 7, 4, 1, "full"), (1, 5, 2000, 4, 4, "full"),
+    ):  # fmt: skip
+        # every other head of a wider tensor: kernels must take strides
+        q, dout = torch.randn(2, 2, m, c, 2 * h, d, device="cuda", dtype=dtype)[:, :, :, :, ::2]
+        k, v = torch.randn(2, 2, m, n, g, d, device="cuda", dtype=dtype)
+        dlse = torch.randn(2, m, c, h, device="cuda") if lse_gradient else None
+        seen = backends.Seen(kind, None)
+        keep = backends._keep(q, k, seen)
+        wide = [x.double() for x in (q, k, v)]
+        true = block.forward(*wide, call.scale, keep)
+        wide_dlse = None if dlse is None else dlse.double()
+        grads = block.backward(dout.double(), wide_dlse, *wide, *true, call.scale, keep)
+        out, lse = backends.forward(q, k, v, seen, call)
+        ours = backends.backward(dout, dlse, q, k, v, out, true.lse.float(), seen, call)
+        folded = [x.flatten(0, 1) for x in (q, k, v, dout)]
+        theirs = plain(*folded, kind == "causal")
+        floor = BUDGET * torch.finfo(dtype).eps
+        assert relative(lse, true.lse) < 1e-5
+        for x, true_x, other in zip((out, *ours), (true.out, *grads), theirs, strict=True):
+            error = relative(other, true_x.flatten(0, 1)) if not lse_gradient else 0.0
+            assert relative(x, true_x) <= max(BUDGET * error, floor)
+
+
+@pytest.mark.parametrize("p", [1, 2, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dilation", [None, LONGNET], ids=["plain", "dilated"])
+def test_methods_over_simulated_ranks(p, dtype, dilation):
+    torch.manual_seed(0)
+    n, h, g, d = 500, 6, 3, 64
+    q, dout = torch.randn(2, 2, n, h, d, device="cuda", dtype=dtype)
+    k, v = torch.randn(2, 2, n, g, d, device="cuda", dtype=dtype)
+    dlse = torch.randn(2, h, n, device="cuda")
+    inputs = [x.double().requires_grad_() for x in (q, k, v)]
+    out, lse = ringref.dense_attention(*inputs, causal=True, dilation=dilation)
+    torch.autograd.backward([out, lse], [dout.double(), dlse.double()])
+    true = [out.detach(), lse.detach().transpose(1, 2), *(x.grad for x in inputs)]
+
+    def on_a_rank(ring, method, layout):
+        shard = ringref.partition(n, ring, layout)
+        mine = [shard.take(x).requires_grad_() for x in (q, k, v)]
+        out, lse = method(*mine, causal=True, dilation=dilation, shard=shard)
+        torch.autograd.backward([out, lse], [shard.take(dout), shard.take(dlse, 2)])
+        got = [out.detach(), lse.detach().transpose(1, 2), *(x.grad for x in mine)]
+        return [relative(x, shard.take(y)) for x, y in zip(got, true, strict=True)]
+
+    for method in METHODS:
+        for layout in ("contiguous", "zigzag", "striped"):
+            for errors in ringref.simulate(lambda ring: on_a_rank(ring, method, layout), p):  # noqa: B023
+                # a dozen roundings of the dtype: merged blocks, two of them in the dtype itself
+                assert max(errors) < 6 * torch.finfo(dtype).eps, (method.__name__, layout, errors)
+
+
+def test_forward_repeats_to_the_bit():
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 1, 2048, 4, 64, device="cuda", dtype=torch.bfloat16)
+
+    def on_a_rank(ring):
+        shard = ringref.partition(2048, ring, "zigzag")
+        mine = [shard.take(x) for x in (q, k, v)]
+        return [ringref.ring_attention(*mine, causal=True, shard=shard) for _ in range(2)]
+
+    for first, second in ringref.simulate(on_a_rank, 3):
+        assert torch.equal(first.out, second.out) and torch.equal(first.lse, second.lse)
+
+
+def test_one_rank_takes_what_the_kernel_takes():
+    q, k, v = (torch.randn(1, 4096, 8, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+
+    def peak(step):
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+
+    heads_first = [x.transpose(1, 2) for x in (q, k, v)]
+    theirs = torch.nn.functional.scaled_dot_product_attention
+    ours = peak(lambda: ringref.ring_attention(q, k, v, causal=True))
+    # the lse, kept for the backward, is what is more
+    assert ours <= peak(lambda: theirs(*heads_first, is_causal=True)) + 4 * 4 * q.shape[1] * q.shape[2]
+
+
+def _nccl(ring):
+    torch.manual_seed(0)
+    n, p = 300, ring.size
+    q, k, v, dout = torch.randn(4, 1, n, 4, 64, dtype=torch.float64).cuda()
+    cuts = sorted(torch.randperm(n - 1, generator=torch.Generator().manual_seed(1))[: p - 1].add(1).tolist())
+    mine = torch.arange(n).tensor_split(cuts)[ring.rank]
+    errors = []
+    for shard in (ringref.Shard(mine, ring), ringref.partition(n, ring, "zigzag")):
+        inputs = [x.clone().requires_grad_() for x in (q, k, v)]
+        ringref.dense_attention(*inputs, causal=True, dilation=LONGNET).out.backward(dout)
+        for method in METHODS:
+            local = [shard.take(x).requires_grad_() for x in (q, k, v)]
+            method(*local, causal=True, dilation=LONGNET, shard=shard).out.backward(shard.take(dout))
+            errors += [relative(x.grad, shard.take(y.grad)) for x, y in zip(local, inputs, strict=True)]
+    return max(errors)
+
+
+def test_nccl_with_uneven_shards():
+    for p in {1, torch.cuda.device_count()}:
+        assert max(ringref.launch(_nccl, p, "nccl")) < 1e-10
+
+
+def _subgroup(ring):
+    import torch.distributed as dist
+
+    group = dist.new_group([1])
+    return _nccl(ringref.ProcessRing(group)) if ring.rank == 1 else 0.0
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_nccl_on_a_subgroup():
+    assert max(ringref.launch(_subgroup, torch.cuda.device_count(), "nccl")) < 1e-10
