@@ -1,17 +1,7 @@
-<<<<<<< HEAD
-import pytest
-
-
-@pytest.fixture(scope="session")
-def pool():
-    from ringref.sanitizer import Pool
-
-    with Pool(8) as workers:
-        yield workers
-=======
 """One deterministic hypothesis profile, and what the swap test took and skipped."""
 
 import hypothesis
+import pytest
 import torch
 
 hypothesis.settings.register_profile("exact", derandomize=True, deadline=None, database=None)
@@ -23,9 +13,17 @@ taken: list[str] = []  # the combinations that the swap test compared
 skipped: list[str] = []
 
 
+@pytest.fixture(scope="session")
+def pool():
+    """One set of worker processes for every sweep of the oracle."""
+    from ringref.sanitizer import Pool
+
+    with Pool(8) as workers:
+        yield workers
+
+
 def pytest_terminal_summary(terminalreporter):
     if taken or skipped:
         terminalreporter.write_line(f"swap test: {len(taken)} compared, {len(skipped)} skipped")
     for what in skipped:
         terminalreporter.write_line(f"  skipped: {what}")
->>>>>>> main
