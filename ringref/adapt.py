@@ -25,7 +25,9 @@ def _passed(fn: Callable, told: dict[str, Any]) -> dict[str, Any]:
     names = inspect.signature(fn).parameters
     if any(p.kind is p.VAR_KEYWORD for p in names.values()):
         return told
-    if refused := [name for name, value in told.items() if name not in names and value not in (None, False)]:
+    if refused := [
+        name for name, value in told.items() if name not in names and value not in (None, False)
+    ]:
         raise NotImplementedError(f"the candidate takes no {', '.join(refused)}")
     return {name: value for name, value in told.items() if name in names}
 
@@ -84,7 +86,9 @@ def dilated(make: Callable, *, heads: str = "all", causal: str = "is_causal") ->
     convention. `causal` is its name for causality.
     """
 
-    def candidate(q: Tensor, k: Tensor, v: Tensor, *, group: Any, dilation: Any, **told: Any) -> Any:
+    def candidate(
+        q: Tensor, k: Tensor, v: Tensor, *, group: Any, dilation: Any, **told: Any
+    ) -> Any:
         if len(group_ranks(group)) > 1:
             raise NotImplementedError("one device only")
         module = make(list(dilation.segment_lengths), list(dilation.dilation_rates))
@@ -118,7 +122,9 @@ def varlen(fn: Callable) -> Callable:
     def candidate(q: Tensor, k: Tensor, v: Tensor, **told: Any) -> Any:
         b, s = q.shape[:2]
         lengths = torch.arange(0, (b + 1) * s, s, dtype=torch.int32)[: b + 1]
-        result = fn(*(x.reshape(b * s, *x.shape[2:]) for x in (q, k, v)), cu_seqlens=lengths, **told)
+        result = fn(
+            *(x.reshape(b * s, *x.shape[2:]) for x in (q, k, v)), cu_seqlens=lengths, **told
+        )
         out, *rest = result if isinstance(result, tuple) else (result,)
         out = out.unflatten(0, (b, s))
         return (out, rest[0].unflatten(1, (b, s)).transpose(0, 1)) if rest else out

@@ -12,7 +12,8 @@ from __future__ import annotations
 import logging
 import random
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -241,18 +242,14 @@ class ProcessRing(Ring):
         ]
         where = f"rank {self.rank}, hop {hop}: the exchange with ranks {peers}"
         log.debug("%s is posted", where)
-        try:
+        with _named(where):
             works = dist.batch_isend_irecv(ops)
-        except RuntimeError as error:
-            raise RuntimeError(f"{where} could not be posted") from error
 
         def finish():
-            try:
+            with _named(where):
                 for work in works:
                     work.wait()
-                log.debug("%s is done", where)
-            except RuntimeError as error:
-                raise RuntimeError(f"{where} broke off") from error
+            log.debug("%s is done", where)
             sends.clear()  # the buffers had to live until here
 
         return finish
@@ -263,12 +260,22 @@ class ProcessRing(Ring):
             self._side = torch.cuda.Stream()
         # a stream of its own, so that reading a header does not wait for the computation queued
         # before it
-        with torch.cuda.stream(self._side):
+        where = f"rank {self.rank}, hop {self._hop}: the header after it"
+        with torch.cuda.stream(self._side), _named(where):
             mine = torch.nn.functional.pad(row, (0, max(lengths) - len(row))).to(device)
             rows = mine.new_empty(self.size, len(mine))
             dist.all_gather(list(rows), mine, group=self.group)
             every = rows.cpu()
         return [every[r, : lengths[r]] for r in range(self.size)]
+
+
+@contextmanager
+def _named(where: str) -> Iterator[None]:
+    """Say where a transport's error broke in."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise RuntimeError(f"{where} broke off: {error}") from error
 
 
 class Deadlock(RuntimeError):
