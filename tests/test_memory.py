@@ -82,7 +82,7 @@ def test_the_prediction_bounds_the_measurement(method, backend):
     plain = [
         r for (_, dtype, _, dilated, _), r in seen.items() if not dilated and dtype.itemsize > 2
     ]
-    assert min(plain) > 0.5  # and not by being generous
+    assert min(plain) > 0.45  # and not by being generous
 
 
 def test_the_table_says_what_partitioning_queries_saves():

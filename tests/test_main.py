@@ -1,0 +1,62 @@
+"""The main job: what a newcomer runs first, its exit code, and its options."""
+
+import json
+
+import pytest
+
+import ringref.__main__ as main_job
+
+
+def run(capsys, tmp_path, *arguments):
+    code = main_job.main([*arguments, "--json", "--figure", str(tmp_path / "picture.svg")])
+    return code, json.loads(capsys.readouterr().out)["rows"]
+
+
+def test_every_method_and_case_is_judged(capsys, tmp_path):
+    text = tmp_path / "text"
+    text.write_bytes(bytes(range(256)))
+    options = ("--ranks", "2", "--tokens", "96", "--layout", "striped", "--dtype", "bfloat16")
+    code, rows = run(capsys, tmp_path, str(text), *options)
+    assert code == 0
+    cases = [(row["case"], row["method"]) for row in rows]
+    assert cases == [(c, m) for c in ("causal", "LongNet") for m in main_job.METHODS]
+    for row in rows:
+        assert set(row["errors"]) == {"out", "lse", "dq", "dk", "dv"}
+        assert 0 < max(row["errors"].values()) < 0.02
+        assert 0 < row["budget_used"] <= 1
+        assert min(row["peak"], row["predicted"], row["sent"], row["seconds"]) > 0
+    assert (tmp_path / "picture.svg").read_text().count("<svg") == 1
+
+
+def test_over_budget_is_exit_code_1(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(main_job, "MULTIPLE", 1e-3)
+    code, rows = run(capsys, tmp_path, "--ranks", "2", "--tokens", "40")
+    assert code == 1
+    assert max(row["budget_used"] for row in rows) > 1
+
+
+def test_the_table_fits_and_names_everything(capsys, tmp_path):
+    told = main_job.options(["--ranks", "1", "--tokens", "24", "--q-chunk", "8"])
+    rows = main_job.run(told, main_job.Console(stderr=True))
+    console = main_job.Console(width=main_job.WIDTH)
+    console.print(main_job.as_table(rows, told))
+    shown = capsys.readouterr().out
+    assert "…" not in shown
+    for word in ("zigzag", "collective", "LongNet", "predicted", "sent", "float32", "over gloo"):
+        assert word in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--tokens", "0"], "--tokens: expected at least 1, got 0"),
+        (["--heads", "3"], "--heads, --head-dim: expected even numbers, got 3, 16"),
+        (["--layout", "spiral"], "invalid choice: 'spiral'"),
+        (["no such file"], "text: no such file is not a file"),
+    ],
+)
+def test_bad_options_are_named(arguments, message, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main_job.options(arguments)
+    assert caught.value.code == 2
+    assert message in capsys.readouterr().err
