@@ -250,7 +250,7 @@ def _cut(heads: range, of: range) -> slice:
     )
 
 
-_PART_BYTES, _PART_BYTES_ALONE, _MOST_PARTS = 16 * 2**20, 256 * 2**20, 4
+_PART_BYTES, _PART_BYTES_ALONE, _MOST_PARTS = 10 * 2**20, 256 * 2**20, 4
 
 
 @lru_cache(maxsize=256)
