@@ -152,7 +152,7 @@ def _undisturbed_caller():
     quiet = [
         logger
         for name, logger in logging.root.manager.loggerDict.items()
-        if name.startswith(("torch.distributed", "torch.multiprocessing"))
+        if name.startswith(("torch.distributed", "torch.multiprocessing", "torchelastic"))
         and isinstance(logger, logging.Logger)
     ]
     with _one_at_a_time:

@@ -128,7 +128,7 @@ def test_waiting_for_a_rank_that_has_returned_ends(monkeypatch):
     start = time.monotonic()
     with pytest.raises(RankError, match=r"by then fn had returned on rank \[0\]"):
         launch(fn, 2)
-    assert time.monotonic() - start < 8
+    assert time.monotonic() - start < 60  # not the 600 s of a message
 
 
 @pytest.mark.parametrize("fails", [False, True])
@@ -160,7 +160,7 @@ def test_ctrl_c_reaches_the_caller_and_ends_the_ranks():
     start = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
         launch(lambda ring: time.sleep(60), 2)
-    assert time.monotonic() - start < 10
+    assert time.monotonic() - start < 50
 
 
 def test_failures_are_quiet(capfd):
