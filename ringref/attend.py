@@ -253,7 +253,7 @@ def _cut(heads: range, of: range) -> slice:
 _PART_BYTES, _PART_BYTES_ALONE, _MOST_PARTS = 10 * 2**20, 256 * 2**20, 4
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=64)
 def _plan(
     dilation: Dilation | None, h: int, g: int, row_bytes: int, table: Table, rank: int, causal: bool
 ) -> tuple[Part, ...]:
@@ -324,7 +324,7 @@ def _even(heads: range, group: int) -> list[range]:
     return [heads] if even else regular(heads, group)
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=2048)
 def _meetings(
     some: tuple[Strand, ...], kv_heads: range, part_heads: range, part_kv_heads: range, group: int,
     queries: Positions, keys: Positions, causal: bool, masked: bool, q_chunk: int | None,
@@ -389,7 +389,7 @@ def _slanted(offsets: list[tuple[Strand, list[Visit]]]) -> Iterator[tuple[Visit,
     if offsets and len(offsets) > len(offsets[0][0].heads):
         (first, met), count = offsets[0], len(offsets)
         for visit in met:
-            rows, keys = (Rows(x.index, slant=1) for x in visit[:2])
+            rows, keys = (x.slanted() for x in visit[:2])
             for head in first.heads:
                 yield visit._replace(queries=rows, keys=keys), range(head, head + count)
     else:
@@ -452,7 +452,7 @@ def _some(keys: Positions, rows: Tensor, _known: dict = {}) -> Positions:  # noq
     """`keys[rows]`, remembered: hashing positions costs more than a small block."""
     key = keys, id(rows)
     if key not in _known:
-        if len(_known) > 4096:
+        if len(_known) > 256:
             _known.clear()
         _known[key] = keys[rows], rows  # rows live as long as their id is a key
     return _known[key][0]

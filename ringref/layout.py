@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass
 from functools import lru_cache, wraps
 from typing import Any, NamedTuple
@@ -93,7 +94,7 @@ class Positions:
         return Positions(self.index[rows])
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=16)
 def counted(n: int) -> Positions:
     """0 … n−1."""
     return Positions(torch.arange(n))
@@ -553,7 +554,7 @@ class Strand(NamedTuple):
         return _kept(positions, self.w, self.r, self.offset)
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=256)  # of n rows each; what is kept for long is plans, which are small
 def _kept(positions: Positions, w: int, r: int, offset: int) -> Tensor:
     index = positions.index
     order = (
@@ -612,19 +613,29 @@ class Rows:
     where the indices allow it, else a copy. `slant`: how many rows further each next head starts.
     """
 
-    def __init__(self, index: Tensor, slant: int = 0):
-        self.index, (self.m, self.c), self.slant = index, index.shape, slant
-        first = index.flatten().tolist()[:1] or [0]
-        self.start = first[0]
-        self.step = int(index[0, 1] - index[0, 0]) if index.numel() and self.c > 1 else 1
-        self.hop = (
-            int(index[1, 0] - index[0, 0]) if index.numel() and self.m > 1 else self.c * self.step
-        )
-        ideal = (
-            self.start + self.hop * torch.arange(self.m)[:, None] + self.step * torch.arange(self.c)
-        )
-        self.strided = self.step > 0 and self.hop > 0 and torch.equal(ideal, index)
+    def __init__(self, index: Tensor):
+        (self.m, self.c), self.slant, some = index.shape, 0, index.numel() > 0
+        self.start = int(index[0, 0]) if some else 0
+        self.step = int(index[0, 1] - index[0, 0]) if some and self.c > 1 else 1
+        self.hop = int(index[1, 0] - index[0, 0]) if some and self.m > 1 else self.c * self.step
+        self.strided = self.step > 0 and self.hop > 0 and torch.equal(self._even(), index)
+        self._uneven = None if self.strided else index  # plans live long: a view needs no indices
         self._on: dict = {}
+
+    def _even(self) -> Tensor:
+        segments, rows = torch.arange(self.m)[:, None], torch.arange(self.c)
+        return self.start + self.hop * segments + self.step * rows
+
+    @property
+    def index(self) -> Tensor:
+        """The rows of the first head, m c."""
+        return self._even() if self._uneven is None else self._uneven
+
+    def slanted(self) -> Rows:
+        """The same, but each next head starts one row further."""
+        other = copy(self)
+        other.slant = 1
+        return other
 
     def all_of(self, s: int) -> bool:
         """Whether these are rows 0 … s−1 in order."""
@@ -672,8 +683,17 @@ class Visit(NamedTuple):
     queries: Rows
     keys: Rows
     kind: str
-    q_positions: Tensor  # m c
-    k_positions: Tensor  # m k
+    at: tuple[Positions, Positions]  # of all rows of queries and keys
+
+    @property
+    def q_positions(self) -> Tensor:
+        """m c"""
+        return self.at[0].index[self.queries.index]
+
+    @property
+    def k_positions(self) -> Tensor:
+        """m k"""
+        return self.at[1].index[self.keys.index]
 
 
 _PIECES = 8  # a staircase of more pieces than this is masked rather than cut
@@ -721,7 +741,7 @@ def visits(strand: Strand, *meeting) -> list[Visit]:
     return _visits(strand._replace(heads=range(0)), *meeting)
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=2048)
 def _visits(
     strand: Strand,
     queries: Positions,
@@ -747,34 +767,30 @@ def _visits(
             origin = q_at[q_index[:, :1]]
             pattern = torch.cat([q_at[q_index] - origin, k_at[k_index] - origin], 1)
             alike = (pattern == pattern[0]).all(1)
-            found += _alike(
-                q_rows, k_rows, q_at, k_at, q_index[alike], k_index[alike], causal, masked, q_chunk
+            pieces = _alike(q_at, k_at, q_index[alike], k_index[alike], causal, q_chunk)
+            found += (
+                Visit(Rows(q_rows[x]), Rows(k_rows[y]), "mask" if masked else kind, (queries, keys))
+                for x, y, kind in pieces
             )
             q_index, k_index = q_index[~alike], k_index[~alike]
     return found
 
 
 def _alike(
-    q_rows, k_rows, q_at, k_at, q_index, k_index, causal, masked, q_chunk
-) -> Iterator[Visit]:
-    """The visits of segments that are alike, `q_chunk` query rows at a time: whole segments if they
-    fit, else parts.
+    q_at: Tensor, k_at: Tensor, q_index: Tensor, k_index: Tensor, causal: bool, q_chunk: int | None
+) -> Iterator[tuple[Tensor, Tensor, str]]:
+    """Segments that are alike, `q_chunk` query rows at a time, whole segments if they fit, else
+    parts: which of the queries at `q_at` meet which of the keys at `k_at`, and the kind.
     """
     c = q_index.shape[1]
     some = max(1, (q_chunk or q_index.numel()) // c)
     for i in range(0, len(q_index), some):
         for j in range(0, c, q_chunk or c):
             qi, ki = q_index[i : i + some, j : j + (q_chunk or c)], k_index[i : i + some]
-            pieces = (
-                staircase(q_at[qi[0]], k_at[ki[0]])
-                if causal
-                else [(slice(None), slice(None), "full")]
-            )
-            for a, b, kind in pieces:
-                x, y = qi[:, a], ki[:, b]
-                yield Visit(
-                    Rows(q_rows[x]), Rows(k_rows[y]), "mask" if masked else kind, q_at[x], k_at[y]
-                )
+            pieces = [(slice(None), slice(None), "full")]
+            if causal:
+                pieces = staircase(q_at[qi[0]], k_at[ki[0]])
+            yield from ((qi[:, a], ki[:, b], kind) for a, b, kind in pieces)
 
 
 class Route(NamedTuple):
@@ -790,7 +806,7 @@ class Route(NamedTuple):
     wanted: dict[int, dict[int, Tensor]]
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=8)  # asked for twice in a row
 def _shared(
     strand: Strand, table: Table
 ) -> tuple[list[Tensor], list[Tensor], dict[tuple[int, int], Tensor]]:
@@ -817,7 +833,7 @@ def route(strand: Strand, table: Table, rank: int, causal: bool) -> Route:
     return _route(strand._replace(heads=range(0)), table, rank, causal)
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=64)
 def _route(strand: Strand, table: Table, rank: int, causal: bool) -> Route:
     q_at, k_rows, meets = _shared(strand, table)
     members, fresh = {rank}, [rank]
