@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Sequence
 from functools import lru_cache
+from itertools import groupby
 from typing import NamedTuple
 
 import torch
@@ -212,24 +213,36 @@ def _plan(dilation: Dilation | None, h: int, g: int, row_bytes: int, table: Tabl
     # on one rank nothing travels and one strand accumulates nothing
     size = _PART_BYTES_ALONE if alone else _PART_BYTES
     count = 1 if alone and dilation is None else max(1, min(longest * row_bytes // size, g, _MOST_PARTS))
+    # the widest strand first, which may cover all rows; then the narrow ones, for the last is the cheapest to add
+    order = strands(dilation, h)
+    order = order[:1] + sorted(order[1:], key=lambda strand: -strand.r)
+
+    def serves(kv_head: int) -> list[tuple[int, int]]:
+        heads = range(kv_head * group, (kv_head + 1) * group)
+        return [x[:2] for x in order if any(j in x.heads for j in heads)]
+
     parts = []
     for some in torch.arange(g).tensor_split(count):
-        kv_heads = range(int(some[0]), int(some[-1]) + 1)
-        heads = range(kv_heads.start * group, kv_heads.stop * group)
-        legs, local = [], []
-        for strand in strands(dilation, h):
-            mine = [j for j in strand.heads if j in heads]
-            for each in _even(range(mine[0], mine[-1] + 1, strand.heads.step), group) if mine else ():
-                one = strand._replace(heads=each)
-                if travels(one, table):  # a leg on every rank, so that all post their messages in one order
-                    legs.append(Leg((one,), serving(each, group), route(one, table, rank, causal)))
-                else:
-                    local.append(one)
-        if local:
-            stay = Route((rank,), {rank: torch.empty(0, dtype=torch.int64)}, {rank: {}})
-            legs.insert(0, Leg(tuple(local), kv_heads, stay))
-        parts.append(Part(heads, kv_heads, tuple(legs)))
+        for _, alike in groupby(some.tolist(), serves):
+            kv_heads = range((few := list(alike))[0], few[-1] + 1)
+            parts.append(_part(order, range(kv_heads.start * group, kv_heads.stop * group), kv_heads, table, rank, causal))
     return tuple(parts)
+
+
+def _part(order: list[Strand], heads: range, kv_heads: range, table: Table, rank: int, causal: bool) -> Part:
+    legs, local, group = [], [], len(heads) // len(kv_heads)
+    for strand in order:
+        mine = [j for j in strand.heads if j in heads]
+        for each in _even(range(mine[0], mine[-1] + 1, strand.heads.step), group) if mine else ():
+            one = strand._replace(heads=each)
+            if travels(one, table):  # a leg on every rank, so that all post their messages in one order
+                legs.append(Leg((one,), serving(each, group), route(one, table, rank, causal)))
+            else:
+                local.append(one)
+    if local:
+        stay = Route((rank,), {rank: torch.empty(0, dtype=torch.int64)}, {rank: {}})
+        legs.insert(0, Leg(tuple(local), kv_heads, stay))
+    return Part(heads, kv_heads, tuple(legs))
 
 
 def _even(heads: range, group: int) -> list[range]:

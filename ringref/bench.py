@@ -1,7 +1,7 @@
 """Measure: speed, memory, overlap and length, each result checked against float64 before it is timed.
 
 `python -m ringref bench` runs on all GPUs of the machine (or a few CPU ranks), `torchrun … -m ringref bench` on the ranks that
-there are. Times are medians after warm-up, of the slower rank, between events on synchronised ranks; inputs are larger than
+there are. Times are medians after warm-up, of the slower rank, between events on ranks that start together; inputs are larger than
 the cache. Every section prints a table and writes `figures/data/SECTION-MACHINE-xP.json` with machine, versions, date, command.
 """
 
@@ -100,24 +100,32 @@ class Bench:
         return max(row[0] for row in self.ring.announce([int(x * 1e6)])) / 1e6
 
     def milliseconds(self, step: Callable[[], Any], repeats: int | None = None) -> tuple[float, float]:
-        """Median over repeats of the slower rank's time, and the spread (max − min) around it."""
-        times = []
-        for i in range((repeats or self.args.repeats) + 3):
-            self.synchronise()
-            if self.cuda:
-                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                start.record()
-                step()
-                end.record()
-                torch.cuda.synchronize()
-                took = start.elapsed_time(end)
-            else:
-                begin = time.perf_counter()
-                step()
-                took = 1e3 * (time.perf_counter() - begin)
-            if i >= 3:
-                times.append(self.slowest(took))
-        return statistics.median(times), max(times) - min(times)
+        """Median over repeats of the slower rank's time, and the spread (max − min) around it.
+
+        Steps are queued one behind the other, as in training, each between two events of its own.
+        """
+        marks, count = [], (repeats or self.args.repeats) + 3
+        for i in range(count):
+            if i in (0, 3):
+                self.synchronise()
+            marks.append(self._mark())
+            step()
+        marks.append(self._mark())
+        self.synchronise()
+        times = [self._between(a, b) for a, b in zip(marks[3:], marks[4:], strict=False)]
+        every = self.ring.announce([int(x * 1e6) for x in times])
+        slower = [max(row) / 1e6 for row in zip(*every, strict=True)]
+        return statistics.median(slower), max(slower) - min(slower)
+
+    def _mark(self) -> Any:
+        if not self.cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _between(self, a: Any, b: Any) -> float:
+        return a.elapsed_time(b) if self.cuda else 1e3 * (b - a)
 
     def peak(self, step: Callable[[], Any]) -> int | None:
         """Peak bytes above what was allocated before, of the fuller rank (None on the CPU)."""

@@ -216,6 +216,10 @@ class Deadlock(RuntimeError):
     """Every live rank waits for a message that nobody sends."""
 
 
+class Elsewhere(ValueError):
+    """Another rank's mistake, which that rank's own error explains."""
+
+
 class _Parcel:
     def __init__(self, tensors: Message):
         self.tensors, self.buffers, self.delivered = tensors, None, False
@@ -352,6 +356,6 @@ def simulate(fn: Callable[[Ring], Any], p: int, adversarial: bool = False) -> li
     world.done.wait()
     if world.errors:
         # a rank that was only left waiting is not the cause
-        cause = [e for e in world.errors.values() if not isinstance(e, Deadlock)] or list(world.errors.values())
+        cause = [e for e in world.errors.values() if not isinstance(e, (Deadlock, Elsewhere))] or list(world.errors.values())
         raise cause[0]
     return results

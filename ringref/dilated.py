@@ -24,7 +24,7 @@ def dilated_attention(
     """Attention that fetches from each rank just the rows it needs; arguments, result and errors as for `dense_attention`.
 
     On aligned shards a rank receives in forward at most 2·d·g·min(r, h/g)·(⌈w/r⌉ − ⌊s/r⌋) elements per branch with w > s,
-    whatever n is, and nothing when w divides s (LongNet's constant communication, section 3.2); under a causal mask less,
+    whatever n is, and nothing when w divides s (LongNet's constant communication, section 3.1); under a causal mask less,
     for rows after its last query are not fetched. The backward fetches again and sends dK and dV back.
     """
     return attend(fetching, "dilated", q, k, v, causal=causal, dilation=dilation, mask_mod=mask_mod, scale=scale,

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .comm import Ring, ThreadRing, _World
+from .comm import Elsewhere, Ring, ThreadRing, _World
 
 LAYOUTS = ("contiguous", "zigzag", "striped")
 BACKENDS = ("auto", "math", "torch", "xformers")
@@ -48,8 +48,8 @@ def exactly(step: Callable) -> Callable:
 
     @wraps(step)
     def run(*args):
-        device = next(x for x in args if isinstance(x, Tensor)).device.type
-        if not torch.amp.is_autocast_available(device):
+        device = next((x.device.type for x in args if isinstance(x, Tensor)), None)
+        if device is None or not torch.amp.is_autocast_available(device):
             return step(*args)
         with torch.autocast(device, enabled=False):
             return step(*args)
@@ -101,6 +101,7 @@ def _a_ring(ring: Any) -> Ring:
     return ring
 
 
+@lru_cache(maxsize=1)
 def alone() -> Ring:
     """A ring of one."""
     return ThreadRing(0, _World(1, adversarial=False))
@@ -235,7 +236,7 @@ def meet(shard: Shard, names: Sequence[str], say: Callable[[], tuple[list, bool]
         raise mistake
     wrong = [r for r, said in enumerate(rows) if not said[0]]
     if wrong:
-        raise ValueError(f"rank {wrong[0]} rejected its own arguments (its error says which); no rank goes on")
+        raise Elsewhere(f"rank {wrong[0]} rejected its own arguments (its error says which); no rank goes on")
     needs = any(said[1] for said in rows)
     for name, word, *column in zip(names, words, *(said[2:] for said in rows), strict=False):
         if (name != "grad mode" or needs) and len(set(column)) > 1:

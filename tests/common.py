@@ -55,7 +55,7 @@ class Inputs(NamedTuple):
 
 
 def inputs(m, n=None, b=2, h=4, g=2, d=3, dtype=torch.float64, seed=0, size=1.0) -> Inputs:
-    """Random inputs for m queries and n keys (m, if not given); `size` multiplies q, so the logits."""
+    """Random inputs for m queries and n keys (m, if not given); the logits grow with `size`."""
     random, n = torch.Generator().manual_seed(seed), m if n is None else n
     shapes = ((b, m, h, d), (b, n, g, d), (b, n, g, d), (b, m, h, d), (b, h, m))
     q, *rest = (torch.randn(x, generator=random, dtype=torch.float64) for x in shapes)

@@ -13,7 +13,7 @@ pytestmark = [
 ]
 METHODS = [ringref.dilated_attention, ringref.collective_attention, ringref.ring_attention]
 LONGNET = ringref.Dilation([64, 256, 1024], [1, 3, 8])
-BUDGET = 3.0  # times the error of PyTorch's own attention, in the same dtype on the same inputs
+BUDGET = 5.0  # times the error of attention written out, in the same dtype on the same inputs
 
 
 def relative(x, true):
@@ -22,8 +22,8 @@ def relative(x, true):
     return float((x.double() - true)[finite].norm() / true[finite].norm().clamp_min(1e-30))
 
 
-def plain(q, k, v, dout, causal):
-    """out, dq, dk, dv of PyTorch's attention written out, in the inputs' dtype."""
+def plain(q, k, v, dout, dlse, causal):
+    """out, dq, dk, dv of attention written out, in the inputs' dtype."""
     q, k, v = (x.detach().clone().requires_grad_() for x in (q, k, v))
     group = q.shape[2] // k.shape[2]
     scores = torch.einsum("bqhd,bkhd->bhqk", q, k.repeat_interleave(group, 2)) * q.shape[-1] ** -0.5
@@ -31,15 +31,20 @@ def plain(q, k, v, dout, causal):
         ahead = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
         scores = scores.masked_fill(ahead, -torch.inf)
     out = torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), v.repeat_interleave(group, 2))
-    out.backward(dout)
+    loss = (out * dout).sum()
+    if dlse is not None:
+        loss = loss + (scores.logsumexp(-1).transpose(1, 2) * dlse).sum()
+    loss.backward()
     return out.detach(), q.grad, k.grad, v.grad
 
 
 def kernels():
+    every = []
     for kernel in backends.KERNELS:
         for dtype in (torch.bfloat16, torch.float16, torch.float32):
             for d in (64, 128):
-                yield pytest.param(kernel, dtype, d, id=f"{kernel.name}-{str(dtype)[6:]}-{d}")
+                every.append(pytest.param(kernel, dtype, d, id=f"{kernel.name}-{str(dtype)[6:]}-{d}"))
+    return every
 
 
 @pytest.mark.parametrize(("kernel", "dtype", "d"), kernels())
@@ -68,17 +73,15 @@ def test_kernel_equals_einsum(kernel, dtype, d, lse_gradient, monkeypatch):
         grads = block.backward(dout.double(), wide_dlse, *wide, *true, call.scale, keep)
         out, lse = backends.forward(q, k, v, seen, call)
         ours = backends.backward(dout, dlse, q, k, v, out, true.lse.float(), seen, call)
-        folded = [x.flatten(0, 1) for x in (q, k, v, dout)]
+        folded = [None if x is None else x.flatten(0, 1) for x in (q, k, v, dout, dlse)]
         theirs = plain(*folded, kind == "causal")
-        floor = BUDGET * torch.finfo(dtype).eps
         assert relative(lse, true.lse) < 1e-5
         for x, true_x, other in zip((out, *ours), (true.out, *grads), theirs, strict=True):
-            error = relative(other, true_x.flatten(0, 1)) if not lse_gradient else 0.0
-            assert relative(x, true_x) <= max(BUDGET * error, floor)
+            assert relative(x, true_x) <= BUDGET * relative(other, true_x.flatten(0, 1))
 
 
 @pytest.mark.parametrize("p", [1, 2, 3])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("dilation", [None, LONGNET], ids=["plain", "dilated"])
 def test_methods_over_simulated_ranks(p, dtype, dilation):
     torch.manual_seed(0)
@@ -102,8 +105,8 @@ def test_methods_over_simulated_ranks(p, dtype, dilation):
     for method in METHODS:
         for layout in ("contiguous", "zigzag", "striped"):
             for errors in ringref.simulate(lambda ring: on_a_rank(ring, method, layout), p):  # noqa: B023
-                # a dozen roundings of the dtype: merged blocks, two of them in the dtype itself
-                assert max(errors) < 6 * torch.finfo(dtype).eps, (method.__name__, layout, errors)
+                # plain attention makes 2.5 eps of error; merged blocks round a few times more
+                assert max(errors) < 8 * torch.finfo(dtype).eps, (method.__name__, layout, errors)
 
 
 def test_forward_repeats_to_the_bit():

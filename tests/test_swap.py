@@ -1,6 +1,7 @@
 """Swap the word, keep the result: all methods, on every rank, find what dense finds on one rank.
 
-float64, out, lse, dq, dk and dv with random dO and dlse, errors relative to norms, over an adversarial network.
+float64, out, lse, dq, dk and dv with random dO and dlse, errors relative to norms, over an
+adversarial network.
 """
 
 import itertools

@@ -1,0 +1,146 @@
+"""What nbval lets pass: cells that never ran, pictures, layout; and that a changed output fails."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+FIGURES = sorted((ROOT / "figures").glob("*.svg"))
+if not NOTEBOOKS:
+    pytest.skip("not in a checkout", allow_module_level=True)
+
+LONGEST_CELL = 18  # lines of code
+LONGEST_PROSE = 100  # words between two cells of code, formulas and folded answers aside
+IGNORED = "# NBVAL_IGNORE_OUTPUT"
+MACHINE = re.compile(
+    r"0x[0-9a-f]{6,}|/home/|/root/|/tmp/|PosixPath"  # addresses and paths
+    r"|\b\d+(\.\d+)? ?(ms|µs|seconds|MiB|GiB|MB|GB)\b"  # timings and memory
+)
+
+
+def text(lines):
+    return lines if isinstance(lines, str) else "".join(lines)
+
+
+def printed(cell):
+    """What a code cell shows as text: streams, and the plain form of what it displays."""
+    for output in cell["outputs"]:
+        yield text(output.get("text", ""))
+        yield text(output.get("data", {}).get("text/plain", ""))
+
+
+def faults(notebook):
+    """What is wrong with a notebook as it is saved, in sentences."""
+    code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code" and cell["source"]]
+    counts = [cell["execution_count"] for cell in code]
+    if counts != list(range(1, len(code) + 1)):
+        yield f"not executed from top to bottom: execution counts {counts}"
+    for cell in code:
+        source, where = text(cell["source"]), f"code cell {cell['execution_count']}"
+        lines = [x for x in source.splitlines() if x.strip() and not x.strip().startswith("#")]
+        if len(lines) > LONGEST_CELL:
+            yield f"{where}: {len(lines)} lines of code"
+        if any(output["output_type"] == "error" for output in cell["outputs"]):
+            yield f"{where}: an error is saved"
+        if cell["metadata"].get("execution"):
+            yield f"{where}: times of execution are saved"
+        if IGNORED not in source:
+            for found in MACHINE.findall("\n".join(printed(cell))):
+                yield f"{where}: depends on the machine and is not ignored: {found}"
+    if not code or IGNORED not in text(code[0]["source"]) or not any(printed(code[0])):
+        yield "the first cell does not say what the notebook needs and uses"
+    if not any("assert" in text(cell["source"]) for cell in code):
+        yield "nothing is asserted"
+    prose = [text(x["source"]) for x in notebook["cells"] if x["cell_type"] == "markdown"]
+    if not any("<details>" in x for x in prose):
+        yield "no question has a folded answer"
+    if any(x.count("<details>") != x.count("</details>") for x in prose):
+        yield "a folded answer is not closed"
+    for x in prose:
+        spoken = re.sub(r"<details>.*?</details>|\$\$.*?\$\$|^\|.*$", "", x, flags=re.S | re.M)
+        if len(spoken.split()) > LONGEST_PROSE:
+            yield f"{len(spoken.split())} words without code: {spoken[:40]!r}"
+    ids = [cell.get("id") for cell in notebook["cells"]]
+    if None in ids or len(set(ids)) < len(ids):
+        yield "cells have no ids of their own"
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_is_saved_as_a_reader_should_find_it(path):
+    assert list(faults(json.loads(path.read_text()))) == []
+
+
+def small():
+    """The first notebook up to the first cell whose printed numbers are compared."""
+    notebook = json.loads(NOTEBOOKS[0].read_text())
+    for i, cell in enumerate(notebook["cells"]):
+        shown = cell["cell_type"] == "code" and re.search(r"\d", "".join(printed(cell)))
+        if shown and IGNORED not in text(cell["source"]):
+            notebook["cells"] = notebook["cells"][: i + 1]
+            return notebook
+    raise AssertionError("no output to compare")
+
+
+def change(output):
+    """One digit of what a cell printed, raised by one."""
+    shown = text(output["text"])
+    at = re.search(r"\d", shown).start()
+    output["text"] = f"{shown[:at]}{(int(shown[at]) + 1) % 10}{shown[at + 1 :]}"
+
+
+@pytest.mark.parametrize(
+    ("spoil", "expected"),
+    [
+        (lambda cells: cells[-1].update(execution_count=None), "not executed from top to bottom"),
+        (lambda cells: cells[-1].update(source="x = 1\n" * 19), "19 lines of code"),
+        (lambda cells: cells[-1].update(outputs=[{"output_type": "error"}]), "an error is saved"),
+        (
+            lambda cells: cells[-1]["outputs"][0].update(text="took 3.1 ms"),
+            "depends on the machine and is not ignored",
+        ),
+        (lambda cells: cells[-2].update(source="word " * 101), "101 words without code"),
+        (lambda cells: cells[-1].update(id=cells[0]["id"]), "cells have no ids of their own"),
+    ],
+)
+def test_a_spoilt_notebook_is_noticed(spoil, expected):
+    notebook = small()
+    sound = set(faults(notebook))
+    spoil(notebook["cells"])
+    assert any(expected in fault for fault in set(faults(notebook)) - sound)
+
+
+@pytest.mark.parametrize("changed", [False, True], ids=["as saved", "one digit changed"])
+def test_a_changed_output_fails(tmp_path, changed):
+    notebook = small()
+    if changed:
+        change(notebook["cells"][-1]["outputs"][0])
+    copy = tmp_path / "copy.ipynb"
+    copy.write_text(json.dumps(notebook))
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--nbval", str(copy)]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert run.returncode == int(changed), run.stdout
+    assert ("outputs differ" in run.stdout) == changed
+
+
+@pytest.mark.parametrize("path", FIGURES, ids=lambda path: path.stem)
+def test_a_figure_has_no_date_and_comes_from_a_cell_that_saves_it(path):
+    svg = path.read_text()
+    assert "<dc:date>" not in svg and "Matplotlib v" not in svg
+    sources = "".join(notebook.read_text() for notebook in NOTEBOOKS)
+    assert path.stem in sources or (path.parent / "data" / f"{path.stem}.json").exists()
+
+
+def test_the_same_picture_gives_the_same_bytes(tmp_path):
+    from ringref import draw
+
+    files = []
+    for name in ("one", "two"):
+        fig, ax = draw.figure(2, 2)
+        draw.square([[0, 1], [-1, 2]], ax=ax)
+        files.append(draw.save(fig, name, tmp_path).read_bytes())
+    assert files[0] == files[1]
