@@ -1,12 +1,14 @@
 """What the three conductors share: one autograd Function, two loops over the same visits.
 
-A *conductor* is a generator of blocks of keys. It posts its messages, yields the next block that is here, and is sent that
-block's dK and dV in the backward (None in the forward); when only messages are left it yields None, and once resumed it
-returns what came home. It decides in which order keys travel and nothing else.
+A *conductor* is a generator of blocks of keys. It posts its messages, yields the next block that is
+here, and is sent that block's dK and dV in the backward (None in the forward); when only messages
+are left it yields None, and once resumed it returns what came home. It decides in which order keys
+travel and nothing else.
 
-The work is done part by part: a part is a contiguous range of key/value heads with their query heads, so what is in flight
-and what accumulates is a part's share. Running out, lse and gradients are float32 (float64 for float64); K and V travel in
-their own dtype, dK and dV in the accumulating one.
+The work is done part by part: a part is a contiguous range of key/value heads with their query
+heads, so what is in flight and what accumulates is a part's share. Running out, lse and gradients
+are float32 (float64 for float64); K and V travel in their own dtype, dK and dV in the accumulating
+one.
 """
 
 from __future__ import annotations
@@ -24,24 +26,45 @@ from . import backends
 from .block import share
 from .comm import Message, Ring
 from .layout import (
-    EVERYTHING, Attended, Call, Dilation, Positions, Route, Rows, Strand, Table, Visit, agree, exactly, regular, route, serving,
-    strands, travels, visits, wide,
+    EVERYTHING,
+    Attended,
+    Call,
+    Dilation,
+    Positions,
+    Route,
+    Rows,
+    Strand,
+    Table,
+    Visit,
+    agree,
+    exactly,
+    regular,
+    route,
+    serving,
+    strands,
+    travels,
+    visits,
+    wide,
 )  # fmt: skip
 
-# --------------------------------------------------------------------------------------------------- what accumulates
+# --------------------------------------------------------------------------------------------------
+# - what accumulates
 
 
 class Running:
     """The running merge of blocks, `out` b s h d and `lse` b s h.
 
-    The first block is kept as it came; later ones wait, up to one result's size of them, and are merged together, the last
+    The first block is kept as it came; later ones wait, up to one result's size of them, and are
+    merged together, the last
     as the result is written: so two blocks cost no extra copy, and many cost one rescaling for all.
     """
 
     def __init__(self, like: Tensor, heads: int):
         self.shape, self.like = (*like.shape[:2], heads, like.shape[3]), like
         self.out = self.lse = None
-        self.before = None  # the lse that out is normalised by; self.lse counts the waiting blocks too
+        self.before = (
+            None  # the lse that out is normalised by; self.lse counts the waiting blocks too
+        )
         self.waiting: list[tuple[Rows, slice, Tensor, Tensor]] = []
 
     def merge(self, rows: Rows, heads: slice, out: Tensor, lse: Tensor) -> None:
@@ -57,7 +80,9 @@ class Running:
     def _start(self) -> None:
         if self.out is None:
             self.out = self.like.new_zeros(self.shape)
-            self.lse = torch.full(self.shape[:3], -torch.inf, dtype=wide(self.like.dtype), device=self.like.device)
+            self.lse = torch.full(
+                self.shape[:3], -torch.inf, dtype=wide(self.like.dtype), device=self.like.device
+            )
         if self.before is None:
             self.before = self.lse.clone()
 
@@ -70,7 +95,9 @@ class Running:
             self.before = self.lse.clone()
         for rows, heads, out, lse in some:
             weight = share(lse, rows.of(self.lse, heads))[..., None]
-            rows.change(self.out, heads, lambda part, out=out, weight=weight: part.addcmul_(out, weight))
+            rows.change(
+                self.out, heads, lambda part, out=out, weight=weight: part.addcmul_(out, weight)
+            )
         self.waiting = [last]
 
     def result(self, out: Tensor | None, lse: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -87,14 +114,18 @@ class Running:
         for rows, heads, x, its in self.waiting:
             merged = rows.of(self.lse, heads)
             kept, weight = (share(a, merged)[..., None] for a in (rows.of(self.before, heads), its))
-            rows.change(out, heads, lambda part: torch.addcmul(rows.of(self.out, heads) * kept, x, weight, out=part))  # noqa: B023
+            kept = rows.of(self.out, heads) * kept
+            rows.change(
+                out, heads, lambda part, a=kept, b=x, c=weight: torch.addcmul(a, b, c, out=part)
+            )
         return out, self.lse if lse is None else lse.copy_(self.lse)
 
 
 class Sum:
     """A running sum of blocks of rows, `b s h d`.
 
-    The first block is kept as it came and the last is added as the result is written, so up to two cost no extra copy.
+    The first block is kept as it came and the last is added as the result is written, so up to two
+    cost no extra copy.
     """
 
     def __init__(self, like: Tensor, rows: int, heads: int):
@@ -114,12 +145,18 @@ class Sum:
         if into is self.total:
             rows.change(into, heads, lambda part: part.add_(x))
         else:
-            rows.change(into, heads, lambda part: torch.add(rows.of(self.total, heads), x, out=part))
+            rows.change(
+                into, heads, lambda part: torch.add(rows.of(self.total, heads), x, out=part)
+            )
 
     def wide(self) -> Tensor:
         """The sum, in the accumulating dtype and free to be added to."""
         dtype = wide(self.like.dtype)
-        self.total = self.like.new_zeros(self.shape, dtype=dtype) if self.total is None else self.total.to(dtype)
+        self.total = (
+            self.like.new_zeros(self.shape, dtype=dtype)
+            if self.total is None
+            else self.total.to(dtype)
+        )
         if self.last is not None:
             self._add_last(self.total)
             self.last = None
@@ -158,19 +195,25 @@ class Gradients(NamedTuple):
     dv: Sum
 
     def onto(self, arrived: Message | None) -> Message:
-        """Added in place to what came from the rank before; on the first stop they are the beginning of the sum."""
+        """Added in place to what came from the rank before; on the first stop they are the
+        beginning of the sum.
+        """
         if arrived is None:
             return self.dk.wide(), self.dv.wide()
         for mine, total in zip(self, arrived, strict=True):
             mine.onto(total)
+            mine.total = mine.last = None  # before the next buffers are made
         return arrived
 
 
-# ----------------------------------------------------------------------------------------------------------- the plan
+# --------------------------------------------------------------------------------------------------
+# --------- the plan
 
 
 class Leg(NamedTuple):
-    """Strands of a part whose keys travel together (one), or not at all (all such); their key/value heads, and between whom."""
+    """Strands of a part whose keys travel together (one), or not at all (all such); their key/value
+    heads, and between whom.
+    """
 
     strands: tuple[Strand, ...]
     kv_heads: range
@@ -186,8 +229,9 @@ class Part(NamedTuple):
 
 
 class Meeting(NamedTuple):
-    """A visit of some heads in even steps: which query heads, of the whole and of the part; which key/value heads, of what
-    travels and of the part."""
+    """A visit of some heads in even steps: which query heads, of the whole and of the part; which
+    key/value heads, of what travels and of the part.
+    """
 
     visit: Visit
     heads: range
@@ -199,21 +243,34 @@ class Meeting(NamedTuple):
 
 def _cut(heads: range, of: range) -> slice:
     """These heads as a slice of those."""
-    return slice((heads[0] - of.start) // of.step, (heads[-1] - of.start) // of.step + 1, max(1, heads.step // of.step))
+    return slice(
+        (heads[0] - of.start) // of.step,
+        (heads[-1] - of.start) // of.step + 1,
+        max(1, heads.step // of.step),
+    )
 
 
 _PART_BYTES, _PART_BYTES_ALONE, _MOST_PARTS = 16 * 2**20, 256 * 2**20, 4
 
 
 @lru_cache(maxsize=256)
-def _plan(dilation: Dilation | None, h: int, g: int, row_bytes: int, table: Table, rank: int, causal: bool) -> tuple[Part, ...]:
-    """As many parts as keep what is in flight small while a part still fills a GPU; alike on every rank."""
+def _plan(
+    dilation: Dilation | None, h: int, g: int, row_bytes: int, table: Table, rank: int, causal: bool
+) -> tuple[Part, ...]:
+    """As many parts as keep what is in flight small while a part still fills a GPU; alike on every
+    rank.
+    """
     group, alone = h // g, len(table.keys) == 1
     longest = max(map(len, (*table.queries, *table.keys)))
     # on one rank nothing travels and one strand accumulates nothing
     size = _PART_BYTES_ALONE if alone else _PART_BYTES
-    count = 1 if alone and dilation is None else max(1, min(longest * row_bytes // size, g, _MOST_PARTS))
-    # the widest strand first, which may cover all rows; then the narrow ones, for the last is the cheapest to add
+    count = (
+        1
+        if alone and dilation is None
+        else max(1, min(longest * row_bytes // size, g, _MOST_PARTS))
+    )
+    # the widest strand first, which may cover all rows; then the narrow ones, for the last is the
+    # cheapest to add
     order = strands(dilation, h)
     order = order[:1] + sorted(order[1:], key=lambda strand: -strand.r)
 
@@ -225,17 +282,30 @@ def _plan(dilation: Dilation | None, h: int, g: int, row_bytes: int, table: Tabl
     for some in torch.arange(g).tensor_split(count):
         for _, alike in groupby(some.tolist(), serves):
             kv_heads = range((few := list(alike))[0], few[-1] + 1)
-            parts.append(_part(order, range(kv_heads.start * group, kv_heads.stop * group), kv_heads, table, rank, causal))
+            parts.append(
+                _part(
+                    order,
+                    range(kv_heads.start * group, kv_heads.stop * group),
+                    kv_heads,
+                    table,
+                    rank,
+                    causal,
+                )
+            )
     return tuple(parts)
 
 
-def _part(order: list[Strand], heads: range, kv_heads: range, table: Table, rank: int, causal: bool) -> Part:
+def _part(
+    order: list[Strand], heads: range, kv_heads: range, table: Table, rank: int, causal: bool
+) -> Part:
     legs, local, group = [], [], len(heads) // len(kv_heads)
     for strand in order:
         mine = [j for j in strand.heads if j in heads]
         for each in _even(range(mine[0], mine[-1] + 1, strand.heads.step), group) if mine else ():
             one = strand._replace(heads=each)
-            if travels(one, table):  # a leg on every rank, so that all post their messages in one order
+            if travels(
+                one, table
+            ):  # a leg on every rank, so that all post their messages in one order
                 legs.append(Leg((one,), serving(each, group), route(one, table, rank, causal)))
             else:
                 local.append(one)
@@ -246,7 +316,9 @@ def _part(order: list[Strand], heads: range, kv_heads: range, table: Table, rank
 
 
 def _even(heads: range, group: int) -> list[range]:
-    """Split heads whose key/value heads are not evenly spaced, so that what travels is a strided view."""
+    """Split heads whose key/value heads are not evenly spaced, so that what travels is a strided
+    view.
+    """
     used = sorted({j // group for j in heads})
     even = len({b - a for a, b in zip(used, used[1:], strict=False)}) < 2
     return [heads] if even else regular(heads, group)
@@ -262,7 +334,14 @@ def _meetings(
     def meeting(visit: Visit, heads: range) -> Meeting:
         used = serving(heads, group)
         whole = slice(heads.start, heads[-1] + 1, heads.step)
-        return Meeting(visit, heads, whole, _cut(heads, part_heads), _cut(used, kv_heads), _cut(used, part_kv_heads))
+        return Meeting(
+            visit,
+            heads,
+            whole,
+            _cut(heads, part_heads),
+            _cut(used, kv_heads),
+            _cut(used, part_kv_heads),
+        )
 
     found, offsets = [], []
     for strand in some:
@@ -273,7 +352,9 @@ def _meetings(
         found += [meeting(*x) for x in _slanted(offsets)]
         offsets = [(strand, met)]
         if group > 1:
-            found += [meeting(visit, heads) for visit in met for heads in regular(strand.heads, group)]
+            found += [
+                meeting(visit, heads) for visit in met for heads in regular(strand.heads, group)
+            ]
             offsets = []
     found += [meeting(*x) for x in _slanted(offsets)]
     return tuple(found)
@@ -285,8 +366,13 @@ def _neighbours(strand: Strand, met: list[Visit], after: Strand, met_after: list
     def shape(rows: Rows, on: int = 0):
         return rows.strided, rows.start + on, rows.step, rows.hop, rows.m, rows.c
 
-    heads, shifted = after.heads, range(strand.heads.start + 1, strand.heads[-1] + 2, strand.heads.step)
-    return after[:2] == strand[:2] and list(heads) == list(shifted) and len(met) == len(met_after) and all(
+    heads, shifted = (
+        after.heads,
+        range(strand.heads.start + 1, strand.heads[-1] + 2, strand.heads.step),
+    )
+    if after[:2] != strand[:2] or list(heads) != list(shifted) or len(met) != len(met_after):
+        return False
+    return all(
         x.kind == y.kind != "mask" and x.queries.strided and x.keys.strided
         and shape(x.queries, 1) == shape(y.queries) and shape(x.keys, 1) == shape(y.keys)
         for x, y in zip(met, met_after, strict=True)
@@ -294,9 +380,11 @@ def _neighbours(strand: Strand, met: list[Visit], after: Strand, met_after: list
 
 
 def _slanted(offsets: list[tuple[Strand, list[Visit]]]) -> Iterator[tuple[Visit, range]]:
-    """Visits of strands of neighbouring offsets: a visit a strand, or, where that is fewer, one a head of the first strand.
+    """Visits of strands of neighbouring offsets: a visit a strand, or, where that is fewer, one a
+    head of the first strand.
 
-    Head j has offset j % r, so neighbouring heads start at neighbouring rows: together they are one strided view too.
+    Head j has offset j % r, so neighbouring heads start at neighbouring rows: together they are one
+    strided view too.
     """
     if offsets and len(offsets) > len(offsets[0][0].heads):
         (first, met), count = offsets[0], len(offsets)
@@ -310,7 +398,8 @@ def _slanted(offsets: list[tuple[Strand, list[Visit]]]) -> Iterator[tuple[Visit,
                 yield visit, strand.heads
 
 
-# ------------------------------------------------------------------------------------------------------ the conductor
+# --------------------------------------------------------------------------------------------------
+# ---- the conductor
 
 
 class Block(NamedTuple):
@@ -322,7 +411,9 @@ class Block(NamedTuple):
 
 
 class Trip:
-    """One strand's keys as a conductor sees them: the ranks that share a segment, and what to send and receive."""
+    """One strand's keys as a conductor sees them: the ranks that share a segment, and what to send
+    and receive.
+    """
 
     def __init__(self, call: Call, leg: Leg, k: Tensor, v: Tensor):
         self._keys, self._route = call.table.keys, leg.route
@@ -367,7 +458,8 @@ def _some(keys: Positions, rows: Tensor, _known: dict = {}) -> Positions:  # noq
     return _known[key][0]
 
 
-# yields the blocks, is sent their gradients, and returns what came home: rows of mine with their dK and dV
+# yields the blocks, is sent their gradients, and returns what came home: rows of mine with their dK
+# and dV
 Homecoming = Sequence[tuple[Tensor, Message]]
 Conductor = Callable[[Trip], Generator["Block | None", "Gradients | None", Homecoming]]
 
@@ -380,7 +472,9 @@ class Job(NamedTuple):
     parts: tuple[Part, ...]
     group: int  # query heads per key/value head
 
-    def meetings(self, part: Part, leg: Leg, block: Block) -> Iterator[tuple[Meeting, backends.Seen]]:
+    def meetings(
+        self, part: Part, leg: Leg, block: Block
+    ) -> Iterator[tuple[Meeting, backends.Seen]]:
         call = self.call
         mine, masked = call.table.queries[call.ring.rank], call.mask_mod is not None
         where = leg.strands, leg.kv_heads, part.heads, part.kv_heads, self.group
@@ -389,7 +483,9 @@ class Job(NamedTuple):
 
 
 def _seen(call: Call, meeting: Meeting, like: Tensor) -> backends.Seen:
-    """What of a visit's square is seen: a kind that kernels know, or a mask b m h q k (broadcastable)."""
+    """What of a visit's square is seen: a kind that kernels know, or a mask b m h q k
+    (broadcastable).
+    """
     visit = meeting.visit
     if visit.kind != "mask":
         return backends.Seen(visit.kind, None)
@@ -447,23 +543,23 @@ class _Attend(torch.autograd.Function):
         dlse = None if dlse is None else dlse.transpose(1, 2)  # b s h
         wholes, travelling = [None, None, None], None
         for part in job.parts:
-            sums = [Sum(x, x.shape[1], len(heads)) for x, heads in zip((q, k, v), (part.heads, *[part.kv_heads] * 2), strict=True)]
+            sums = [
+                Sum(x, x.shape[1], len(heads))
+                for x, heads in zip((q, k, v), (part.heads, *[part.kv_heads] * 2), strict=True)
+            ]
             for leg in part.legs:
                 walk = job.conduct(Trip(job.call, leg, k, v))
                 block = own = next(walk)
                 while block is not None:
                     theirs = None
                     if block is not own:
-                        theirs = Gradients(*(Sum(k, x.shape[1], x.shape[2]) for x in (block.k, block.v)))
-                    for meeting, seen in job.meetings(part, leg, block):
-                        (rows, keys), some = meeting.visit[:2], meeting.whole
-                        mine = [None if x is None else rows.of(x, some) for x in (dout, dlse, q, out, lse)]
-                        there = (keys.of(x, meeting.used) for x in (block.k, block.v))
-                        dq, dk, dv = backends.backward(*mine[:3], *there, *mine[3:], seen, job.call)
-                        sums[0].add(rows, meeting.in_part, dq)
-                        for total, x in zip(theirs or sums[1:], (dk, dv), strict=True):
-                            total.add(keys, meeting.used if theirs else meeting.used_in_part, x)
-                    if travelling:  # the gradients of the strand before have travelled under this computation
+                        theirs = Gradients(
+                            *(Sum(k, x.shape[1], x.shape[2]) for x in (block.k, block.v))
+                        )
+                    _differentiate(job, part, leg, block, (dout, dlse, q, out, lse), sums, theirs)
+                    if (
+                        travelling
+                    ):  # the gradients of the strand before have travelled under this computation
                         _come_home(*travelling)
                         travelling = None
                     block = None
@@ -473,8 +569,37 @@ class _Attend(torch.autograd.Function):
         return *wholes, None, None
 
 
-def _come_home(walk: Generator, part: Part, leg: Leg, sums: list[Sum], wholes: list[Tensor | None], inputs) -> None:
-    """Add the gradients that other ranks computed for my rows; a part's gradients are complete after its last strand."""
+def _differentiate(
+    job: Job,
+    part: Part,
+    leg: Leg,
+    block: Block,
+    saved: tuple,
+    sums: list[Sum],
+    theirs: Gradients | None,
+) -> None:
+    """Add one block's dQ to `sums`, and its dK and dV to `theirs`, or to `sums` where the block is
+    my own.
+
+    A function of its own so that what it worked with is let go of before the next block's buffers
+    are made.
+    """
+    for meeting, seen in job.meetings(part, leg, block):
+        rows, keys = meeting.visit[:2]
+        mine = [None if x is None else rows.of(x, meeting.whole) for x in saved]
+        there = (keys.of(x, meeting.used) for x in (block.k, block.v))
+        dq, dk, dv = backends.backward(*mine[:3], *there, *mine[3:], seen, job.call)
+        sums[0].add(rows, meeting.in_part, dq)
+        for total, x in zip(theirs or sums[1:], (dk, dv), strict=True):
+            total.add(keys, meeting.used if theirs else meeting.used_in_part, x)
+
+
+def _come_home(
+    walk: Generator, part: Part, leg: Leg, sums: list[Sum], wholes: list[Tensor | None], inputs
+) -> None:
+    """Add the gradients that other ranks computed for my rows; a part's gradients are complete
+    after its last strand.
+    """
     try:
         next(walk)
     except StopIteration as end:
@@ -483,7 +608,9 @@ def _come_home(walk: Generator, part: Part, leg: Leg, sums: list[Sum], wholes: l
                 total.add(Rows(rows[None]), _cut(leg.kv_heads, part.kv_heads), x[:, None])
     if leg is not part.legs[-1]:
         return
-    for i, (total, heads, x) in enumerate(zip(sums, (part.heads, part.kv_heads, part.kv_heads), inputs, strict=True)):
+    for i, (total, heads, x) in enumerate(
+        zip(sums, (part.heads, part.kv_heads, part.kv_heads), inputs, strict=True)
+    ):
         if len(heads) == x.shape[2]:
             wholes[i] = total.result(None)
             continue
@@ -493,27 +620,56 @@ def _come_home(walk: Generator, part: Part, leg: Leg, sums: list[Sum], wholes: l
         sums[i] = None
 
 
-def attend(conduct: Conductor, method: str, q: Tensor, k: Tensor, v: Tensor, **arguments) -> Attended:
+def attend(
+    conduct: Conductor, method: str, q: Tensor, k: Tensor, v: Tensor, **arguments
+) -> Attended:
     """Validate, agree with the other ranks, and carry out the call."""
     call = agree(method, q, k, v, able=backends.check, **arguments)
     (b, _, h, d), g = q.shape, k.shape[2]
-    parts = _plan(call.dilation, h, g, b * h * d * q.element_size(), call.table, call.ring.rank, call.causal)
+    parts = _plan(
+        call.dilation, h, g, b * h * d * q.element_size(), call.table, call.ring.rank, call.causal
+    )
     return Attended(*_Attend.apply(q, k, v, call.anchor, Job(call, conduct, parts, h // g)))
 
 
 def paths(q: Tensor, k: Tensor, **arguments) -> list[str]:
-    """How the keys of a call travel and how its rows are read, a line per strand or set of strands; every rank must ask."""
-    call = agree("explain", q, k, k, **arguments)
+    """How the keys of a call travel and how its rows are read, a line per strand or set of strands;
+    every rank must ask.
+    """
+    call = agree("explain", q, k, k, able=lambda *_: None, **arguments)
     (b, _, h, d), g, rank = q.shape, k.shape[2], call.ring.rank
     lines = {}
-    for part in _plan(call.dilation, h, g, b * h * d * q.element_size(), call.table, rank, call.causal):
+    for part in _plan(
+        call.dilation, h, g, b * h * d * q.element_size(), call.table, rank, call.causal
+    ):
         for leg in part.legs:
             branches = sorted({(x.w, x.r) for x in leg.strands})
-            named = ", ".join("all keys" if w == EVERYTHING else f"w={w} r={r}" for w, r in branches)
-            where = "stay" if len(leg.route.members) == 1 else f"travel among ranks {list(leg.route.members)}"
+            named = ", ".join(
+                "all keys" if w == EVERYTHING else f"w={w} r={r}" for w, r in branches
+            )
+            where = (
+                "stay"
+                if len(leg.route.members) == 1
+                else f"travel among ranks {list(leg.route.members)}"
+            )
             where_own = leg.strands, leg.kv_heads, part.heads, part.kv_heads, h // g
-            met = _meetings(*where_own, call.table.queries[rank], call.table.keys[rank], call.causal, call.mask_mod is not None, call.q_chunk)
-            read = {"strided views" if x.visit.queries.strided and x.visit.keys.strided else "copied rows" for x in met}
+            met = _meetings(
+                *where_own,
+                call.table.queries[rank],
+                call.table.keys[rank],
+                call.causal,
+                call.mask_mod is not None,
+                call.q_chunk,
+            )
+            read = {
+                "strided views"
+                if x.visit.queries.strided and x.visit.keys.strided
+                else "copied rows"
+                for x in met
+            }
             kinds = sorted({x.visit.kind for x in met})
-            lines[f"{named}: keys {where}; own block: {len(met)} visits ({', '.join(kinds)}) of {', '.join(sorted(read))}"] = 0
+            lines[
+                f"{named}: keys {where}; own block: {len(met)} visits "
+                f"({', '.join(kinds)}) of {', '.join(sorted(read))}"
+            ] = 0
     return list(lines)

@@ -1,9 +1,11 @@
-"""The same block through fused kernels: PyTorch's own (cuDNN, FlashAttention, memory-efficient, CPU flash) and xFormers.
+"""The same block through fused kernels: PyTorch's own (cuDNN, FlashAttention, memory-efficient, CPU
+flash) and xFormers.
 
-A kernel is a row of `KERNELS`: a name, a family that `backend=` selects, what it cannot do and why, a forward that returns
-out and natural-log lse, and a backward that takes the *merged* out and lse. Kernels compute `D = rowsum(dO∘O)` themselves; the
-gradient through lse still fits, as extra columns of the head with V = 0, O = −1, dO = dlse and Q = K = 0, which take dlse off D.
-`explain(...)` says which kernel `auto` takes and why not the others.
+A kernel is a row of `KERNELS`: a name, a family that `backend=` selects, what it cannot do and why,
+a forward that returns out and natural-log lse, and a backward that takes the *merged* out and lse.
+Kernels compute `D = rowsum(dO∘O)` themselves; the gradient through lse still fits, as extra columns
+of the head with V = 0, O = −1, dO = dlse and Q = K = 0, which take dlse off D. `explain(...)` says
+which kernel `auto` takes and why not the others.
 """
 
 from __future__ import annotations
@@ -23,7 +25,9 @@ aten = torch.ops.aten
 
 
 class Seen(NamedTuple):
-    """What of a block is seen: kind "full", "causal" (square, query i sees keys 0 … i) or "mask" with `keep` b m h q k."""
+    """What of a block is seen: kind "full", "causal" (square, query i sees keys 0 … i) or "mask"
+    with `keep` b m h q k.
+    """
 
     kind: str
     keep: Tensor | None
@@ -41,7 +45,9 @@ class Task(NamedTuple):
 
 
 class Kernel(NamedTuple):
-    """forward(q, k, v, causal, scale) -> out, lse; backward(dout, q, k, v, out, lse, causal, scale) -> dq, dk, dv; all b h s d."""
+    """forward(q, k, v, causal, scale) -> out, lse; backward(dout, q, k, v, out, lse, causal, scale)
+    -> dq, dk, dv; all b h s d.
+    """
 
     name: str
     family: str
@@ -55,7 +61,9 @@ class Kernel(NamedTuple):
 HALF = (torch.float16, torch.bfloat16)
 
 
-def _limits(devices: str, dtypes: tuple, most: int, granularity: int = 8) -> Callable[[Task], str | None]:
+def _limits(
+    devices: str, dtypes: tuple, most: int, granularity: int = 8
+) -> Callable[[Task], str | None]:
     def why_not(task: Task) -> str | None:
         # the lse gradient rides in extra columns of the head
         d = task.head_dim + (granularity if task.lse_gradient else 0)
@@ -64,13 +72,17 @@ def _limits(devices: str, dtypes: tuple, most: int, granularity: int = 8) -> Cal
         if task.dtype not in dtypes:
             return f"has no {str(task.dtype).removeprefix('torch.')}"
         if d > most or d % granularity:
-            return f"head dim {d} (with the lse gradient's columns) is not a multiple of {granularity} up to {most}"
+            with_columns = " with the lse gradient's columns" if task.lse_gradient else ""
+            return (
+                f"wants a head dim that {granularity} divides, up to {most}; got {d}{with_columns}"
+            )
         return "takes full and causal blocks, not a mask" if task.kind == "mask" else None
 
     return why_not
 
 
-# ------------------------------------------------------------------------------------------------------------- kernels
+# --------------------------------------------------------------------------------------------------
+# ----------- kernels
 
 
 def _cpu_flash_forward(q, k, v, causal, scale):
@@ -95,25 +107,44 @@ def _flash_forward(q, k, v, causal, scale):
 def _flash_backward(dout, q, k, v, out, lse, causal, scale):
     seed = _seed(2, torch.uint64, q.device)
     return aten._scaled_dot_product_flash_attention_backward(
-        dout, q, k, v, out, lse.contiguous(), None, None, q.shape[2], k.shape[2], 0.0, causal, seed, seed, scale=scale
+        dout,
+        q,
+        k,
+        v,
+        out,
+        lse.contiguous(),
+        None,
+        None,
+        q.shape[2],
+        k.shape[2],
+        0.0,
+        causal,
+        seed,
+        seed,
+        scale=scale,
     )
 
 
 def _cudnn_forward(q, k, v, causal, scale):
-    out, lse, *_ = aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, causal, False, scale=scale)
+    out, lse, *_ = aten._scaled_dot_product_cudnn_attention(
+        q, k, v, None, True, 0.0, causal, False, scale=scale
+    )
     return out, lse.reshape(lse.shape[:3])
 
 
 def _cudnn_backward(dout, q, k, v, out, lse, causal, scale):
     seed = _seed(1, torch.int64, q.device)
     return aten._scaled_dot_product_cudnn_attention_backward(
-        dout, q, k, v, out, lse.contiguous()[..., None], seed, seed, None, None, None, q.shape[2], k.shape[2], 0.0,
+        dout, q, k, v, out, lse.contiguous()[..., None], seed, seed, None, None, None,
+        q.shape[2], k.shape[2], 0.0,
         causal, scale=scale,
     )  # fmt: skip
 
 
 def _efficient_forward(q, k, v, causal, scale):
-    out, lse, *_ = aten._scaled_dot_product_efficient_attention(q, k, v, None, True, 0.0, causal, scale=scale)
+    out, lse, *_ = aten._scaled_dot_product_efficient_attention(
+        q, k, v, None, True, 0.0, causal, scale=scale
+    )
     return out, lse[:, :, : q.shape[2]]
 
 
@@ -122,7 +153,19 @@ def _efficient_backward(dout, q, k, v, out, lse, causal, scale):
     lse = torch.nn.functional.pad(lse.contiguous(), (0, -lse.shape[2] % 32), value=math.inf)
     seed = torch.zeros((), dtype=torch.int64)
     return aten._scaled_dot_product_efficient_attention_backward(
-        dout, q, k, v, None, out, lse, seed, seed, 0.0, [True, True, True, False], causal, scale=scale
+        dout,
+        q,
+        k,
+        v,
+        None,
+        out,
+        lse,
+        seed,
+        seed,
+        0.0,
+        [True, True, True, False],
+        causal,
+        scale=scale,
     )[:3]
 
 
@@ -136,7 +179,9 @@ def _xformers_forward(q, k, v, causal, scale):
     from xformers.ops import fmha
 
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    out, lse = fmha.memory_efficient_attention_forward_requires_grad(q, k, v, _xformers_bias(causal), scale=scale)
+    out, lse = fmha.memory_efficient_attention_forward_requires_grad(
+        q, k, v, _xformers_bias(causal), scale=scale
+    )
     return out.transpose(1, 2), lse[:, :, : q.shape[1]]
 
 
@@ -157,7 +202,10 @@ def _xformers_missing() -> str | None:
 
         if fmha.cutlass.FwOp.is_available() or fmha.flash.FwOp.is_available():
             return None
-        return "xformers reports no available operator (a CUDA 12 build needs libcudart.so.12 on LD_LIBRARY_PATH)"
+        return (
+            "reports no available operator "
+            "(a CUDA 12 build needs libcudart.so.12 on LD_LIBRARY_PATH)"
+        )
     except ImportError as error:
         return f"xformers cannot be imported ({error})"
 
@@ -167,28 +215,36 @@ def _xformers_why_not(task: Task) -> str | None:
 
 
 def _cudnn_why_not(task: Task) -> str | None:
-    limit = _limits("cuda", HALF, 128)(task) or ("needs more than one query or key" if task.single else None)
+    limit = _limits("cuda", HALF, 128)(task) or (
+        "needs more than one query or key" if task.single else None
+    )
     if limit or torch.cuda.get_device_capability() >= (9, 0):
         return limit
     return "is only faster than FlashAttention-2 from Hopper on"
 
 
 def _flash_impl() -> str | None:
-    """FlashAttention-3 or -4, where the user has activated it: it then stands behind PyTorch's flash operators."""
+    """FlashAttention-3 or -4, where the user has activated it: it then stands behind PyTorch's
+    flash operators.
+    """
     current = getattr(torch.nn.attention, "current_flash_attention_impl", None)
     return current() if current else None
 
 
+_ONLY_HALF, _CPU_FLOATS = _limits("cuda", HALF, 256), (*HALF, torch.float32, torch.float64)
+_NOT_DOUBLE = _limits("cuda", (*HALF, torch.float32), 256)
+_CPU = _limits("cpu", _CPU_FLOATS, 2**16, granularity=1)
 KERNELS = (
     Kernel("cudnn", "torch", _cudnn_why_not, _cudnn_forward, _cudnn_backward),
-    Kernel("flash", "torch", _limits("cuda", HALF, 256), _flash_forward, _flash_backward),
-    Kernel("xformers", "xformers", _xformers_why_not, _xformers_forward, _xformers_backward, grouped=False),
-    Kernel("efficient", "torch", _limits("cuda", (*HALF, torch.float32), 256), _efficient_forward, _efficient_backward, grouped=False),
-    Kernel("cpu_flash", "torch", _limits("cpu", (*HALF, torch.float32, torch.float64), 2**16, 1), _cpu_flash_forward, _cpu_flash_backward, grouped=False, granularity=1),
-)  # fmt: skip
+    Kernel("flash", "torch", _ONLY_HALF, _flash_forward, _flash_backward),
+    Kernel("xformers", "xformers", _xformers_why_not, _xformers_forward, _xformers_backward, False),
+    Kernel("efficient", "torch", _NOT_DOUBLE, _efficient_forward, _efficient_backward, False),
+    Kernel("cpu_flash", "torch", _CPU, _cpu_flash_forward, _cpu_flash_backward, False, 1),
+)
 
 
-# ---------------------------------------------------------------------------------------------------------- the choice
+# --------------------------------------------------------------------------------------------------
+# -------- the choice
 
 
 def _ranked(backend: str) -> list[Kernel]:
@@ -210,13 +266,16 @@ def choose(backend: str, task: Task) -> Kernel | None:
 
 
 def explain(
-    q: Tensor, k: Tensor | None = None, *, causal: bool = False, dilation=None, mask_mod=None, scale=None, shard=None,
+    q: Tensor, k: Tensor | None = None, *, causal: bool = False, dilation=None,
+    mask_mod=None, scale=None, shard=None,
     q_chunk: int | None = None, backend: str = "auto", lse_gradient: bool = False,
 ) -> str:  # fmt: skip
-    """Which kernel a call takes and why not the others, and which keys travel between whom; one line each.
+    """Which kernel a call takes and why not the others, and which keys travel between whom; one
+    line each.
 
-    The arguments are the call's own (k as q where it is left out). `lse_gradient`: whether the backward will carry a gradient
-    through lse. Under a shard every rank must ask, as for the call itself.
+    The arguments are the call's own (k as q where it is left out). `lse_gradient`: whether the
+    backward will carry a gradient through lse. Under a shard every rank must ask, as for the call
+    itself.
     """
     from .attend import paths  # which needs this module
 
@@ -228,9 +287,19 @@ def explain(
         lines.append(f"{kind} blocks: {taken.name if taken else 'math'}")
         for kernel in KERNELS:
             if kernel is not taken:
-                lines.append(f"  not {kernel.name}: {kernel.why_not(task) or _passed_over(kernel, backend)}")
-    arguments = {"causal": causal, "dilation": dilation, "mask_mod": mask_mod, "scale": scale, "shard": shard}
-    return "\n".join(lines + paths(q, q if k is None else k, **arguments, q_chunk=q_chunk, backend=backend))
+                lines.append(
+                    f"  not {kernel.name}: {kernel.why_not(task) or _passed_over(kernel, backend)}"
+                )
+    arguments = {
+        "causal": causal,
+        "dilation": dilation,
+        "mask_mod": mask_mod,
+        "scale": scale,
+        "shard": shard,
+    }
+    return "\n".join(
+        lines + paths(q, q if k is None else k, **arguments, q_chunk=q_chunk, backend=backend)
+    )
 
 
 def _passed_over(kernel: Kernel, backend: str) -> str:
@@ -249,7 +318,8 @@ def check(q: Tensor, backend: str, masked: bool, scale: float) -> None:
         raise NotImplementedError(f"backend={backend!r} cannot do this: {'; '.join(reasons)}")
 
 
-# ------------------------------------------------------------------------------------------------------------ the block
+# --------------------------------------------------------------------------------------------------
+# ---------- the block
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, seen: Seen, call: Call) -> Attended:
@@ -258,11 +328,17 @@ def forward(q: Tensor, k: Tensor, v: Tensor, seen: Seen, call: Call) -> Attended
     if kernel is None:
         return block.forward(q, k, v, call.scale, _keep(q, k, seen))
     out, lse = kernel.forward(*_folded(kernel, q, k, v), seen.kind == "causal", call.scale)
-    return Attended(out.transpose(1, 2).unflatten(0, q.shape[:2]), lse.transpose(1, 2).unflatten(0, q.shape[:2]))
+    return Attended(
+        out.transpose(1, 2).unflatten(0, q.shape[:2]), lse.transpose(1, 2).unflatten(0, q.shape[:2])
+    )
 
 
-def backward(dout, dlse, q, k, v, out, lse, seen: Seen, call: Call) -> tuple[Tensor, Tensor, Tensor]:
-    """dQ, dK, dV of one block from the merged out and lse (+inf where nothing was seen); dlse may be None."""
+def backward(
+    dout, dlse, q, k, v, out, lse, seen: Seen, call: Call
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dQ, dK, dV of one block from the merged out and lse (+inf where nothing was seen); dlse may
+    be None.
+    """
     kernel = _kernel(q, k, seen, call, dlse is not None)
     if kernel is None:
         return block.backward(dout, dlse, q, k, v, out, lse, call.scale, _keep(q, k, seen))
@@ -279,26 +355,34 @@ def backward(dout, dlse, q, k, v, out, lse, seen: Seen, call: Call) -> tuple[Ten
     return dq, dk, dv
 
 
-def _kernel(q: Tensor, k: Tensor, seen: Seen, call: Call, lse_gradient: bool = False) -> Kernel | None:
+def _kernel(
+    q: Tensor, k: Tensor, seen: Seen, call: Call, lse_gradient: bool = False
+) -> Kernel | None:
     single = q.shape[2] == k.shape[2] == 1
     task = Task(q.device.type, q.dtype, q.shape[-1], seen.kind, lse_gradient, single)
     return choose(call.backend, task) if q.numel() and call.scale > 0 else None
 
 
 def _folded(kernel: Kernel, q: Tensor, *keys: Tensor) -> tuple[Tensor, ...]:
-    """Segments into the batch, b m s h d → (b m) h s d; key heads repeated for a kernel that wants as many as queries."""
+    """Segments into the batch, b m s h d → (b m) h s d; key heads repeated for a kernel that wants
+    as many as queries.
+    """
     times = 1 if kernel.grouped else q.shape[3] // keys[0].shape[3]
     return _bhsd(q), *(_bhsd(x if times == 1 else x.repeat_interleave(times, 3)) for x in keys)
 
 
 def _bhsd(x: Tensor) -> Tensor:
-    """b m s h d → (b m) h s d. Kernels take strides, but not of 0, and believe the head dim's to be 1 without looking."""
+    """b m s h d → (b m) h s d. Kernels take strides, but not of 0, and believe the head dim's to be
+    1 without looking.
+    """
     x = x if x.stride(-1) == 1 and 0 not in x.stride() else x.contiguous()
     return x.flatten(0, 1).transpose(1, 2)
 
 
 def _with_lse_gradient(dlse, dout, q, k, v, out, columns: int):
-    """dO, Q, K, V and O with columns that take dlse off the kernel's D; three low-precision terms carry it exactly."""
+    """dO, Q, K, V and O with columns that take dlse off the kernel's D; three low-precision terms
+    carry it exactly.
+    """
     parts, rest = [], dlse
     for _ in range(min(3, columns)):
         parts.append(rest.to(q.dtype))

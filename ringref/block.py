@@ -1,11 +1,14 @@
-"""Attention on one block of keys, its backward, and the merge: the one idea of the package, readable.
+"""Attention on one block of keys, its backward, and the merge: the one idea of the package,
+readable.
 
-Attention over a union of key sets is the merge of the attention over each set. For two results over disjoint keys, with
-`lse = log Σ exp(score)`: the merged `lse` is `logaddexp(lse_a, lse_b)` and the merged `out` is the mean of the two weighted by
-`exp(lse_a − lse)` and `exp(lse_b − lse)` (online softmax, 1805.02867; FlashAttention-2, 2307.08691).
+Attention over a union of key sets is the merge of the attention over each set. For two results over
+disjoint keys, with `lse = log Σ exp(score)`: the merged `lse` is `logaddexp(lse_a, lse_b)` and the
+merged `out` is the mean of the two weighted by `exp(lse_a − lse)` and `exp(lse_b − lse)` (online
+softmax, 1805.02867; FlashAttention-2, 2307.08691).
 
 And given the *merged* `out` and `lse` of a query, each block's gradient is exact on its own:
-`P = exp(S − lse)`, `D = rowsum(dO∘O) − dlse`, `dV = Pᵀ dO`, `dS = P∘(dO Vᵀ − D)`, `dQ = scale·dS K`, `dK = scale·dSᵀ Q`.
+`P = exp(S − lse)`, `D = rowsum(dO∘O) − dlse`, `dV = Pᵀ dO`, `dS = P∘(dO Vᵀ − D)`, `dQ = scale·dS
+K`, `dK = scale·dSᵀ Q`.
 
 A block is m segments at once: q, out `b m c h d` · k, v `b m k g d` · lse `b m c h` · g divides h.
 """
@@ -30,10 +33,12 @@ def merge(a: Attended, b: Attended) -> Attended:
     """The attention over the union of two disjoint key sets.
 
     Args:
-        a, b: results for the same queries, `out` b s h d and `lse` b h s (natural log, −inf where no key was seen).
+        a, b: results for the same queries, `out` b s h d and `lse` b h s (natural log, −inf where
+            no key was seen).
 
     Returns:
-        `out` and `lse`, both in float32 or wider so that chains of merges do not lose bits; differentiable.
+        `out` and `lse`, both in float32 or wider so that chains of merges do not lose bits;
+        differentiable.
     """
     if a.out.shape != b.out.shape or a.lse.shape != b.lse.shape:
         shapes = [tuple(x.shape) for x in (*a, *b)]
@@ -48,13 +53,17 @@ def merge(a: Attended, b: Attended) -> Attended:
 
 
 def _by_group(x: Tensor, g: int) -> Tensor:
-    """Rows of the query heads that share a key/value head, together: so products need no copy of the scores."""
+    """Rows of the query heads that share a key/value head, together: so products need no copy of
+    the scores.
+    """
     return rearrange(x, "b m c (g e) d -> b m g (e c) d", g=g)
 
 
 def _by_head(x: Tensor, like: Tensor) -> Tensor:
     """Back to `b m c (g e) d`, as many rows and heads as `like`."""
-    return rearrange(x, "b m g (e c) d -> b m c (g e) d", c=like.shape[2], e=like.shape[3] // x.shape[2])
+    return rearrange(
+        x, "b m g (e c) d -> b m c (g e) d", c=like.shape[2], e=like.shape[3] // x.shape[2]
+    )
 
 
 def _scores(q: Tensor, k: Tensor, scale: float, keep: Tensor | None) -> Tensor:
@@ -68,7 +77,9 @@ def _scores(q: Tensor, k: Tensor, scale: float, keep: Tensor | None) -> Tensor:
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, scale: float, keep: Tensor | None = None) -> Attended:
-    """Attend to one block; `keep` (True: seen) broadcasts to b m g e c k. Works in float32 or wider, in one score matrix."""
+    """Attend to one block; `keep` (True: seen) broadcasts to b m g e c k. Works in float32 or
+    wider, in one score matrix.
+    """
     dtype = wide(q.dtype)
     scores = _scores(q.to(dtype), k.to(dtype), scale, keep)
     top = scores.amax(-1, keepdim=True)
@@ -79,8 +90,11 @@ def forward(q: Tensor, k: Tensor, v: Tensor, scale: float, keep: Tensor | None =
     return Attended(_by_head(out, q), _by_head(top + total.log(), q)[..., 0])
 
 
-def backward(dout, dlse, q, k, v, out, lse, scale: float, keep: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """dQ, dK, dV of one block, from the merged `out` and `lse` (+inf for a query that saw no key at all); `dlse` may be None.
+def backward(
+    dout, dlse, q, k, v, out, lse, scale: float, keep: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dQ, dK, dV of one block, from the merged `out` and `lse` (+inf for a query that saw no key at
+    all); `dlse` may be None.
 
     Works in two score matrices.
     """

@@ -1,4 +1,6 @@
-"""Collective attention: K and V are gathered, dK and dV reduced and scattered; only the queries are partitioned."""
+"""Collective attention: K and V are gathered, dK and dV reduced and scattered; only the queries are
+partitioned.
+"""
 
 from __future__ import annotations
 
@@ -23,27 +25,29 @@ def collective_attention(
 ) -> Attended:
     """Attention on gathered keys; arguments, result and errors as for `dense_attention`.
 
-    A rank holds all K and V, 2·n·d·g elements, and in the backward as many of dK and dV. Bytes moved are the ring's; with a
-    dilation only a branch's rows are gathered, only among ranks that share a segment with it (see `ring_attention`).
+    A rank holds all K and V, 2·n·d·g elements, and in the backward as many of dK and dV. Bytes
+    moved are the ring's; with a dilation only a branch's rows are gathered, only among ranks that
+    share a segment with it (see `ring_attention`).
     """
-    return attend(gathering, "collective", q, k, v, causal=causal, dilation=dilation, mask_mod=mask_mod, scale=scale,
-                  shard=shard, q_chunk=q_chunk, backend=backend)  # fmt: skip
+    return attend(
+        gathering, "collective", q, k, v, causal=causal, dilation=dilation, mask_mod=mask_mod,
+        scale=scale, shard=shard, q_chunk=q_chunk, backend=backend,
+    )  # fmt: skip
 
 
 def gathering(trip: Trip):
-    """My own keys while the others' arrive, then theirs; gradients are kept until all are computed."""
+    """My own keys while the others' arrive, then theirs; gradients wait until all are computed."""
     ring, me = trip.ring, trip.ring.rank
     others = [member for member in range(ring.size) if member != me]
     mine, gathered = trip.pack(trip.load(me)), {r: trip.space(trip.load(r)) for r in others}
-    arriving = ring.exchange({r: mine for r in others}, gathered)
+    arriving = ring.exchange(dict.fromkeys(others, mine), gathered)
     yield trip.own
     arriving.wait()
-    parts = {me: trip.space(trip.load(me), gradients=True)}
+    parts = {}
     for source in others:
         gradients = yield trip.block(source, trip.load(source), gathered[source])
         if gradients is not None:
             parts[source] = gradients.onto(None)
     yield None
-    for part in parts[me]:
-        part.zero_()
+    parts[me] = tuple(x.zero_() for x in trip.space(trip.load(me), gradients=True))
     return [(trip.load(me), ring.reduce([parts[r] for r in range(ring.size)]))] if others else []

@@ -1,8 +1,9 @@
 """Dense attention: the definition that judges the others.
 
-Plain einsum and autograd. It writes the masks and the multiplicity rule itself and shares no kernel, merge, index set or
-backward with the other methods. A key that a query sees through m branches of a dilation counts m times, which is one
-softmax with log m added to the score; no key (m = 0) is −inf.
+Plain einsum and autograd. It writes the masks and the multiplicity rule itself and shares no
+kernel, merge, index set or backward with the other methods. A key that a query sees through m
+branches of a dilation counts m times, which is one softmax with log m added to the score; no key (m
+= 0) is −inf.
 """
 
 from __future__ import annotations
@@ -31,44 +32,58 @@ def dense_attention(
     q_chunk: int | None = None,
     backend: str = "auto",
 ) -> Attended:
-    """Attention by its definition, on one rank; under a shard every rank gathers and computes the whole.
+    """Attention by its definition, on one rank; under a shard every rank gathers and computes the
+    whole.
 
     Args:
         q: b s h d; k, v: b s' g d with g dividing h, query head j using key/value head j // (h/g).
         causal: a query sees the keys at its own position and before.
         dilation: LongNet's branches (2307.02486); None is one branch with w = n, r = 1.
-        mask_mod: `(b, h, q_idx, kv_idx) -> keep`, FlexAttention's signature, pointwise on global indices.
+        mask_mod: `(b, h, q_idx, kv_idx) -> keep`, FlexAttention's signature, pointwise on global
+            indices.
         scale: factor of the scores, 1/√d by default.
         shard: who holds what (see `partition`); None: I hold the whole sequence, counted from 0.
         q_chunk: query rows whose scores exist at one time (recomputed in the backward).
         backend: "auto" or "math", the only one that the definition has.
 
     Returns:
-        `Attended(out, lse)`: out b s h d in q's dtype, lse b h s in natural log, float32 (float64 for float64). A query
-        that sees no key has out 0, lse −inf and zero gradients.
+        `Attended(out, lse)`: out b s h d in q's dtype, lse b h s in natural log, float32 (float64
+        for float64). A query that sees no key has out 0, lse −inf and zero gradients.
 
     Raises:
         TypeError, ValueError: an argument is wrong, or differs between ranks; raised on every rank.
         NotImplementedError: the backend cannot do it.
     """
-    call = agree("dense", q, k, v, able=_only_math, causal=causal, dilation=dilation, mask_mod=mask_mod, scale=scale,
-                 shard=shard, q_chunk=q_chunk, backend=backend)  # fmt: skip
+    call = agree(
+        "dense", q, k, v, able=_only_math, causal=causal, dilation=dilation, mask_mod=mask_mod,
+        scale=scale, shard=shard, q_chunk=q_chunk, backend=backend,
+    )  # fmt: skip
     queries, keys = ([one.index for one in side] for side in call.table)
-    q, k, v = _Whole.apply(q, call, queries), _Whole.apply(k, call, keys), _Whole.apply(v, call, keys)
+    q, k, v = (
+        _Whole.apply(q, call, queries),
+        _Whole.apply(k, call, keys),
+        _Whole.apply(v, call, keys),
+    )
     q_idx, kv_idx = torch.cat(queries).to(q.device), torch.cat(keys).to(q.device)
     outs, lses = [], []
     for rows in range(0, q.shape[1] or 1, q_chunk or q.shape[1] or 1):
         some = slice(rows, rows + (q_chunk or q.shape[1]))
         part = (q[:, some], k, v, q_idx[some], kv_idx, call)
-        out, lse = _define(*part) if q_chunk is None else checkpoint(_define, *part, use_reentrant=False)
+        out, lse = (
+            _define(*part) if q_chunk is None else checkpoint(_define, *part, use_reentrant=False)
+        )
         outs.append(out)
         lses.append(lse)
-    return Attended(*_Mine.apply(torch.cat(outs, 1), torch.cat(lses, 2), call.anchor, call, queries))
+    return Attended(
+        *_Mine.apply(torch.cat(outs, 1), torch.cat(lses, 2), call.anchor, call, queries)
+    )
 
 
 def _only_math(_q: Tensor, backend: str, *_) -> None:
     if backend not in ("auto", "math"):
-        raise NotImplementedError(f"backend: dense attention is the definition and has only 'math', got {backend!r}")
+        raise NotImplementedError(
+            f"backend: dense attention is the definition and has only 'math', got {backend!r}"
+        )
 
 
 @exactly
@@ -77,9 +92,13 @@ def _define(q: Tensor, k: Tensor, v: Tensor, q_idx: Tensor, kv_idx: Tensor, call
     dtype, result, g = wide(q.dtype), q.dtype, k.shape[2]
     q, k, v = rearrange(q, "b q (g e) d -> b q g e d", g=g).to(dtype), k.to(dtype), v.to(dtype)
     scores = torch.einsum("bqged,bkgd->bgeqk", q, k) * call.scale
-    scores = rearrange(scores, "b g e q k -> b (g e) q k") + _log_times_seen(q_idx, kv_idx, scores, call)
+    scores = rearrange(scores, "b g e q k -> b (g e) q k") + _log_times_seen(
+        q_idx, kv_idx, scores, call
+    )
     blind = (scores == -math.inf).all(-1, keepdim=True)
-    scores = scores.masked_fill(blind, 0.0)  # before the softmax, whose gradient on a row of −inf is NaN
+    scores = scores.masked_fill(
+        blind, 0.0
+    )  # before the softmax, whose gradient on a row of −inf is NaN
     weights = rearrange(scores.softmax(-1).masked_fill(blind, 0.0), "b (g e) q k -> b g e q k", g=g)
     out = rearrange(torch.einsum("bgeqk,bkgd->bqged", weights, v), "b q g e d -> b q (g e) d")
     lse = scores.logsumexp(-1) if k.shape[1] else scores.sum(-1)
@@ -90,12 +109,19 @@ def _log_times_seen(q_idx: Tensor, kv_idx: Tensor, scores: Tensor, call: Call) -
     """log of how often each query sees each key, broadcastable to b h q k."""
     b, h = scores.shape[0], scores.shape[1] * scores.shape[2]
     batch, head = torch.arange(b, device=q_idx.device), torch.arange(h, device=q_idx.device)
-    batch, head, q_idx, kv_idx = batch[:, None, None, None], head[:, None, None], q_idx[:, None], kv_idx[None, :]
+    batch, head, q_idx, kv_idx = (
+        batch[:, None, None, None],
+        head[:, None, None],
+        q_idx[:, None],
+        kv_idx[None, :],
+    )
     head, q_idx, kv_idx = head[None], q_idx[None, None], kv_idx[None, None]
     times = torch.ones((), dtype=scores.dtype, device=scores.device)
     if call.dilation is not None:
         times = 0
-        branches = list(zip(call.dilation.segment_lengths, call.dilation.dilation_rates, strict=True))
+        branches = list(
+            zip(call.dilation.segment_lengths, call.dilation.dilation_rates, strict=True)
+        )
         for i, (w, r) in enumerate(branches):
             offset = head % r
             if call.dilation.heads == "grouped":
@@ -112,7 +138,9 @@ def _log_times_seen(q_idx: Tensor, kv_idx: Tensor, scores: Tensor, call: Call) -
 
 
 class _Whole(torch.autograd.Function):
-    """Every rank's rows. Every rank computes the whole gradient (see `_Mine`), so its own rows of it are exact."""
+    """Every rank's rows. Every rank computes the whole gradient (see `_Mine`), so its own rows of
+    it are exact.
+    """
 
     @staticmethod
     def forward(ctx, x, call, positions):

@@ -1,4 +1,6 @@
-"""Dilated attention (LongNet, 2307.02486): each branch's rows are fetched directly from the ranks of its segment."""
+"""Dilated attention (LongNet, 2307.02486): each branch's rows are fetched directly from the ranks
+of its segment.
+"""
 
 from __future__ import annotations
 
@@ -21,14 +23,18 @@ def dilated_attention(
     q_chunk: int | None = None,
     backend: str = "auto",
 ) -> Attended:
-    """Attention that fetches from each rank just the rows it needs; arguments, result and errors as for `dense_attention`.
+    """Attention that fetches from each rank just the rows it needs; arguments, result and errors as
+    for `dense_attention`.
 
-    On aligned shards a rank receives in forward at most 2·d·g·min(r, h/g)·(⌈w/r⌉ − ⌊s/r⌋) elements per branch with w > s,
-    whatever n is, and nothing when w divides s (LongNet's constant communication, section 3.1); under a causal mask less,
-    for rows after its last query are not fetched. The backward fetches again and sends dK and dV back.
+    On aligned shards a rank receives in forward at most 2·d·g·min(r, h/g)·(⌈w/r⌉ − ⌊s/r⌋) elements
+    per branch with w > s, whatever n is, and nothing when w divides s (LongNet's constant
+    communication, section 3.1); under a causal mask less, for rows after its last query are not
+    fetched. The backward fetches again and sends dK and dV back.
     """
-    return attend(fetching, "dilated", q, k, v, causal=causal, dilation=dilation, mask_mod=mask_mod, scale=scale,
-                  shard=shard, q_chunk=q_chunk, backend=backend)  # fmt: skip
+    return attend(
+        fetching, "dilated", q, k, v, causal=causal, dilation=dilation, mask_mod=mask_mod,
+        scale=scale, shard=shard, q_chunk=q_chunk, backend=backend,
+    )  # fmt: skip
 
 
 def fetching(trip: Trip):
@@ -45,9 +51,9 @@ def fetching(trip: Trip):
         gradients = yield trip.block(source, rows, fetched[source])
         if gradients is not None:
             parts[source] = gradients.onto(None)
-    home = {r: trip.space(rows, gradients=True) for r, rows in asked.items()}
+    home = {r: trip.space(rows, gradients=True) for r, rows in asked.items()} if parts else {}
     returning = ring.exchange(parts, home) if parts else None
     yield None
     if returning:
         returning.wait()
-    return [(asked[r], home[r]) for r in others] if returning else []
+    return [(asked[r], home[r]) for r in home]

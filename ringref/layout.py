@@ -1,12 +1,14 @@
 """Who holds which positions: shards, dilated index sets, and which pairs of rows meet.
 
-`b` batch · `n` tokens in the whole sequence · `s` tokens on this rank · `h` query heads · `g` key/value heads · `d` head dim
-· `p` ranks · `w` segment length · `r` dilation rate · `c` query chunk. Tensors are `b s h d`.
+`b` batch · `n` tokens in the whole sequence · `s` tokens on this rank · `h` query heads · `g`
+key/value heads · `d` head dim · `p` ranks · `w` segment length · `r` dilation rate · `c` query
+chunk. Tensors are `b s h d`.
 
-A *strand* `(w, r, offset, heads)` is a set of heads that keep the positions with `(pos % w) % r == offset` and attend
-within the segment `pos // w`. Dense attention is one strand; LongNet (2307.02486, eq. 8–10) is a strand per branch and
-offset. A *visit* is a strand on one block of keys, cut so that each piece is full, causal or masked. Everything is
-decided from global positions, so layouts need no special cases.
+A *strand* `(w, r, offset, heads)` is a set of heads that keep the positions with `(pos % w) % r ==
+offset` and attend within the segment `pos // w`. Dense attention is one strand; LongNet
+(2307.02486, eq. 8–10) is a strand per branch and offset. A *visit* is a strand on one block of
+keys, cut so that each piece is full, causal or masked. Everything is decided from global positions,
+so layouts need no special cases.
 """
 
 from __future__ import annotations
@@ -32,19 +34,25 @@ EVERYTHING = 2**62  # a segment length that no sequence reaches
 
 
 class Attended(NamedTuple):
-    """What every method returns: `out` b s h d in the inputs' dtype, `lse` b h s (natural log; float32, or float64)."""
+    """What every method returns: `out` b s h d in the inputs' dtype, `lse` b h s (natural log;
+    float32, or float64).
+    """
 
     out: Tensor
     lse: Tensor
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which results are merged and gradients accumulate: float32, or float64 for float64."""
+    """The dtype in which results are merged and gradients accumulate: float32, or float64 for
+    float64.
+    """
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def exactly(step: Callable) -> Callable:
-    """`step` without autocast: mixed precision is the caller's choice of q, k and v, not of what is computed with them."""
+    """`step` without autocast: mixed precision is the caller's choice of q, k and v, not of what is
+    computed with them.
+    """
 
     @wraps(step)
     def run(*args):
@@ -57,15 +65,20 @@ def exactly(step: Callable) -> Callable:
     return run
 
 
-# ---------------------------------------------------------------------------------------------------------- positions
+# --------------------------------------------------------------------------------------------------
+# -------- positions
 
 
 class Positions:
-    """An immutable 1-D int64 tensor of global positions that hashes by content, so that plans can be cached."""
+    """An immutable 1-D int64 tensor of global positions that hashes by content, so that plans can
+    be cached.
+    """
 
     def __init__(self, index: Tensor):
         self.index = index
-        self.digest = int.from_bytes(hashlib.blake2b(index.numpy().tobytes(), digest_size=7).digest(), "big")
+        self.digest = int.from_bytes(
+            hashlib.blake2b(index.numpy().tobytes(), digest_size=7).digest(), "big"
+        )
 
     def __len__(self):
         return len(self.index)
@@ -87,8 +100,17 @@ def counted(n: int) -> Positions:
 
 
 def _positions(name: str, index: Any) -> Positions:
-    if not isinstance(index, Tensor) or index.dim() != 1 or index.dtype != torch.int64 or not index.is_cpu:
-        got = f"{tuple(index.shape)} {index.dtype} {index.device}" if isinstance(index, Tensor) else repr(index)
+    if (
+        not isinstance(index, Tensor)
+        or index.dim() != 1
+        or index.dtype != torch.int64
+        or not index.is_cpu
+    ):
+        got = (
+            f"{tuple(index.shape)} {index.dtype} {index.device}"
+            if isinstance(index, Tensor)
+            else repr(index)
+        )
         raise TypeError(f"{name} must be a 1-D int64 CPU tensor of global positions, got {got}")
     if len(index) and int(index.min()) < 0:
         raise ValueError(f"{name}: positions count from 0, got {int(index.min())}")
@@ -97,7 +119,9 @@ def _positions(name: str, index: Any) -> Positions:
 
 def _a_ring(ring: Any) -> Ring:
     if not all(hasattr(ring, a) for a in ("rank", "size", "exchange")):
-        raise TypeError(f"ring must be a ring (simulate's, launch's or a ProcessRing), got {ring!r}")
+        raise TypeError(
+            f"ring must be a ring (simulate's, launch's or a ProcessRing), got {ring!r}"
+        )
     return ring
 
 
@@ -111,40 +135,61 @@ class Shard:
     """My tokens' global positions and the ranks I talk to. Building one does not communicate.
 
     Args:
-        positions: 1-D int64 CPU tensor, the global position of each of my `s` tokens, in the order of the tensors' rows.
+        positions: 1-D int64 CPU tensor, the global position of each of my `s` tokens, in the order
+            of the tensors' rows.
         ring: the ranks that hold the rest (`None`: there is no rest).
         kv_positions: those of my keys and values where they differ from my queries'.
 
-    Keys must cover 0 … n−1 over all ranks without overlap; queries must only not overlap. Both are checked at the first
-    call that communicates, on every rank.
+    Keys must cover 0 … n−1 over all ranks without overlap; queries must only not overlap. Both are
+    checked at the first call that communicates, on every rank.
     """
 
     def __init__(self, positions: Tensor, ring: Ring | None, kv_positions: Tensor | None = None):
         self.ring = alone() if ring is None else _a_ring(ring)
         self.queries = _positions("positions", positions)
-        self.keys = self.queries if kv_positions is None else _positions("kv_positions", kv_positions)
+        self.keys = (
+            self.queries if kv_positions is None else _positions("kv_positions", kv_positions)
+        )
         self.positions, self.kv_positions = self.queries.index, self.keys.index
 
     def __repr__(self):
-        return f"Shard(rank {self.ring.rank} of {self.ring.size}, {len(self.queries)} queries, {len(self.keys)} keys)"
+        return (
+            f"Shard(rank {self.ring.rank} of {self.ring.size}, "
+            f"{len(self.queries)} queries, {len(self.keys)} keys)"
+        )
 
     def take(self, x: Tensor, dim: int = 1) -> Tensor:
         """My rows of a whole tensor: `b n …` → `b s …` along `dim`."""
         if len(self.queries) and int(self.positions.max()) >= x.shape[dim]:
-            raise ValueError(f"x has {x.shape[dim]} rows along dim {dim}; my last position is {self.positions.max()}")
+            raise ValueError(
+                f"x has {x.shape[dim]} rows along dim {dim}; "
+                f"my last position is {self.positions.max()}"
+            )
         return x.index_select(dim, self.positions.to(x.device))
 
     def gather(self, x: Tensor, dim: int = 1) -> Tensor:
-        """Every rank's rows in global order, `b s …` → `b n …`; the gradient is summed over ranks and cut again."""
+        """Every rank's rows in global order, `b s …` → `b n …`; the gradient is summed over ranks
+        and cut again.
+        """
+
         def say():
             if not isinstance(x, Tensor) or not -x.dim() <= dim < x.dim():
                 got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
                 raise TypeError(f"x must be a tensor that has dim {dim}, got {got}")
             if x.shape[dim] != len(self.queries):
                 held = len(self.queries)
-                raise ValueError(f"x has {x.shape[dim]} rows along dim {dim}; this shard has {held} positions")
+                raise ValueError(
+                    f"x has {x.shape[dim]} rows along dim {dim}; this shard has {held} positions"
+                )
             others = tuple(size for i, size in enumerate(x.shape) if i != dim % x.dim())
-            words = ["gather", str(x.dtype), x.device.type, dim % x.dim(), others, torch.is_grad_enabled()]
+            words = [
+                "gather",
+                str(x.dtype),
+                x.device.type,
+                dim % x.dim(),
+                others,
+                torch.is_grad_enabled(),
+            ]
             return words, torch.is_grad_enabled() and x.requires_grad
 
         names = ("method", "dtype of x", "device of x", "dim", "shape of x", "grad mode")
@@ -178,8 +223,10 @@ def _runs(n: int, m: int) -> list[Tensor]:
 
 
 def partition(n: int, ring: Ring, layout: str = "contiguous") -> Shard:
-    """Who holds which of n tokens: rank i gets run i of p (contiguous), chunks i and 2p−1−i of 2p (zigzag, also called
-    head-tail: 2p equal slices of causal work), or positions i::p (striped, 2311.09431). n need not divide by anything."""
+    """Who holds which of n tokens: rank i gets run i of p (contiguous), chunks i and 2p−1−i of 2p
+    (zigzag, also called head-tail: 2p equal slices of causal work), or positions i::p (striped,
+    2311.09431). n need not divide by anything.
+    """
     if not isinstance(n, int) or isinstance(n, bool) or n < 0:
         raise ValueError(f"n must be a number of tokens, got {n!r}")
     i, p = _a_ring(ring).rank, ring.size
@@ -193,7 +240,8 @@ def partition(n: int, ring: Ring, layout: str = "contiguous") -> Shard:
     raise ValueError(f"layout must be one of {LAYOUTS}, got {layout!r}")
 
 
-# ------------------------------------------------------------------------------------------- what all ranks agree upon
+# ------------------------------------------------------------------------------------------- what
+# all ranks agree upon
 
 
 class Table(NamedTuple):
@@ -211,17 +259,23 @@ _tables: WeakKeyDictionary = WeakKeyDictionary()  # ring -> the tables that it k
 _KNOWN = 4
 
 
-def meet(shard: Shard, names: Sequence[str], say: Callable[[], tuple[list, bool]]) -> tuple[bool, Table]:
-    """One fixed-size header from every rank, and its positions only when new: what a call begins with.
+def meet(
+    shard: Shard, names: Sequence[str], say: Callable[[], tuple[list, bool]]
+) -> tuple[bool, Table]:
+    """One fixed-size header from every rank, and its positions only when new: what a call begins
+    with.
 
     Args:
         names: of the words that must be alike on all ranks, in the words' order.
-        say: checks this rank's arguments, and returns the words and whether this rank needs a gradient.
+        say: checks this rank's arguments, and returns the words and whether this rank needs a
+            gradient.
 
     Returns:
-        Whether any rank needs a gradient, and the table of positions. A mistake of one rank is an error on all of them.
+        Whether any rank needs a gradient, and the table of positions. A mistake of one rank is an
+        error on all of them.
 
-    Whether positions are exchanged is decided from what all ranks said they know, so that no rank waits alone.
+    Whether positions are exchanged is decided from what all ranks said they know, so that no rank
+    waits alone.
     """
     try:
         (words, needs), mistake = say(), None
@@ -236,19 +290,27 @@ def meet(shard: Shard, names: Sequence[str], say: Callable[[], tuple[list, bool]
         raise mistake
     wrong = [r for r, said in enumerate(rows) if not said[0]]
     if wrong:
-        raise Elsewhere(f"rank {wrong[0]} rejected its own arguments (its error says which); no rank goes on")
+        raise Elsewhere(
+            f"rank {wrong[0]} rejected its own arguments (its error says which); no rank goes on"
+        )
     needs = any(said[1] for said in rows)
     for name, word, *column in zip(names, words, *(said[2:] for said in rows), strict=False):
         if (name != "grad mode" or needs) and len(set(column)) > 1:
             alike = [r for r, x in enumerate(column) if x == column[ring.rank]]
-            shown = column if all(abs(x) < 2**31 for x in column) else f"{word!r} only on ranks {alike}"
+            shown = (
+                column if all(abs(x) < 2**31 for x in column) else f"{word!r} only on ranks {alike}"
+            )
             raise ValueError(f"{name} differs between ranks: {shown}")
     sizes = [r[len(row) :] for r in rows]
     name = hash(tuple(tuple(s[:4]) for s in sizes)) & (2**62 - 1)
     if not all(name in s[4:] for s in sizes):
-        every = ring.share(torch.cat([shard.positions, shard.kv_positions]), [s[0] + s[1] for s in sizes])
+        every = ring.share(
+            torch.cat([shard.positions, shard.kv_positions]), [s[0] + s[1] for s in sizes]
+        )
         cut = [x.split([s[0], s[1]]) for x, s in zip(every, sizes, strict=True)]
-        table = Table(*(tuple(Positions(x.clone()) for x in side) for side in zip(*cut, strict=True)))
+        table = Table(
+            *(tuple(Positions(x.clone()) for x in side) for side in zip(*cut, strict=True))
+        )
         _check_cover(table)
         known[name] = table
     table = known[name] = known.pop(name)
@@ -264,20 +326,31 @@ def _check_cover(table: Table) -> None:
     for name, every in (("positions", table.queries), ("kv_positions", table.keys)):
         index, times = torch.cat([one.index for one in every]).unique(return_counts=True)
         if bool((times > 1).any()):
-            raise ValueError(f"{name} overlap between or within ranks: {described(index[times > 1])} are held twice")
+            raise ValueError(
+                f"{name} overlap between or within ranks: "
+                f"{described(index[times > 1])} are held twice"
+            )
         if every is table.keys and len(index) and int(index[-1]) != len(index) - 1:
-            gaps = torch.ones(int(index[-1]) + 1, dtype=torch.bool).index_fill_(0, index, False).nonzero()[:, 0]
-            raise ValueError(f"{name} leave gaps: no rank holds the keys {described(gaps)}; they must cover 0 … n−1")
+            gaps = (
+                torch.ones(int(index[-1]) + 1, dtype=torch.bool)
+                .index_fill_(0, index, False)
+                .nonzero()[:, 0]
+            )
+            raise ValueError(
+                f"{name} leave gaps: no rank holds the keys {described(gaps)}; "
+                f"they must cover 0 … n−1"
+            )
 
 
 @dataclass(frozen=True)
 class Dilation:
-    """LongNet's dilated attention (2307.02486): branch i cuts the sequence into segments of `segment_lengths[i]` and keeps
-    every `dilation_rates[i]`-th position of each, `(pos % w) % r == offset`; the branches' results merge by their
-    softmax denominators (eq. 9, 10).
+    """LongNet's dilated attention (2307.02486): branch i cuts the sequence into segments of
+    `segment_lengths[i]` and keeps every `dilation_rates[i]`-th position of each, `(pos % w) % r ==
+    offset`; the branches' results merge by their softmax denominators (eq. 9, 10).
 
-    `heads="all"`: every branch serves all heads, head j with offset `j % r`. `heads="grouped"`: branch i serves one
-    contiguous group of heads (sizes differ by at most one, the larger first), with offset `i % r`.
+    `heads="all"`: every branch serves all heads, head j with offset `j % r`. `heads="grouped"`:
+    branch i serves one contiguous group of heads (sizes differ by at most one, the larger first),
+    with offset `i % r`.
     """
 
     segment_lengths: Sequence[int]
@@ -288,18 +361,23 @@ class Dilation:
         for name in ("segment_lengths", "dilation_rates"):
             values = getattr(self, name)
             if isinstance(values, str) or not isinstance(values, Sequence) or not values:
-                raise ValueError(f"{name} must be a non-empty list of positive integers, got {values!r}")
+                raise ValueError(
+                    f"{name} must be a non-empty list of positive integers, got {values!r}"
+                )
             if not all(isinstance(x, int) and not isinstance(x, bool) and x > 0 for x in values):
                 raise ValueError(f"{name} must be positive integers, got {list(values)}")
             object.__setattr__(self, name, tuple(values))
         if len(self.segment_lengths) != len(self.dilation_rates):
             raise ValueError(
-                f"segment_lengths and dilation_rates must have the same length, got {len(self.segment_lengths)} "
+                f"segment_lengths and dilation_rates must have the same length, "
+                f"got {len(self.segment_lengths)} "
                 f"and {len(self.dilation_rates)}"
             )
         for w, r in zip(self.segment_lengths, self.dilation_rates, strict=True):
             if r > w:
-                raise ValueError(f"dilation_rates: r = {r} is larger than its segment length w = {w}")
+                raise ValueError(
+                    f"dilation_rates: r = {r} is larger than its segment length w = {w}"
+                )
         if self.heads not in ("all", "grouped"):
             raise ValueError(f'heads must be "all" or "grouped", got {self.heads!r}')
 
@@ -315,30 +393,53 @@ class Call(NamedTuple):
     backend: str
     ring: Ring
     table: Table
-    anchor: Tensor | None  # makes autograd visit this rank's backward when only its neighbours need a gradient
+    anchor: (
+        Tensor | None
+    )  # makes autograd visit this rank's backward when only its neighbours need a gradient
 
     def keep(self, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        """What `mask_mod` says of these indices: booleans of four dimensions that broadcast to b h q k."""
+        """What `mask_mod` says of these indices: booleans of four dimensions that broadcast to b h
+        q k.
+        """
         keep = torch.as_tensor(self.mask_mod(b, h, q_idx, kv_idx), device=q_idx.device)
         if keep.dtype != torch.bool:
-            raise TypeError(f"mask_mod must return booleans (True: the key is seen), got {keep.dtype}")
+            raise TypeError(
+                f"mask_mod must return booleans (True: the key is seen), got {keep.dtype}"
+            )
         full = (len(b), h.shape[1], q_idx.shape[2], kv_idx.shape[3])
-        if keep.dim() > 4 or any(x not in (1, y) for x, y in zip(keep.shape[::-1], full[::-1], strict=False)):
-            raise ValueError(f"mask_mod must return what broadcasts to b h q k = {full}, got shape {tuple(keep.shape)}")
+        if keep.dim() > 4 or any(
+            x not in (1, y) for x, y in zip(keep.shape[::-1], full[::-1], strict=False)
+        ):
+            raise ValueError(
+                f"mask_mod must return what broadcasts to b h q k = {full}, "
+                f"got shape {tuple(keep.shape)}"
+            )
         return keep[(None,) * (4 - keep.dim())]
 
 
-_WORDS = ("method", "batch (dim 0 of q)", "heads (dim 2 of q)", "key/value heads (dim 2 of k)", "head dim", "dtype")
+_WORDS = (
+    "method",
+    "batch (dim 0 of q)",
+    "heads (dim 2 of q)",
+    "key/value heads (dim 2 of k)",
+    "head dim",
+    "dtype",
+)
 _WORDS += ("device", "causal", "scale", "dilation", "mask_mod", "backend", "grad mode")
 
 
-def agree(method: str, q, k, v, *, able, causal, dilation, mask_mod, scale, shard, q_chunk, backend) -> Call:
-    """Check the arguments here and against every other rank's; any rank's mistake is an error on all of them.
+def agree(
+    method: str, q, k, v, *, able, causal, dilation, mask_mod, scale, shard, q_chunk, backend
+) -> Call:
+    """Check the arguments here and against every other rank's; any rank's mistake is an error on
+    all of them.
 
     `able(q, backend, masked, scale)` raises where the backend cannot do it.
     """
     if shard is not None and not isinstance(shard, Shard):
-        raise TypeError(f"shard must be a Shard (see partition) or None, got {type(shard).__name__}")
+        raise TypeError(
+            f"shard must be a Shard (see partition) or None, got {type(shard).__name__}"
+        )
 
     def factor() -> float:
         return q.shape[-1] ** -0.5 if scale is None else float(scale)
@@ -347,7 +448,17 @@ def agree(method: str, q, k, v, *, able, causal, dilation, mask_mod, scale, shar
         _check(q, k, v, causal, dilation, mask_mod, scale, shard, q_chunk, backend)
         able(q, backend, mask_mod is not None, factor())
         shape = q.shape[0], q.shape[2], k.shape[2], q.shape[3]
-        words = [method, *shape, str(q.dtype), q.device.type, causal, factor(), dilation, mask_mod is not None, backend]
+        words = [
+            method,
+            *shape,
+            str(q.dtype),
+            q.device.type,
+            causal,
+            factor(),
+            dilation,
+            mask_mod is not None,
+            backend,
+        ]
         grad = torch.is_grad_enabled()
         return [*words, grad], grad and any(x.requires_grad for x in (q, k, v))
 
@@ -365,7 +476,9 @@ def _number(word: Any) -> int:
     """An integer that stands for a word of the header: itself if it is one, else a digest."""
     if isinstance(word, int):
         return int(word)
-    return 2**40 + int.from_bytes(hashlib.blake2b(repr(word).encode(), digest_size=6).digest(), "big")
+    return 2**40 + int.from_bytes(
+        hashlib.blake2b(repr(word).encode(), digest_size=6).digest(), "big"
+    )
 
 
 def _check(q, k, v, causal, dilation, mask_mod, scale, shard, q_chunk, backend) -> None:
@@ -373,18 +486,28 @@ def _check(q, k, v, causal, dilation, mask_mod, scale, shard, q_chunk, backend) 
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a tensor b s h d, got {type(x).__name__}")
         if x.dim() != 4:
-            raise ValueError(f"{name} must have the four dimensions b s h d, got shape {tuple(x.shape)}")
+            raise ValueError(
+                f"{name} must have the four dimensions b s h d, got shape {tuple(x.shape)}"
+            )
         if x.dtype not in FLOATS:
             raise TypeError(f"{name} must be float64, float32, bfloat16 or float16, got {x.dtype}")
         if x.dtype != q.dtype or x.device != q.device:
-            raise ValueError(f"{name} is {x.dtype} on {x.device} and q is {q.dtype} on {q.device}; they must be alike")
+            raise ValueError(
+                f"{name} is {x.dtype} on {x.device} and q is {q.dtype} on {q.device}; "
+                f"they must be alike"
+            )
     if k.shape != v.shape:
-        raise ValueError(f"k and v must have the same shape, got {tuple(k.shape)} and {tuple(v.shape)}")
+        raise ValueError(
+            f"k and v must have the same shape, got {tuple(k.shape)} and {tuple(v.shape)}"
+        )
     (b, s, h, d), (kb, ks, g, kd) = q.shape, k.shape
     if b != kb or d != kd:
         raise ValueError(f"k: batch and head dim must be q's, {b} and {d}, got {kb} and {kd}")
     if not (h and g and d) or h % g:
-        raise ValueError(f"k has {g} heads and q {h}: the key/value heads must divide the query heads, and d = {d} be ≥ 1")
+        raise ValueError(
+            f"k has {g} heads and q {h}: the key/value heads must divide the query heads, "
+            f"and d = {d} be ≥ 1"
+        )
     if shard is not None and (s, ks) != (len(shard.queries), len(shard.keys)):
         held = f"{len(shard.queries)} query and {len(shard.keys)} key positions"
         raise ValueError(f"shard has {held}, but q has {s} rows and k has {ks}")
@@ -393,20 +516,32 @@ def _check(q, k, v, causal, dilation, mask_mod, scale, shard, q_chunk, backend) 
     if dilation is not None and not isinstance(dilation, Dilation):
         raise TypeError(f"dilation must be a Dilation or None, got {type(dilation).__name__}")
     if mask_mod is not None and not callable(mask_mod):
-        raise TypeError(f"mask_mod must be a function (b, h, q_idx, kv_idx) -> keep, got {type(mask_mod).__name__}")
-    if scale is not None and (isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale)):
+        raise TypeError(
+            f"mask_mod must be a function (b, h, q_idx, kv_idx) -> keep, "
+            f"got {type(mask_mod).__name__}"
+        )
+    if scale is not None and (
+        isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale)
+    ):
         raise ValueError(f"scale must be a finite number or None (1/√d), got {scale!r}")
-    if q_chunk is not None and (isinstance(q_chunk, bool) or not isinstance(q_chunk, int) or q_chunk < 1):
-        raise ValueError(f"q_chunk must be a positive number of query rows or None, got {q_chunk!r}")
+    if q_chunk is not None and (
+        isinstance(q_chunk, bool) or not isinstance(q_chunk, int) or q_chunk < 1
+    ):
+        raise ValueError(
+            f"q_chunk must be a positive number of query rows or None, got {q_chunk!r}"
+        )
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
 
 
-# --------------------------------------------------------------------------------------------------- strands and rows
+# --------------------------------------------------------------------------------------------------
+# - strands and rows
 
 
 class Strand(NamedTuple):
-    """Heads that keep the positions with `(pos % w) % r == offset` and attend within the segment `pos // w`."""
+    """Heads that keep the positions with `(pos % w) % r == offset` and attend within the segment
+    `pos // w`.
+    """
 
     w: int
     r: int
@@ -421,32 +556,48 @@ class Strand(NamedTuple):
 @lru_cache(maxsize=1024)
 def _kept(positions: Positions, w: int, r: int, offset: int) -> Tensor:
     index = positions.index
-    order = index.argsort(stable=True) if len(index) > 1 and bool((index.diff() < 0).any()) else None
+    order = (
+        index.argsort(stable=True) if len(index) > 1 and bool((index.diff() < 0).any()) else None
+    )
     rows = ((index if order is None else index[order]) % w % r == offset).nonzero()[:, 0]
     return rows if order is None else order[rows]
 
 
 def strands(dilation: Dilation | None, h: int) -> list[Strand]:
-    """The strands of a call: each (head, branch) pair is in exactly one (`heads="grouped"`: each head)."""
+    """The strands of a call: each (head, branch) pair is in exactly one (`heads="grouped"`: each
+    head).
+    """
     if dilation is None:
         return [Strand(EVERYTHING, 1, 0, range(h))]
     branches = list(zip(dilation.segment_lengths, dilation.dilation_rates, strict=True))
     if dilation.heads == "grouped":
-        groups = [range(x[0], x[-1] + 1) if len(x := part.tolist()) else range(0) for part in _runs(h, len(branches))]
-        found = [Strand(w, r, i % r, heads) for i, ((w, r), heads) in enumerate(zip(branches, groups, strict=True))]
+        groups = [
+            range(x[0], x[-1] + 1) if len(x := part.tolist()) else range(0)
+            for part in _runs(h, len(branches))
+        ]
+        found = [
+            Strand(w, r, i % r, heads)
+            for i, ((w, r), heads) in enumerate(zip(branches, groups, strict=True))
+        ]
     else:
-        found = [Strand(w, r, offset, range(offset, h, r)) for w, r in branches for offset in range(r)]
+        found = [
+            Strand(w, r, offset, range(offset, h, r)) for w, r in branches for offset in range(r)
+        ]
     return [strand for strand in found if strand.heads]
 
 
 def serving(heads: range, group: int) -> range:
-    """The key/value heads of evenly spaced query heads: j // group, which must be evenly spaced too."""
+    """The key/value heads of evenly spaced query heads: j // group, which must be evenly spaced
+    too.
+    """
     used = sorted({j // group for j in heads})
     return range(used[0], used[-1] + 1, used[1] - used[0] if len(used) > 1 else 1)
 
 
 def regular(heads: range, group: int) -> list[range]:
-    """Query heads in sets whose key/value heads (j // group) are evenly spaced and serve equally many heads each."""
+    """Query heads in sets whose key/value heads (j // group) are evenly spaced and serve equally
+    many heads each.
+    """
     used = [j // group for j in heads]
     distinct = sorted(set(used))
     even = used == [x for x in distinct for _ in range(len(used) // len(distinct))]
@@ -457,16 +608,21 @@ def regular(heads: range, group: int) -> list[range]:
 
 
 class Rows:
-    """m segments of c rows of some heads of a tensor `b s h …`, seen as `b m c h …`: a strided view where the indices allow it,
-    else a copy. `slant`: how many rows further each next head starts."""
+    """m segments of c rows of some heads of a tensor `b s h …`, seen as `b m c h …`: a strided view
+    where the indices allow it, else a copy. `slant`: how many rows further each next head starts.
+    """
 
     def __init__(self, index: Tensor, slant: int = 0):
         self.index, (self.m, self.c), self.slant = index, index.shape, slant
         first = index.flatten().tolist()[:1] or [0]
         self.start = first[0]
         self.step = int(index[0, 1] - index[0, 0]) if index.numel() and self.c > 1 else 1
-        self.hop = int(index[1, 0] - index[0, 0]) if index.numel() and self.m > 1 else self.c * self.step
-        ideal = self.start + self.hop * torch.arange(self.m)[:, None] + self.step * torch.arange(self.c)
+        self.hop = (
+            int(index[1, 0] - index[0, 0]) if index.numel() and self.m > 1 else self.c * self.step
+        )
+        ideal = (
+            self.start + self.hop * torch.arange(self.m)[:, None] + self.step * torch.arange(self.c)
+        )
         self.strided = self.step > 0 and self.hop > 0 and torch.equal(ideal, index)
         self._on: dict = {}
 
@@ -477,7 +633,9 @@ class Rows:
 
     def of(self, x: Tensor, heads: slice) -> Tensor:
         if not self.strided:
-            return x[:, :, heads].index_select(1, self.flat(x.device)).unflatten(1, (self.m, self.c))
+            return (
+                x[:, :, heads].index_select(1, self.flat(x.device)).unflatten(1, (self.m, self.c))
+            )
         (b, row, head, *rest), shape = x.stride(), x.shape
         first, stop, every = heads.indices(shape[2])
         return x.as_strided(
@@ -500,13 +658,15 @@ class Rows:
         return result
 
 
-# ------------------------------------------------------------------------------------------------------------- visits
+# --------------------------------------------------------------------------------------------------
+# ----------- visits
 
 
 class Visit(NamedTuple):
     """Queries that meet keys: `m` segments at once, alike in shape and kind.
 
-    kind "full": each query sees each key; "causal": square, query i sees keys 0 … i; "mask": decided by positions.
+    kind "full": each query sees each key; "causal": square, query i sees keys 0 … i; "mask":
+    decided by positions.
     """
 
     queries: Rows
@@ -520,10 +680,11 @@ _PIECES = 8  # a staircase of more pieces than this is masked rather than cut
 
 
 def staircase(q_positions: Tensor, k_positions: Tensor) -> list[tuple[slice, slice, str]]:
-    """Cut what sorted queries see of sorted keys under a causal mask into full rectangles and triangles.
+    """Cut what sorted queries see of sorted keys under a causal mask into full rectangles and
+    triangles.
 
-    First the keys that nobody sees are dropped and the queries that see nobody, so a zigzag ring's off-diagonal hops are
-    full rectangles. Returns [] when nothing is left.
+    First the keys that nobody sees are dropped and the queries that see nobody, so a zigzag ring's
+    off-diagonal hops are full rectangles. Returns [] when nothing is left.
     """
     seen = torch.searchsorted(k_positions, q_positions, right=True)
     blind, most = int((seen == 0).sum()), int(seen[-1]) if len(seen) else 0
@@ -554,12 +715,21 @@ def staircase(q_positions: Tensor, k_positions: Tensor) -> list[tuple[slice, sli
 
 
 def visits(strand: Strand, *meeting) -> list[Visit]:
-    """Where a strand's queries meet a block of keys; `meeting` is queries, keys, causal, masked and q_chunk."""
+    """Where a strand's queries meet a block of keys; `meeting` is queries, keys, causal, masked and
+    q_chunk.
+    """
     return _visits(strand._replace(heads=range(0)), *meeting)
 
 
 @lru_cache(maxsize=4096)
-def _visits(strand: Strand, queries: Positions, keys: Positions, causal: bool, masked: bool, q_chunk: int | None):
+def _visits(
+    strand: Strand,
+    queries: Positions,
+    keys: Positions,
+    causal: bool,
+    masked: bool,
+    q_chunk: int | None,
+):
     found: list[Visit] = []
     q_rows, k_rows = strand.rows(queries), strand.rows(keys)
     q_at, k_at = queries.index[q_rows], keys.index[k_rows]
@@ -577,29 +747,42 @@ def _visits(strand: Strand, queries: Positions, keys: Positions, causal: bool, m
             origin = q_at[q_index[:, :1]]
             pattern = torch.cat([q_at[q_index] - origin, k_at[k_index] - origin], 1)
             alike = (pattern == pattern[0]).all(1)
-            found += _alike(q_rows, k_rows, q_at, k_at, q_index[alike], k_index[alike], causal, masked, q_chunk)
+            found += _alike(
+                q_rows, k_rows, q_at, k_at, q_index[alike], k_index[alike], causal, masked, q_chunk
+            )
             q_index, k_index = q_index[~alike], k_index[~alike]
     return found
 
 
-def _alike(q_rows, k_rows, q_at, k_at, q_index, k_index, causal, masked, q_chunk) -> Iterator[Visit]:
-    """The visits of segments that are alike, `q_chunk` query rows at a time: whole segments if they fit, else parts."""
+def _alike(
+    q_rows, k_rows, q_at, k_at, q_index, k_index, causal, masked, q_chunk
+) -> Iterator[Visit]:
+    """The visits of segments that are alike, `q_chunk` query rows at a time: whole segments if they
+    fit, else parts.
+    """
     c = q_index.shape[1]
     some = max(1, (q_chunk or q_index.numel()) // c)
     for i in range(0, len(q_index), some):
         for j in range(0, c, q_chunk or c):
             qi, ki = q_index[i : i + some, j : j + (q_chunk or c)], k_index[i : i + some]
-            pieces = staircase(q_at[qi[0]], k_at[ki[0]]) if causal else [(slice(None), slice(None), "full")]
+            pieces = (
+                staircase(q_at[qi[0]], k_at[ki[0]])
+                if causal
+                else [(slice(None), slice(None), "full")]
+            )
             for a, b, kind in pieces:
                 x, y = qi[:, a], ki[:, b]
-                yield Visit(Rows(q_rows[x]), Rows(k_rows[y]), "mask" if masked else kind, q_at[x], k_at[y])
+                yield Visit(
+                    Rows(q_rows[x]), Rows(k_rows[y]), "mask" if masked else kind, q_at[x], k_at[y]
+                )
 
 
 class Route(NamedTuple):
-    """How a strand's keys can travel: the ranks that share a segment, and the rows that each of them needs of each.
+    """How a strand's keys can travel: the ranks that share a segment, and the rows that each of
+    them needs of each.
 
-    `members`: in rank order, me among them. `load[j]`: rows of rank j that any other member needs. `wanted[i][j]`: rows
-    of rank j that rank i needs.
+    `members`: in rank order, me among them. `load[j]`: rows of rank j that any other member needs.
+    `wanted[i][j]`: rows of rank j that rank i needs.
     """
 
     members: tuple[int, ...]
@@ -608,9 +791,12 @@ class Route(NamedTuple):
 
 
 @lru_cache(maxsize=1024)
-def _shared(strand: Strand, table: Table) -> tuple[list[Tensor], list[Tensor], dict[tuple[int, int], Tensor]]:
-    """Of every rank: the positions of its queries and the rows of its keys in a strand; of every two, which of the rows of
-    the second lie in a segment of the first."""
+def _shared(
+    strand: Strand, table: Table
+) -> tuple[list[Tensor], list[Tensor], dict[tuple[int, int], Tensor]]:
+    """Of every rank: the positions of its queries and the rows of its keys in a strand; of every
+    two, which of the rows of the second lie in a segment of the first.
+    """
     ranks = range(len(table.keys))
     q_at = [one.index[strand.rows(one)] for one in table.queries]
     # rows in the order of the tensor, so that all of them are the tensor itself
@@ -627,7 +813,7 @@ def travels(strand: Strand, table: Table) -> bool:
 
 
 def route(strand: Strand, table: Table, rank: int, causal: bool) -> Route:
-    """The route of one strand from the point of view of one rank; every member computes the same."""
+    """The route of one strand as one rank sees it; every member computes the same."""
     return _route(strand._replace(heads=range(0)), table, rank, causal)
 
 

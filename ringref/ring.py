@@ -1,4 +1,6 @@
-"""Ring attention (2310.01889): queries stay, keys and values travel round, gradients travel with them and come home."""
+"""Ring attention (2310.01889): queries stay, keys and values travel round, gradients travel with
+them and come home.
+"""
 
 from __future__ import annotations
 
@@ -21,24 +23,36 @@ def ring_attention(
     q_chunk: int | None = None,
     backend: str = "auto",
 ) -> Attended:
-    """Attention whose K and V travel rank to rank; arguments, result and errors as for `dense_attention`.
+    """Attention whose K and V travel rank to rank; arguments, result and errors as for
+    `dense_attention`.
 
-    A rank holds at most three blocks of K and V: its own, the one in hand and the one arriving (two at p = 2). Forward, it
-    receives 2·d·g·(n − s) elements. With a dilation only a branch's rows travel, only among ranks that share a segment with
-    it: on aligned shards at most 2·d·g·min(r, h/g)·(⌈w/r⌉ − ⌊s/r⌋) elements per branch with w > s, none when w divides s. The
-    backward moves K and V again, and as many elements of dK and dV in float32 (float64 for float64), which also come home.
+    A rank holds at most three blocks of K and V: its own, the one in hand and the one arriving (two
+    at p = 2). Forward, it receives 2·d·g·(n − s) elements. With a dilation only a branch's rows
+    travel, only among ranks that share a segment with
+    it: on aligned shards at most 2·d·g·min(r, h/g)·(⌈w/r⌉ − ⌊s/r⌋) elements per branch with w > s,
+    none when w divides s. The backward moves K and V again, and as many elements of dK and dV in
+    float32 (float64 for float64), which also come home.
 
-    `q_chunk` bounds the query rows in work on this rank. `backend` is "auto", "math", "torch" or "xformers".
+    `q_chunk` bounds the query rows in work on this rank. `backend` is "auto", "math", "torch" or
+    "xformers".
     """
-    return attend(rotating, "ring", q, k, v, causal=causal, dilation=dilation, mask_mod=mask_mod, scale=scale,
-                  shard=shard, q_chunk=q_chunk, backend=backend)  # fmt: skip
+    return attend(
+        rotating, "ring", q, k, v, causal=causal, dilation=dilation, mask_mod=mask_mod,
+        scale=scale, shard=shard, q_chunk=q_chunk, backend=backend,
+    )  # fmt: skip
 
 
 def rotating(trip: Trip):
-    """My own keys, then those of the rank before me, the one before that …; their gradients follow one hop behind."""
+    """My own keys, then those of the rank before me, the one before that …; their gradients follow
+    one hop behind.
+    """
     ring, p = trip.ring, trip.ring.size
     source = ring.rank
-    arriving = ring.rotate(trip.pack(trip.load(source)), trip.space(trip.load(source - 1))) if p > 1 else None
+    arriving = (
+        ring.rotate(trip.pack(trip.load(source)), trip.space(trip.load(source - 1)))
+        if p > 1
+        else None
+    )
     yield trip.own
     returning = None
     for hop in range(1, p):

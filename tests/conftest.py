@@ -1,6 +1,7 @@
 """One deterministic hypothesis profile, and what the swap test took and skipped."""
 
 import hypothesis
+import pytest
 import torch
 
 hypothesis.settings.register_profile("exact", derandomize=True, deadline=None, database=None)
@@ -10,6 +11,15 @@ torch.set_num_threads(1)  # the tensors are tiny, and rank threads take turns an
 
 taken: list[str] = []  # the combinations that the swap test compared
 skipped: list[str] = []
+
+
+@pytest.fixture(scope="session")
+def pool():
+    """One set of worker processes for every sweep of the oracle."""
+    from ringref.sanitizer import Pool
+
+    with Pool(8) as workers:
+        yield workers
 
 
 def pytest_terminal_summary(terminalreporter):

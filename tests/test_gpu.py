@@ -1,4 +1,6 @@
-"""On a CUDA device: every kernel, every method over simulated ranks, NCCL. Run with `pytest -m gpu`."""
+"""On a CUDA device: every kernel, every method over simulated ranks, NCCL. Run with `pytest -m
+gpu`.
+"""
 
 import pytest
 import torch
@@ -43,7 +45,9 @@ def kernels():
     for kernel in backends.KERNELS:
         for dtype in (torch.bfloat16, torch.float16, torch.float32):
             for d in (64, 128):
-                every.append(pytest.param(kernel, dtype, d, id=f"{kernel.name}-{str(dtype)[6:]}-{d}"))
+                every.append(
+                    pytest.param(kernel, dtype, d, id=f"{kernel.name}-{str(dtype)[6:]}-{d}")
+                )
     return every
 
 
@@ -137,14 +141,18 @@ def test_one_rank_takes_what_the_kernel_takes():
     theirs = torch.nn.functional.scaled_dot_product_attention
     ours = peak(lambda: ringref.ring_attention(q, k, v, causal=True))
     # the lse, kept for the backward, is what is more
-    assert ours <= peak(lambda: theirs(*heads_first, is_causal=True)) + 4 * 4 * q.shape[1] * q.shape[2]
+    assert (
+        ours <= peak(lambda: theirs(*heads_first, is_causal=True)) + 4 * 4 * q.shape[1] * q.shape[2]
+    )
 
 
 def _nccl(ring):
     torch.manual_seed(0)
     n, p = 300, ring.size
     q, k, v, dout = torch.randn(4, 1, n, 4, 64, dtype=torch.float64).cuda()
-    cuts = sorted(torch.randperm(n - 1, generator=torch.Generator().manual_seed(1))[: p - 1].add(1).tolist())
+    cuts = sorted(
+        torch.randperm(n - 1, generator=torch.Generator().manual_seed(1))[: p - 1].add(1).tolist()
+    )
     mine = torch.arange(n).tensor_split(cuts)[ring.rank]
     errors = []
     for shard in (ringref.Shard(mine, ring), ringref.partition(n, ring, "zigzag")):
@@ -152,8 +160,12 @@ def _nccl(ring):
         ringref.dense_attention(*inputs, causal=True, dilation=LONGNET).out.backward(dout)
         for method in METHODS:
             local = [shard.take(x).requires_grad_() for x in (q, k, v)]
-            method(*local, causal=True, dilation=LONGNET, shard=shard).out.backward(shard.take(dout))
-            errors += [relative(x.grad, shard.take(y.grad)) for x, y in zip(local, inputs, strict=True)]
+            method(*local, causal=True, dilation=LONGNET, shard=shard).out.backward(
+                shard.take(dout)
+            )
+            errors += [
+                relative(x.grad, shard.take(y.grad)) for x, y in zip(local, inputs, strict=True)
+            ]
     return max(errors)
 
 

@@ -1,0 +1,217 @@
+"""The oracle passes correct attention and names what is wrong with a dozen mistakes of our own."""
+
+import functools
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from ringref.oracle import Case, cases, check
+
+# ------------------------------------------------------------- two correct candidates, as somebody would write them
+
+
+def keys_of(rank, p, s, layout):
+    """Global positions of a rank's s tokens."""
+    if layout == "contiguous":
+        return torch.arange(rank * s, (rank + 1) * s)
+    if layout == "striped":
+        return torch.arange(rank, p * s, p)
+    half = s // 2
+    return torch.cat([torch.arange(rank * half, (rank + 1) * half), torch.arange((2 * p - 1 - rank) * half, (2 * p - rank) * half)])
+
+
+def scores_of(q, k, qpos, kpos, causal):
+    k = k.repeat_interleave(q.shape[2] // k.shape[2], 2)
+    scores = torch.einsum("bqhd,bkhd->bhqk", q, k).to(torch.promote_types(q.dtype, torch.float32)) / math.sqrt(q.shape[-1])
+    return scores.masked_fill(kpos > qpos[:, None], -math.inf) if causal else scores
+
+
+class Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, group):
+        ctx.group = group
+        parts = [torch.empty_like(x) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(parts, x.contiguous(), group=group)
+        return torch.cat(parts, 1)
+
+    @staticmethod
+    def backward(ctx, grad):
+        size = grad.shape[1] // dist.get_world_size(ctx.group)
+        total = grad.float().contiguous()
+        dist.all_reduce(total, group=ctx.group)
+        return total.narrow(1, size * dist.get_rank(ctx.group), size).to(grad.dtype), None
+
+
+def gathering(q, k, v, *, causal, group, layout="contiguous", wrap=Gather):
+    """Gather keys and values; autograd does the rest."""
+    rank, p, s = dist.get_rank(group), dist.get_world_size(group), q.shape[1]
+    k, v = wrap.apply(k, group), wrap.apply(v, group)
+    kpos = torch.cat([keys_of(r, p, s, layout) for r in range(p)])
+    scores = scores_of(q, k, keys_of(rank, p, s, layout), kpos, causal)
+    out = torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), v.repeat_interleave(q.shape[2] // v.shape[2], 2).to(scores.dtype))
+    return out.to(q.dtype), scores.logsumexp(-1)
+
+
+def turn(tensors, group, bug=""):
+    """Send to the next rank, receive from the one before."""
+    rank, p = dist.get_rank(group), dist.get_world_size(group)
+    to, source = (dist.get_global_rank(group, (rank + step) % p) for step in (1, -1))
+    if bug == "global rank":
+        to, source = (rank + 1) % p, (rank - 1) % p
+    got = [torch.empty_like(x) for x in tensors]
+    if bug == "one buffer" and len(got) == 2:
+        got[1] = got[0]
+    if bug == "in place":
+        got = list(tensors)
+    work = []
+    for x, y in zip(tensors, got, strict=True):
+        work += [dist.isend(x, to, group=group), dist.irecv(y, source, group=group)]
+    if bug == "no wait":
+        copies = [y.clone() for y in got]
+        [w.wait() for w in work]
+        return copies
+    if bug == "never waits for sends":
+        work = work[1::2]
+    for w in work:
+        w.wait()
+    return got
+
+
+class Ring(torch.autograd.Function):
+    """Keys and values travel; dk and dv travel with them and come home. `bug` names what to get wrong."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, causal, group, layout, bug):
+        rank, p, s = dist.get_rank(group), dist.get_world_size(group), q.shape[1]
+        ctx.facts = (rank, p, causal, group, layout, bug)
+        out = lse = None
+        block = (k.contiguous(), v.contiguous())
+        for t in range(p):
+            source = (rank + t) % p if bug == "wrong source" else (rank - t) % p
+            qpos, kpos = keys_of(rank, p, s, layout), keys_of(source, p, s, layout)
+            if bug == "local causal":
+                qpos = kpos = torch.arange(s)
+            scores = scores_of(q, block[0], qpos, kpos, causal)
+            part_lse = scores.logsumexp(-1)
+            weights = (scores - part_lse.masked_fill(part_lse == -math.inf, 0)[..., None]).exp()
+            wide_v = block[1].repeat_interleave(q.shape[2] // k.shape[2], 2).to(weights.dtype)
+            part = torch.einsum("bhqk,bkhd->bqhd", weights, wide_v)
+            if out is None:
+                out, lse = part, part_lse
+            else:
+                new = torch.logaddexp(lse, part_lse)
+                safe = new.masked_fill(new == -math.inf, 0)
+                a, b = ((x - safe).exp().transpose(1, 2)[..., None] for x in (lse, part_lse))
+                out, lse = (out + part, new) if bug == "added" else (a * out + b * part, new)
+                if bug == "bf16":
+                    out = out.to(q.dtype).float()
+            if t + 1 < p:
+                block = turn(block, group, bug)
+            if bug == "early stop" and rank == 0 and t == 0 and p > 2:
+                break
+        ctx.save_for_backward(q, k, v, out, lse)
+        return out.to(q.dtype), lse
+
+    @staticmethod
+    def backward(ctx, do, dlse):
+        q, k, v, out, lse = ctx.saved_tensors
+        rank, p, causal, group, layout, bug = ctx.facts
+        s, g, wide = q.shape[1], k.shape[2], out.dtype
+        do = do.to(wide)
+        D = (do * out).sum(-1).transpose(1, 2) - dlse
+        dq, block = torch.zeros_like(q, dtype=wide), (k.contiguous(), v.contiguous())
+        grads = (torch.zeros_like(k, dtype=wide), torch.zeros_like(v, dtype=wide))
+        for t in range(p):
+            scores = scores_of(q, block[0], keys_of(rank, p, s, layout), keys_of((rank - t) % p, p, s, layout), causal)
+            mine = scores.logsumexp(-1) if bug == "block lse" else lse
+            P = (scores - mine.masked_fill(mine == -math.inf, math.inf)[..., None]).exp()
+            wide_k, wide_v = (x.repeat_interleave(q.shape[2] // g, 2).to(wide) for x in block)
+            dS = P * (torch.einsum("bqhd,bkhd->bhqk", do, wide_v) - D[..., None]) / math.sqrt(q.shape[-1])
+            dq = dq + torch.einsum("bhqk,bkhd->bqhd", dS, wide_k)
+            dk = torch.einsum("bhqk,bqhd->bkhd", dS, q.to(wide)).unflatten(2, (g, -1)).sum(3)
+            dv = torch.einsum("bhqk,bqhd->bkhd", P, do).unflatten(2, (g, -1)).sum(3)
+            grads = (grads[0] + dk, grads[1] + dv)
+            if t + 1 < p:
+                block = turn(block, group)
+            if (t + 1 < p or bug != "not home") and p > 1:
+                grads = turn(grads, group)
+        return dq.to(q.dtype), grads[0].to(k.dtype), grads[1].to(v.dtype), None, None, None, None
+
+
+def ring(q, k, v, *, causal, group, layout="contiguous", bug=""):
+    """A rotating ring."""
+    return Ring.apply(q, k, v, causal, group, layout, bug)
+
+
+class Sliced(Gather):
+    """An all-gather whose backward slices instead of reducing."""
+
+    @staticmethod
+    def backward(ctx, grad):
+        size = grad.shape[1] // dist.get_world_size(ctx.group)
+        return grad.narrow(1, size * dist.get_rank(ctx.group), size), None
+
+
+# --------------------------------------------------------------------------------------------------- no false alarms
+
+DECLARED = {"causal", "gqa", "lse", "subgroup"}
+
+
+@pytest.mark.parametrize("layout", ["contiguous", pytest.param("zigzag", marks=pytest.mark.slow), "striped"])
+@pytest.mark.parametrize("fn", [gathering, ring])
+def test_correct_code_passes(fn, layout, pool):
+    report = check(functools.partial(fn, layout=layout), layout=layout, features=DECLARED, quick=True, pool=pool)
+    assert report, str(report)
+    assert len(report.passed) > 8
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["contiguous", "zigzag", "striped"])
+@pytest.mark.parametrize("fn", [gathering, ring])
+def test_correct_code_passes_every_case(fn, layout, pool):
+    report = check(functools.partial(fn, layout=layout), layout=layout, features=DECLARED, pool=pool)
+    assert report, str(report)
+    assert report.seconds < 120
+
+
+@pytest.mark.parametrize("case", cases(features={"causal"}, ranks=2, quick=True), ids=str)
+def test_one_line_makes_a_pytest_test(case):
+    case.check(ring)
+
+
+# -------------------------------------------------------------------------------------------------- mistakes and causes
+
+MISTAKES = {
+    "local causal": "causal mask in local coordinates at every hop",
+    "wrong source": "wrong source rank",
+    "added": "are added",
+    "block lse": "lse of blocks for the merged lse",
+    "not home": "end on the wrong rank",
+    "one buffer": "two receives into one buffer",
+    "in place": "receiving into the buffer being sent",
+    "no wait": "read before its wait",
+    "never waits for sends": "unfinished work",
+    "early stop": "unequal hop counts",
+    "global rank": "group rank",
+    "bf16": "low precision",
+}
+
+
+@pytest.mark.parametrize("bug", MISTAKES)
+def test_mistakes_are_named(bug, pool):
+    features = {"causal", "subgroup"} if bug == "global rank" else {"causal"}
+    report = check(functools.partial(ring, bug=bug), features=features, quick=True, pool=pool, stop_after=4)
+    assert not report
+    assert MISTAKES[bug] in report.diagnosis, str(report)
+    assert max(map(len, str(report).splitlines())) <= 80
+    json.loads(report.to_json())
+
+
+def test_a_gather_that_slices_is_named(pool):
+    report = check(functools.partial(gathering, wrap=Sliced), features={"causal"}, quick=True, pool=pool, stop_after=2)
+    assert "zero but for the own block" in report.diagnosis, str(report)

@@ -1,0 +1,145 @@
+"""The proof that the oracle is good: it rejects every mutant of the zoo, names most, and accuses nothing correct."""
+
+import json
+from pathlib import Path
+
+import pytest
+import zoo
+
+from ringref.oracle import check
+
+RECORD = Path(__file__).parent / "zoo" / "last_run.json"
+SUBSET = [mutant.name for mutant in zoo.MUTANTS if not mutant.hangs][::6]  # what CI can afford
+
+# What a diagnosis must say to count as the right cause, by the mutant's slug. A mutant whose slug is missing here, or
+# whose diagnosis says something else, was rejected without its cause being named.
+SAYS = {
+    "outputs-averaged": "averaged",
+    "outputs-added": "added",
+    "divided-by-lse": "divided by lse",
+    "lse-without-shift": "exp without the maximum",
+    "base-2-lse-merged-as-natural": "base-2",
+    "zero-lse-for-nothing-seen": "starts at 1",
+    "running-max-starts-at-zero": "starts at 0",
+    "nan-when-nothing-seen": "NaN where",
+    "accumulates-in-bf16": "low precision",
+    "lse-not-updated": "last of the blocks",
+    "running-max-forgotten": "NaN where",
+    "denominator-not-rescaled": "denominator is not rescaled",
+    "lse-without-max": "lacks its maximum",
+    "lse-saved-in-bf16": "low precision",
+    "causal-in-local-coordinates": "local coordinates",
+    "window-per-block": "window per block",
+    "window-off-by-one": "window one too",
+    "window-sides-confused": "symmetric",
+    "mask-mod-local-indices": "mask_mod in local coordinates",
+    "mask-written-in-place": "input was written",
+    "mask-batch-ignored": "batch 0",
+    "zigzag-treated-as-contiguous": "contiguous layout",
+    "padding-attended": "padding is attended",
+    "wrong-source-rank": "wrong source rank",
+    "causal-off-by-one": "causal mask in local coordinates",  # of a striped layout: the same thing
+    "causal-wrong-on-some-hops": "after hop 1",
+    "gqa-heads-interleaved": "interleaved",
+    "scale-wrong": "scaled",
+    "two-receives-into-one-buffer": "two receives into one buffer",
+    "receive-into-buffer-being-sent": "receiving into the buffer being sent",
+    "read-before-wait": "read before its wait",
+    "send-never-waited": "unfinished work",
+    "group-rank-used-as-global": "group",
+    "world-instead-of-group": "world",
+    "unequal-hop-counts": "unequal hop counts",
+    "hops-once-too-often": "wrong rank: rank r has that of rank r-1",
+    "self-send": "self-send",
+    "non-contiguous-buffer": "non-contiguous",
+    "wrong-direction": "wrong source rank",
+    "one-tensor-sent-twice": "sent in the place of",
+    "equal-shards-assumed": "wrong size",
+    "gradients-not-home": "wrong rank: rank r has that of rank r+1",
+    "gather-backward-not-reduced": "zero but for the own block",
+    "gradient-averaged-over-ranks": "factor 1/p",
+    "block-lse-instead-of-merged": "lse of blocks",
+    "block-out-for-delta": "one of the blocks alone",
+    "dlse-ignored": "gradient of lse is ignored",
+    "dlse-sign": "gradient of lse has the wrong sign",
+    "scale-missing-in-dq": "factor √d",
+    "scale-missing-in-dk": "factor √d",
+    "dq-of-last-block-only": "overwritten",
+    "gradients-of-own-block-only": "overwritten",
+    "dv-uses-wrong-p": "lse of blocks",
+    "gqa-gradient-averaged": "averaged in dk, dv",
+    "gqa-gradient-of-one-head": "only the first query head",
+    "saved-state-shared-between-calls": "overwritten by the next",
+    "stale-gradients": "not cleared",
+    "nan-gradient-when-nothing-seen": "NaN where",
+    "dk-dv-swapped": "swapped",
+    "backward-mask-differs": "in the backward only",
+    "input-written-in-place": "input was written",
+    "offset-from-shard": "offsets are counted from the shard",
+    "offset-from-sequence-start": "offsets are counted from the sequence",
+    "segment-from-shard": "segments of the queries are counted from the shard",
+    "heads-unassigned": "heads are left unassigned",
+    "tail-dropped": "tail",
+    "long-segment-skipped": "is dropped",
+    "zero-lse-for-unselected-rows": "lse 0",
+    "branches-averaged": "averaged",
+    "mixing-weights-detached": "detached",
+    "lse-of-one-branch": "last of the branches",
+    "attends-over-heads": "head axis",
+    "offset-j-div-r": "(j div r)",
+    "causal-leak": "only between blocks",
+    "multiplicity-ignored": "counts once",
+    "backward-of-first-branch-only": "in the backward only: only branch 0",
+    "branch-lse-instead-of-merged": "lse of branches",
+    "head-order": "heads come back",
+    "sequence-order": "tokens of different ranks come back",
+    "batch-mixed": "batch are mixed",
+    "padded-heads-kept": "padding",
+}
+
+
+def judged(name, pool, **told):
+    facts = zoo.info(name)
+    ranks = 4 if facts.ranks > 1 else 1
+    return check(zoo.build(name), layout=facts.layout, features=facts.features, ranks=ranks, pool=pool, **told)
+
+
+def named(name, report):
+    said = SAYS.get(zoo.info(name).slug)
+    return said is not None and said in (report.diagnosis or "")
+
+
+@pytest.mark.parametrize("name", zoo.CORRECT)
+def test_the_unmutated_pass_quick(name, pool):
+    report = judged(name, pool, quick=True)
+    assert report, str(report)
+
+
+@pytest.mark.parametrize("name", SUBSET)
+def test_a_subset_is_rejected(name, pool):
+    assert not judged(name, pool)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", zoo.CORRECT)
+def test_the_unmutated_pass(name, pool):
+    report = judged(name, pool)
+    assert report, str(report)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_the_whole_zoo_is_rejected_and_most_of_it_named(pool):
+    record = {}
+    for mutant in zoo.MUTANTS:
+        report = judged(mutant.name, pool)
+        record[mutant.name] = {
+            "rejected": bool(report.findings),
+            "named": named(mutant.name, report),
+            "cause": mutant.cause,
+            "diagnosis": report.diagnosis,
+            "seconds": round(report.seconds, 1),
+        }
+    RECORD.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+    assert [name for name, facts in record.items() if not facts["rejected"]] == []
+    assert sum(facts["named"] for facts in record.values()) > len(record) / 2
