@@ -112,6 +112,20 @@ def renamed(fn: Callable, **names: str) -> Callable:
     return candidate
 
 
+def interleaved_gqa(fn: Callable) -> Callable:
+    """For a function whose query head j uses key/value head j mod g: the query heads are put in its order and back."""
+
+    def candidate(q: Tensor, k: Tensor, v: Tensor, **told: Any) -> Any:
+        g = k.shape[2]
+        result = fn(q.unflatten(2, (g, -1)).transpose(2, 3).flatten(2, 3), k, v, **told)
+        out, *rest = result if isinstance(result, tuple) else (result,)
+        out = out.unflatten(2, (-1, g)).transpose(2, 3).flatten(2, 3)
+        return (out, rest[0].unflatten(1, (-1, g)).transpose(1, 2).flatten(1, 2)) if rest else out
+
+    candidate.__qualname__ = getattr(fn, "__qualname__", repr(fn))
+    return candidate
+
+
 def varlen(fn: Callable) -> Callable:
     """For a function over (T, h, d) with `cu_seqlens`, the batch laid end to end; lse, if any, is h T."""
 
