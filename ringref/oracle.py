@@ -603,7 +603,7 @@ class Judge:
         strict = not lenient and case.dtype != "float64"
         refused = [r["error"]["refused"] or not strict for r in results.values() if r["error"]]
         if refused and all(refused) and len(refused) == case.p * len(case.teams):
-            text = next(r["error"]["text"] for r in results.values())
+            text = next(r["error"]["text"] for r in results.values() if r["error"])
             self.refused.setdefault((text.splitlines() or ["NotImplementedError"])[0][:70], []).append(str(case))
             return
         if not broken and all(f.causes[0] in diagnose.HARMLESS for f in found):

@@ -727,16 +727,19 @@ def _run_job(runner: Runner, job: dict, candidates: dict[int, Any]) -> dict[str,
 
 
 class Pool:
-    """`size` worker processes on this machine, each one rank. Replaced as a whole after a hang or a crash.
+    """Worker processes on this machine, up to `size`, each one rank.
+
+    A sweep runs on one pool. Its processes are forked anew after a hang or a crash, and when the size of the world
+    changes: no real process ever sees that, and published code caches its rank and world size.
 
     Usage: `with Pool(8) as pool: results = pool.run(fn, jobs, deadline=30)`; `jobs` maps a rank to its part of a case.
     """
 
     def __init__(self, size: int = 8, backend: str = "gloo"):
         self.size, self.backend, self.epoch, self.sent_fn = size, backend, 0, None
-        self.started = 0
+        self.started, self.world = 0, 0
+        self.work, self.talk, self.pids = {}, {}, {}
         self.store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        self._start()
 
     def __enter__(self) -> Pool:
         return self
@@ -744,27 +747,27 @@ class Pool:
     def __exit__(self, *_: Any) -> None:
         self.close()
 
-    def _start(self) -> None:
+    def _start(self, world: int) -> None:
         key = secrets.token_hex(16)
         home = os.path.dirname(HERE)
         self.work, self.talk, self.pids = {}, {}, {}
         with connection.Listener(("127.0.0.1", 0), backlog=4 * self.size, authkey=key.encode()) as listener:
-            for rank in range(self.size):
+            for rank in range(world):
                 _fork(f"{listener.address[1]} {key} {rank} {home}")
-            for _ in range(2 * self.size):
+            for _ in range(2 * world):
                 line = listener.accept()
                 rank, what, self.pids[rank] = line.recv()
                 getattr(self, what)[rank] = line
         setup = {
             "path": [p or os.getcwd() for p in sys.path],
             "cwd": os.getcwd(),
-            "size": self.size,
+            "size": world,
             "store": self.store.port,
             "backend": self.backend,
         }
-        for rank in range(self.size):
+        for rank in range(world):
             self.work[rank].send_bytes(pickle.dumps(setup))
-        self.sent_fn, self.shape, self.started = None, None, self.started + 1
+        self.sent_fn, self.shape, self.world, self.started = None, None, world, self.started + 1
 
     def renew(self, job: dict) -> None:
         """Another world or other groups: process groups are made anew, under a name that the store has not seen."""
@@ -780,21 +783,20 @@ class Pool:
                 os.kill(pid, signal.SIGKILL)
             except ProcessLookupError:
                 pass
-        self.pids = {}
-
-    def replace(self) -> None:
-        """Fresh workers, after a hang or a crash."""
-        self.close()
-        self._start()
+        self.pids, self.world = {}, 0
 
     def run(self, fn: bytes, jobs: dict[int, dict], deadline: float = 30.0) -> dict[int, dict[str, Any]]:
         """Run one case on ranks 0 … len(jobs)−1; every rank's result, or what it was waiting for when it hung."""
+        if len(jobs) > self.size:
+            raise ValueError(f"jobs: {len(jobs)} ranks on a pool of {self.size}")
+        if len(jobs) != self.world:
+            self.close()
+            self._start(len(jobs))
         fresh = self.sent_fn != fn
         self.renew(jobs[0])
         for rank, job in jobs.items():
             job = job | {"fn": fn if fresh else None, "fn_id": 0, "epoch": self.epoch}
             self.work[rank].send_bytes(cloudpickle.dumps(job))
-        idle = set(range(self.size)) - set(jobs)
         results: dict[int, dict] = {}
         last, seen, started = None, time.monotonic(), time.monotonic()
         while len(results) < len(jobs):
@@ -814,10 +816,9 @@ class Pool:
                         results[rank] = now[rank] | {"hang": seconds, "steps": [], "error": None, "written": []}
                 last, seen = now, time.monotonic()
         if any("hang" in r or "crash" in r for r in results.values()):
-            self.replace()
+            self.close()
         else:
-            # ranks outside this world did not get the function
-            self.sent_fn = fn if not idle or not fresh else None
+            self.sent_fn = fn
             if not all(r["clean"] for r in results.values()):
                 self.shape = None  # the next case gets new process groups: these hold messages that nobody took
         return dict(sorted(results.items()))
