@@ -25,9 +25,7 @@ def _passed(fn: Callable, told: dict[str, Any]) -> dict[str, Any]:
     names = inspect.signature(fn).parameters
     if any(p.kind is p.VAR_KEYWORD for p in names.values()):
         return told
-    if refused := [
-        name for name, value in told.items() if name not in names and value not in (None, False)
-    ]:
+    if refused := [name for name, value in told.items() if name not in names and value not in (None, False)]:
         raise NotImplementedError(f"the candidate takes no {', '.join(refused)}")
     return {name: value for name, value in told.items() if name in names}
 
@@ -86,9 +84,7 @@ def dilated(make: Callable, *, heads: str = "all", causal: str = "is_causal") ->
     convention. `causal` is its name for causality.
     """
 
-    def candidate(
-        q: Tensor, k: Tensor, v: Tensor, *, group: Any, dilation: Any, **told: Any
-    ) -> Any:
+    def candidate(q: Tensor, k: Tensor, v: Tensor, *, group: Any, dilation: Any, **told: Any) -> Any:
         if len(group_ranks(group)) > 1:
             raise NotImplementedError("one device only")
         module = make(list(dilation.segment_lengths), list(dilation.dilation_rates))
@@ -116,15 +112,27 @@ def renamed(fn: Callable, **names: str) -> Callable:
     return candidate
 
 
+def interleaved_gqa(fn: Callable) -> Callable:
+    """For a function whose query head j uses key/value head j mod g: the query heads are put in its order and back."""
+
+    def candidate(q: Tensor, k: Tensor, v: Tensor, **told: Any) -> Any:
+        g = k.shape[2]
+        result = fn(q.unflatten(2, (g, -1)).transpose(2, 3).flatten(2, 3), k, v, **told)
+        out, *rest = result if isinstance(result, tuple) else (result,)
+        out = out.unflatten(2, (-1, g)).transpose(2, 3).flatten(2, 3)
+        return (out, rest[0].unflatten(1, (-1, g)).transpose(1, 2).flatten(1, 2)) if rest else out
+
+    candidate.__qualname__ = getattr(fn, "__qualname__", repr(fn))
+    return candidate
+
+
 def varlen(fn: Callable) -> Callable:
     """For a function over (T, h, d) with `cu_seqlens`, the batch laid end to end; lse, if any, is h T."""
 
     def candidate(q: Tensor, k: Tensor, v: Tensor, **told: Any) -> Any:
         b, s = q.shape[:2]
         lengths = torch.arange(0, (b + 1) * s, s, dtype=torch.int32)[: b + 1]
-        result = fn(
-            *(x.reshape(b * s, *x.shape[2:]) for x in (q, k, v)), cu_seqlens=lengths, **told
-        )
+        result = fn(*(x.reshape(b * s, *x.shape[2:]) for x in (q, k, v)), cu_seqlens=lengths, **told)
         out, *rest = result if isinstance(result, tuple) else (result,)
         out = out.unflatten(0, (b, s))
         return (out, rest[0].unflatten(1, (b, s)).transpose(0, 1)) if rest else out

@@ -57,11 +57,7 @@ DTYPES = (
 )
 FOREVER = timedelta(hours=1)  # the pool's own deadline is shorter and says more than gloo's
 HERE = os.path.dirname(os.path.abspath(__file__))
-SKIPPED = (
-    os.path.dirname(torch.__file__),
-    os.path.join(HERE, "sanitizer.py"),
-    os.path.join(HERE, "oracle.py"),
-)
+SKIPPED = (os.path.dirname(torch.__file__), os.path.join(HERE, "sanitizer.py"), os.path.join(HERE, "oracle.py"))
 
 
 def candidate_line(frame: FrameType | None) -> tuple[str, int, str] | None:
@@ -69,9 +65,7 @@ def candidate_line(frame: FrameType | None) -> tuple[str, int, str] | None:
     while frame is not None:
         code = frame.f_code
         name = code.co_filename
-        inside = (
-            name.startswith(SKIPPED) or name.startswith("<frozen") or "/multiprocessing/" in name
-        )
+        inside = name.startswith(SKIPPED) or name.startswith("<frozen") or "/multiprocessing/" in name
         if not inside and name != "<string>" and "/threading.py" not in name:
             return name, frame.f_lineno, code.co_name
         frame = frame.f_back
@@ -104,9 +98,7 @@ class Ledger:
         """Record something wrong, at the line of `post` unless another is given; once per line is enough."""
         line = line or post.line
         if not any(f["kind"] == kind and f["line"] == line for f in self.findings):
-            self.findings.append(
-                {"kind": kind, "text": text, "line": line, "phase": post.phase, "hop": post.hop}
-            )
+            self.findings.append({"kind": kind, "text": text, "line": line, "phase": post.phase, "hop": post.hop})
 
     def post(self, op: Post) -> Post:
         """A new operation: name its hop, compare its buffers with those still in use, queue it."""
@@ -127,15 +119,9 @@ class Ledger:
             for theirs, it_writes in other.spans:
                 if mine[0] < theirs[1] and theirs[0] < mine[1] and (i_write or it_writes):
                     if i_write and it_writes:
-                        kind, text = (
-                            "two-into-one",
-                            f"{op.kind} writes into the buffer of an unfinished {other.kind}",
-                        )
+                        kind, text = "two-into-one", f"{op.kind} writes into the buffer of an unfinished {other.kind}"
                     else:
-                        kind, text = (
-                            "receive-into-send",
-                            f"{op.kind} and an unfinished {other.kind} share a buffer",
-                        )
+                        kind, text = "receive-into-send", f"{op.kind} and an unfinished {other.kind} share a buffer"
                     self.note(kind, f"{text} (posted at {where(other.line)})", op)
 
     def flush(self) -> None:
@@ -177,11 +163,7 @@ LEDGER = Ledger()
 
 def where(line: Any) -> str:
     """`file.py:12` for a recorded line."""
-    return (
-        f"{os.path.basename(line[0])}:{line[1]}"
-        if line
-        else "no line of the candidate (torch itself)"
-    )
+    return f"{os.path.basename(line[0])}:{line[1]}" if line else "no line of the candidate (torch itself)"
 
 
 def as_bytes(x: Tensor) -> Tensor:
@@ -205,9 +187,7 @@ class Post(dist.Work):
 
     is_message = False
 
-    def __init__(
-        self, group: Watched, kind: str, reads: list[Tensor], writes: list[Tensor], args: Any = None
-    ):
+    def __init__(self, group: Watched, kind: str, reads: list[Tensor], writes: list[Tensor], args: Any = None):
         super().__init__()
         frame = sys._getframe(1)
         self.group, self.kind, self.reads, self.writes, self.args = group, kind, reads, writes, args
@@ -307,18 +287,13 @@ class Send(Post):
         with _disable_current_modes():
             self.before = as_bytes(x).clone()
             header = torch.tensor([x.numel(), DTYPES.index(x.dtype)])
-            self.real, self.header = (
-                group.real.send([header], peer, group.wire(tag, self.seq)),
-                header,
-            )
+            self.real, self.header = group.real.send([header], peer, group.wire(tag, self.seq)), header
 
     def launch(self) -> None:
         with _disable_current_modes():
             self.payload = self.reads[0].detach().clone()
         if self.payload.numel():
-            self.leaving = self.group.real.send(
-                [self.payload], self.to, self.group.wire(self.tag, self.seq) + 1
-            )
+            self.leaving = self.group.real.send([self.payload], self.to, self.group.wire(self.tag, self.seq) + 1)
 
     def block(self) -> None:
         self.real.wait()
@@ -350,9 +325,7 @@ class Recv(Post):
             numel, dtype = self.header.tolist()
             self.payload = torch.empty(numel, dtype=DTYPES[dtype])
             if numel:
-                self.group.real.recv(
-                    [self.payload], self.source, self.group.wire(self.tag, self.seq) + 1
-                ).wait()
+                self.group.real.recv([self.payload], self.source, self.group.wire(self.tag, self.seq) + 1).wait()
 
     def settle(self) -> None:
         # a wrong size or dtype is named by the parent, which sees both sides; here only nothing may crash
@@ -370,25 +343,13 @@ class Recv(Post):
 class Collective(Post):
     """Any collective: inputs are read when this rank blocks, outputs hold NaN until `wait`."""
 
-    def __init__(
-        self,
-        group: Watched,
-        kind: str,
-        args: tuple,
-        options: dict,
-        outs: Any,
-        ins: Any,
-        in_place: bool,
-    ):
+    def __init__(self, group: Watched, kind: str, args: tuple, options: dict, outs: Any, ins: Any, in_place: bool):
         writes, reads = _tensors(outs), _tensors(ins)
         self.in_place = in_place
         super().__init__(group, kind, [] if in_place else reads, writes, (args, options))
         self.seq = group.next("collective", 0, 0)
         size = sum(x.numel() * x.element_size() for x in reads)
-        self.sent = int(
-            size
-            * _SHARE.get(kind.strip("_").split("_")[0], lambda p: (p - 1) / p)(len(group.members))
-        )
+        self.sent = int(size * _SHARE.get(kind.strip("_").split("_")[0], lambda p: (p - 1) / p)(len(group.members)))
         with _disable_current_modes():
             self.given = [x.detach().clone() for x in reads] if in_place else None
         for x in writes:
@@ -398,18 +359,10 @@ class Collective(Post):
     def launch(self) -> None:
         args, options = self.args
         with _disable_current_modes():
-            copies = {
-                id(x): y
-                for x, y in zip(
-                    self.writes, self.given or [torch.empty_like(x) for x in self.writes]
-                )
-            }
+            copies = {id(x): y for x, y in zip(self.writes, self.given or [torch.empty_like(x) for x in self.writes])}
             if not self.in_place:
                 copies |= {id(x): x.detach().clone() for x in self.reads}
-            mine = [
-                tree_map(lambda x: copies.get(id(x), x) if isinstance(x, Tensor) else x, a)
-                for a in args
-            ]
+            mine = [tree_map(lambda x: copies.get(id(x), x) if isinstance(x, Tensor) else x, a) for a in args]
             self.results = [copies[id(x)] for x in self.writes]
             self.real = getattr(self.group.real, self.kind)(*mine, **options)
 
@@ -468,19 +421,13 @@ class Watched(dist.ProcessGroup):
         return LEDGER.post(Recv(self, tensors[0], source, tag))
 
     def recv_anysource(self, tensors: list[Tensor], tag: int = 0) -> Post:
-        raise NotImplementedError(
-            "ringref's sanitizer cannot watch a receive from any source: name the source"
-        )
+        raise NotImplementedError("ringref's sanitizer cannot watch a receive from any source: name the source")
 
     def _usable(self, peer: int, kind: str, x: Tensor) -> None:
         """What gloo and NCCL refuse, refused by name."""
         for wrong, name, text in (
             (peer == self.me, "self-send", f"{kind} with rank {peer}, which is this rank"),
-            (
-                not x.is_contiguous(),
-                "non-contiguous",
-                f"{kind} of a tensor with strides {tuple(x.stride())}",
-            ),
+            (not x.is_contiguous(), "non-contiguous", f"{kind} of a tensor with strides {tuple(x.stride())}"),
         ):
             if wrong:
                 op = Post(self, kind, [], [])
@@ -528,11 +475,7 @@ for _name in _IN_PLACE.split():
 
 def _create(options: Any, _: Any = None) -> Watched:
     return Watched(
-        options.store,
-        options.group_rank,
-        options.group_size,
-        list(options.global_ranks_in_group),
-        options.group_id,
+        options.store, options.group_rank, options.group_size, list(options.global_ranks_in_group), options.group_id
     )
 
 
@@ -577,20 +520,12 @@ class Runner:
     """Runs the cases of a sweep on this rank; keeps the process group while consecutive cases can share it."""
 
     def __init__(self, rank: int, store: Any, backend: str = "gloo"):
-        self.rank, self.store, self.backend, self.key, self.device = (
-            rank,
-            store,
-            backend,
-            None,
-            "cpu",
-        )
+        self.rank, self.store, self.backend, self.key, self.device = rank, store, backend, None, "cpu"
         self.retired: list[Any] = []
         if backend == "gloo" and "WATCHED" not in dist.Backend._plugins:
             dist.Backend.register_backend("watched", _create, extended_api=True, devices=["cpu"])
         if backend == "nccl":
-            self.device = (
-                f"cuda:{int(os.environ.get('LOCAL_RANK', rank)) % torch.cuda.device_count()}"
-            )
+            self.device = f"cuda:{int(os.environ.get('LOCAL_RANK', rank)) % torch.cuda.device_count()}"
             torch.cuda.set_device(self.device)
 
     def groups(self, world: int, groups: list[list[int]], epoch: int) -> Any:
@@ -641,9 +576,7 @@ class Runner:
     def program(self, fn: Any, job: dict, group: Any, steps: list, result: dict) -> None:
         """Forward and backward passes in the order that the case asks for."""
         before = _versions(job["call"].get("mask_mod"))
-        call = job["call"] | (
-            {} if job.get("positions") is None else {"positions": job["positions"]}
-        )
+        call = job["call"] | ({} if job.get("positions") is None else {"positions": job["positions"]})
         for what, i in job["program"]:
             given, done = job["steps"][i], steps[i]
             LEDGER.enter(what)
@@ -654,36 +587,19 @@ class Runner:
                 for x in leaves:
                     x.requires_grad_(what == "forward")
                 with torch.set_grad_enabled(what == "forward"):
-                    handed = (
-                        torch.cat(leaves, 2).split([x.shape[2] for x in leaves], 2)
-                        if job.get("packed")
-                        else leaves
-                    )
+                    handed = torch.cat(leaves, 2).split([x.shape[2] for x in leaves], 2) if job.get("packed") else leaves
                     returned = fn(*handed, group=group, **call)
                 out, lse = returned if isinstance(returned, (tuple, list)) else (returned, None)
                 if not isinstance(out, Tensor):
-                    raise TypeError(
-                        f"the candidate returned {type(out).__name__}, not a tensor or (out, lse)"
-                    )
-                done.update(
-                    live=(leaves, out, lse),
-                    out=_plain(out),
-                    lse=_plain(lse),
-                    differentiable=out.requires_grad,
-                )
+                    raise TypeError(f"the candidate returned {type(out).__name__}, not a tensor or (out, lse)")
+                done.update(live=(leaves, out, lse), out=_plain(out), lse=_plain(lse), differentiable=out.requires_grad)
             leaves = done["live"][0]
             for name, x in zip("qkv", leaves, strict=True):
-                if (
-                    not torch.equal(as_bytes(x.cpu()), as_bytes(given[name]))
-                    and name not in result["written"]
-                ):
+                if not torch.equal(as_bytes(x.cpu()), as_bytes(given[name])) and name not in result["written"]:
                     result["written"].append(name)
         after = _versions(job["call"].get("mask_mod"))
         # a tensor that the mask made during the call is new: any write to it came from outside
-        if any(
-            version != (before[key][1] if key in before else 0)
-            for key, (_, version) in after.items()
-        ):
+        if any(version != (before[key][1] if key in before else 0) for key, (_, version) in after.items()):
             result["written"].append("mask")
 
     def backward(self, given: dict, done: dict) -> None:
@@ -698,9 +614,7 @@ class Runner:
                 grads.append(dlse if lse.shape == (b, h, s) else dlse.transpose(1, 2))
                 done["dlse_used"] = True
         if out.requires_grad:
-            torch.autograd.backward(
-                roots, [g.expand_as(x) for g, x in zip(grads, roots, strict=True)]
-            )
+            torch.autograd.backward(roots, [g.expand_as(x) for g, x in zip(grads, roots, strict=True)])
         done.update({f"d{name}": _plain(x.grad) for name, x in zip("qkv", leaves, strict=True)})
 
 
@@ -717,11 +631,7 @@ def _versions(mask: Any) -> dict[int, tuple[Tensor, int]]:
 def _describe(error: BaseException) -> dict[str, Any]:
     at, tb = None, error.__traceback__
     while tb is not None:
-        at = candidate_line(tb.tb_frame) and (
-            tb.tb_frame.f_code.co_filename,
-            tb.tb_lineno,
-            tb.tb_frame.f_code.co_name,
-        )
+        at = candidate_line(tb.tb_frame) and (tb.tb_frame.f_code.co_filename, tb.tb_lineno, tb.tb_frame.f_code.co_name)
         if at and not at[0].startswith(SKIPPED):
             line = at
         tb = tb.tb_next
@@ -762,11 +672,7 @@ def _fork(line: str) -> None:
     if _nursery is None or _nursery.poll() is not None:
         env = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
         _nursery = subprocess.Popen(
-            [sys.executable, "-c", NURSERY],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env=env,
-            cwd="/",
+            [sys.executable, "-c", NURSERY], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env, cwd="/"
         )
         atexit.register(_nursery.kill)
         _nursery.stdout.readline()
@@ -797,9 +703,7 @@ def serve(port: int, key: str, rank: int) -> None:
     os.environ.update({"RANK": str(rank), "WORLD_SIZE": str(setup["size"])})
     if os.path.isdir(setup["cwd"]):
         os.chdir(setup["cwd"])
-    runner = Runner(
-        rank, dist.TCPStore("127.0.0.1", setup["store"], is_master=False), setup["backend"]
-    )
+    runner = Runner(rank, dist.TCPStore("127.0.0.1", setup["store"], is_master=False), setup["backend"])
     candidates: dict[int, Any] = {}
     while True:
         try:
@@ -818,26 +722,24 @@ def _run_job(runner: Runner, job: dict, candidates: dict[int, Any]) -> dict[str,
         if isinstance(job["call"], bytes):
             job["call"] = cloudpickle.loads(job["call"])
     except Exception as error:
-        return {
-            "steps": [],
-            "error": _describe(error),
-            "written": [],
-            "clean": True,
-        } | Ledger().dump()
+        return {"steps": [], "error": _describe(error), "written": [], "clean": True} | Ledger().dump()
     return runner.run(candidates[job["fn_id"]], job)
 
 
 class Pool:
-    """`size` worker processes on this machine, each one rank. Replaced as a whole after a hang or a crash.
+    """Worker processes on this machine, up to `size`, each one rank.
+
+    A sweep runs on one pool. Its processes are forked anew after a hang or a crash, and when the size of the world
+    changes: no real process ever sees that, and published code caches its rank and world size.
 
     Usage: `with Pool(8) as pool: results = pool.run(fn, jobs, deadline=30)`; `jobs` maps a rank to its part of a case.
     """
 
     def __init__(self, size: int = 8, backend: str = "gloo"):
         self.size, self.backend, self.epoch, self.sent_fn = size, backend, 0, None
-        self.started = 0
+        self.started, self.world = 0, 0
+        self.work, self.talk, self.pids = {}, {}, {}
         self.store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        self._start()
 
     def __enter__(self) -> Pool:
         return self
@@ -845,29 +747,27 @@ class Pool:
     def __exit__(self, *_: Any) -> None:
         self.close()
 
-    def _start(self) -> None:
+    def _start(self, world: int) -> None:
         key = secrets.token_hex(16)
         home = os.path.dirname(HERE)
         self.work, self.talk, self.pids = {}, {}, {}
-        with connection.Listener(
-            ("127.0.0.1", 0), backlog=4 * self.size, authkey=key.encode()
-        ) as listener:
-            for rank in range(self.size):
+        with connection.Listener(("127.0.0.1", 0), backlog=4 * self.size, authkey=key.encode()) as listener:
+            for rank in range(world):
                 _fork(f"{listener.address[1]} {key} {rank} {home}")
-            for _ in range(2 * self.size):
+            for _ in range(2 * world):
                 line = listener.accept()
                 rank, what, self.pids[rank] = line.recv()
                 getattr(self, what)[rank] = line
         setup = {
             "path": [p or os.getcwd() for p in sys.path],
             "cwd": os.getcwd(),
-            "size": self.size,
+            "size": world,
             "store": self.store.port,
             "backend": self.backend,
         }
-        for rank in range(self.size):
+        for rank in range(world):
             self.work[rank].send_bytes(pickle.dumps(setup))
-        self.sent_fn, self.shape, self.started = None, None, self.started + 1
+        self.sent_fn, self.shape, self.world, self.started = None, None, world, self.started + 1
 
     def renew(self, job: dict) -> None:
         """Another world or other groups: process groups are made anew, under a name that the store has not seen."""
@@ -883,23 +783,20 @@ class Pool:
                 os.kill(pid, signal.SIGKILL)
             except ProcessLookupError:
                 pass
-        self.pids = {}
+        self.pids, self.world = {}, 0
 
-    def replace(self) -> None:
-        """Fresh workers, after a hang or a crash."""
-        self.close()
-        self._start()
-
-    def run(
-        self, fn: bytes, jobs: dict[int, dict], deadline: float = 30.0
-    ) -> dict[int, dict[str, Any]]:
+    def run(self, fn: bytes, jobs: dict[int, dict], deadline: float = 30.0) -> dict[int, dict[str, Any]]:
         """Run one case on ranks 0 … len(jobs)−1; every rank's result, or what it was waiting for when it hung."""
+        if len(jobs) > self.size:
+            raise ValueError(f"jobs: {len(jobs)} ranks on a pool of {self.size}")
+        if len(jobs) != self.world:
+            self.close()
+            self._start(len(jobs))
         fresh = self.sent_fn != fn
         self.renew(jobs[0])
         for rank, job in jobs.items():
             job = job | {"fn": fn if fresh else None, "fn_id": 0, "epoch": self.epoch}
             self.work[rank].send_bytes(cloudpickle.dumps(job))
-        idle = set(range(self.size)) - set(jobs)
         results: dict[int, dict] = {}
         last, seen, started = None, time.monotonic(), time.monotonic()
         while len(results) < len(jobs):
@@ -908,13 +805,7 @@ class Pool:
                 try:
                     results[lines[line]] = pickle.loads(line.recv_bytes())
                 except (EOFError, OSError):
-                    results[lines[line]] = {
-                        "steps": [],
-                        "crash": True,
-                        "error": None,
-                        "ops": [],
-                        "written": [],
-                    }
+                    results[lines[line]] = {"steps": [], "crash": True, "error": None, "ops": [], "written": []}
                 seen = time.monotonic()
             if len(results) < len(jobs) and time.monotonic() - seen > 0.5:
                 late = time.monotonic() - started > deadline
@@ -922,18 +813,12 @@ class Pool:
                 if late or (last is not None and stuck(now, last, results)):
                     seconds = time.monotonic() - started
                     for rank in now:
-                        results[rank] = now[rank] | {
-                            "hang": seconds,
-                            "steps": [],
-                            "error": None,
-                            "written": [],
-                        }
+                        results[rank] = now[rank] | {"hang": seconds, "steps": [], "error": None, "written": []}
                 last, seen = now, time.monotonic()
         if any("hang" in r or "crash" in r for r in results.values()):
-            self.replace()
+            self.close()
         else:
-            # ranks outside this world did not get the function
-            self.sent_fn = fn if not idle or not fresh else None
+            self.sent_fn = fn
             if not all(r["clean"] for r in results.values()):
                 self.shape = None  # the next case gets new process groups: these hold messages that nobody took
         return dict(sorted(results.items()))
@@ -944,9 +829,7 @@ class Pool:
             try:
                 self.talk[rank].send(True)
                 silent = not self.talk[rank].poll(5.0)
-                answers[rank] = (
-                    Ledger().dump() if silent else pickle.loads(self.talk[rank].recv_bytes())
-                )
+                answers[rank] = Ledger().dump() if silent else pickle.loads(self.talk[rank].recv_bytes())
             except (EOFError, OSError):
                 answers[rank] = Ledger().dump()
         return answers
@@ -963,16 +846,7 @@ def stuck(now: dict[int, dict], before: dict[int, dict], done: dict[int, dict]) 
 
 
 def _index(ops: list[dict]) -> set[tuple]:
-    return {
-        (
-            op["group"],
-            op["kind"] if op["peer"] is not None else "all",
-            op["peer"],
-            op["tag"],
-            op["seq"],
-        )
-        for op in ops
-    }
+    return {(op["group"], op["kind"] if op["peer"] is not None else "all", op["peer"], op["tag"], op["seq"]) for op in ops}
 
 
 def _served(rank: int, op: dict, known: dict[int, set]) -> bool:
@@ -1019,15 +893,10 @@ class Ranks:
             self.turn += 1
         self.store.set(f"bye/{self.rank}", b"1")
 
-    def run(
-        self, fn: bytes, jobs: dict[int, dict], deadline: float = 30.0
-    ) -> dict[int, dict[str, Any]]:
+    def run(self, fn: bytes, jobs: dict[int, dict], deadline: float = 30.0) -> dict[int, dict[str, Any]]:
         """As `Pool.run`. A hang ends the job, because only the launcher could start these processes again."""
         Pool.renew(self, jobs[0])
-        jobs = {
-            r: jobs[r] | {"fn": fn, "fn_id": 0, "epoch": self.epoch, "deadline": deadline}
-            for r in jobs
-        }
+        jobs = {r: jobs[r] | {"fn": fn, "fn_id": 0, "epoch": self.epoch, "deadline": deadline} for r in jobs}
         for rank in range(1, self.size):
             idle = {"idle": True}
             self.store.set(f"job/{self.turn}/{rank}", cloudpickle.dumps(jobs.get(rank, idle)))
@@ -1050,11 +919,7 @@ class Ranks:
             facts = LEDGER.dump(main)
             op = facts["waiting"]
             doing = f"waiting in {op['kind']} with rank {op['peer']}" if op else "computing"
-            print(
-                f"ringref check: rank {self.rank} hung, {doing}, at {where(facts['line'])}",
-                file=sys.stderr,
-                flush=True,
-            )
+            print(f"ringref check: rank {self.rank} hung, {doing}, at {where(facts['line'])}", file=sys.stderr, flush=True)
             os._exit(1)
 
         timer = threading.Timer(job["deadline"], give_up)
