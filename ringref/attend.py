@@ -47,24 +47,22 @@ from .layout import (
     wide,
 )  # fmt: skip
 
-# --------------------------------------------------------------------------------------------------
-# - what accumulates
+# --------------------------------------------------------------------------------- what accumulates
 
 
 class Running:
     """The running merge of blocks, `out` b s h d and `lse` b s h.
 
     The first block is kept as it came; later ones wait, up to one result's size of them, and are
-    merged together, the last
-    as the result is written: so two blocks cost no extra copy, and many cost one rescaling for all.
+    merged together, the last as the result is written: so two blocks cost no extra copy, and many
+    cost one rescaling for all.
     """
 
     def __init__(self, like: Tensor, heads: int):
         self.shape, self.like = (*like.shape[:2], heads, like.shape[3]), like
         self.out = self.lse = None
-        self.before = (
-            None  # the lse that out is normalised by; self.lse counts the waiting blocks too
-        )
+        # the lse that out is normalised by; self.lse counts the waiting blocks too
+        self.before = None
         self.waiting: list[tuple[Rows, slice, Tensor, Tensor]] = []
 
     def merge(self, rows: Rows, heads: slice, out: Tensor, lse: Tensor) -> None:
@@ -206,8 +204,7 @@ class Gradients(NamedTuple):
         return arrived
 
 
-# --------------------------------------------------------------------------------------------------
-# --------- the plan
+# ----------------------------------------------------------------------------------------- the plan
 
 
 class Leg(NamedTuple):
@@ -398,8 +395,7 @@ def _slanted(offsets: list[tuple[Strand, list[Visit]]]) -> Iterator[tuple[Visit,
                 yield visit, strand.heads
 
 
-# --------------------------------------------------------------------------------------------------
-# ---- the conductor
+# ------------------------------------------------------------------------------------ the conductor
 
 
 class Block(NamedTuple):
