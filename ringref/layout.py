@@ -66,8 +66,7 @@ def exactly(step: Callable) -> Callable:
     return run
 
 
-# --------------------------------------------------------------------------------------------------
-# -------- positions
+# ---------------------------------------------------------------------------------------- positions
 
 
 class Positions:
@@ -241,8 +240,7 @@ def partition(n: int, ring: Ring, layout: str = "contiguous") -> Shard:
     raise ValueError(f"layout must be one of {LAYOUTS}, got {layout!r}")
 
 
-# ------------------------------------------------------------------------------------------- what
-# all ranks agree upon
+# ------------------------------------------------------------------------ what all ranks agree upon
 
 
 class Table(NamedTuple):
@@ -535,8 +533,7 @@ def _check(q, k, v, causal, dilation, mask_mod, scale, shard, q_chunk, backend) 
         raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
 
 
-# --------------------------------------------------------------------------------------------------
-# - strands and rows
+# --------------------------------------------------------------------------------- strands and rows
 
 
 class Strand(NamedTuple):
@@ -669,8 +666,7 @@ class Rows:
         return result
 
 
-# --------------------------------------------------------------------------------------------------
-# ----------- visits
+# ------------------------------------------------------------------------------------------- visits
 
 
 class Visit(NamedTuple):
