@@ -240,8 +240,7 @@ def partition(n: int, ring: Ring, layout: str = "contiguous") -> Shard:
     raise ValueError(f"layout must be one of {LAYOUTS}, got {layout!r}")
 
 
-# ------------------------------------------------------------------------------------------- what
-# all ranks agree upon
+# ------------------------------------------------------------------------ what all ranks agree upon
 
 
 class Table(NamedTuple):
