@@ -1,4 +1,4 @@
-"""What people have, as the oracle calls it: each adapter takes their function and gives `fn(q, k, v, *, causal, group, …)`.
+"""What people have, as the oracle calls it: an adapter takes their function and gives `fn(q, k, v, *, causal, group, …)`.
 
 ```python
 check(adapt.bhsd(my_attention), features={"causal"})
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .sanitizer import group_ranks, mesh_of
+from .sanitizer import entered, group_ranks
 
 
 def _passed(fn: Callable, told: dict[str, Any]) -> dict[str, Any]:
@@ -140,22 +140,18 @@ def varlen(fn: Callable) -> Callable:
     return candidate
 
 
-def context_parallel(fn: Callable | None = None, *, rotate: str = "alltoall") -> Callable:
-    """PyTorch's `context_parallel` around `fn(q, k, v, is_causal=…)` over b h s d, scaled_dot_product_attention by default.
+def context_parallel(*, rotate: str = "allgather") -> Callable:
+    """PyTorch's `context_parallel` around scaled_dot_product_attention; experimental there, and causal wants zigzag.
 
-    It cuts the whole tensors itself, so the adapter rejoins the shards first; it is zigzag under causal and wants
-    `layout="zigzag"` there. Context parallelism is experimental in PyTorch: needs 2.7 or later.
+    `rotate` is how keys travel, "allgather" or "alltoall". PyTorch has it for its fused kernels, so on a CPU only where
+    there is one (its flash attention).
     """
 
     def candidate(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, group: Any) -> Tensor:
-        from torch.distributed.tensor.experimental import context_parallel as enter
-        from torch.distributed.tensor.experimental._attention import set_rotate_method
-
-        attend = fn or torch.nn.functional.scaled_dot_product_attention
-        set_rotate_method(rotate)
         q, k, v = (x.transpose(1, 2).contiguous() for x in (q, k, v))
-        with enter(mesh_of(group), buffers=[], buffer_seq_dims=[]):
-            return attend(q, k, v, is_causal=causal).transpose(1, 2)
+        with entered(group, rotate, q.shape[2] * len(group_ranks(group))):
+            out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal)
+        return out.transpose(1, 2)
 
     return candidate
 

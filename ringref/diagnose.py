@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from types import SimpleNamespace
@@ -96,13 +95,23 @@ def hang(case: Any, results: dict[int, dict]) -> tuple[str, str, int, Any]:
     rank, op = next(iter(waits.items()))
     line, at = op["line"] or stuck[rank]["line"], f"{op['phase']}, hop {op['hop']}"
     used = {tuple(op["members"]) for r in results.values() for op in r.get("ops", ())}
-    text = f"rank {rank} waits in {op['kind']}" + ("" if op["peer"] is None else f" with rank {op['peer']}") + f" ({at})"
+    text = (
+        f"rank {rank} waits in {op['kind']}" + ("" if op["peer"] is None else f" with rank {op['peer']}") + f" ({at})"
+    )
     if case.groups and any(list(m) not in case.teams for m in used):
         return GROUP, text, rank, line
-    posts = {r: tuple(sum(o["kind"] == kind for o in f.get("ops", ())) for kind in ("send", "recv")) for r, f in results.items()}
+    posts = {
+        r: tuple(sum(o["kind"] == kind for o in f.get("ops", ())) for kind in ("send", "recv"))
+        for r, f in results.items()
+    }
     if op["peer"] is None and len(set(posts.values())) == 1:
         inside = [r for r, w in waits.items() if w["peer"] is None]
-        return "deadlock", f"ranks {_list(inside)} wait in {op['kind']} ({at}), which the others never enter", rank, line
+        return (
+            "deadlock",
+            f"ranks {_list(inside)} wait in {op['kind']} ({at}), which the others never enter",
+            rank,
+            line,
+        )
     if len(waits) > 1 and all(w["kind"] == "send" for w in waits.values()):
         return "deadlock: every rank sends before it receives", text, rank, line
     if len(set(posts.values())) > 1 or any(a != b for a, b in posts.values()):
@@ -247,8 +256,16 @@ def masks(s: Scene) -> Iterator[tuple[str, Tensor]]:
         for text, where_, rule in (
             ("blocks of earlier ranks are masked like those of later ones", theirs < mine, late),
             ("blocks of later ranks are masked like those of earlier ones", theirs > mine, early),
-            ("blocks of earlier ranks are masked like those of later ones, after hop 1", (theirs < mine) & (s.hop > 1), late),
-            ("blocks of later ranks are masked like those of earlier ones, after hop 1", (theirs > mine) & (s.hop > 1), early),
+            (
+                "blocks of earlier ranks are masked like those of later ones, after hop 1",
+                (theirs < mine) & (s.hop > 1),
+                late,
+            ),
+            (
+                "blocks of later ranks are masked like those of earlier ones, after hop 1",
+                (theirs > mine) & (s.hop > 1),
+                early,
+            ),
         ):
             yield f"causal mask: {text}", s.unmasked * torch.where(where_, rule, right)
     if what:
@@ -315,7 +332,9 @@ def dilations(s: Scene, causal: Tensor) -> Iterator[tuple[str, Tensor]]:
             kept, kept_q = (x[None] % w % r == offset(m, r)[:, None] for x in (sel, q_sel))
             if not tail:
                 kept = kept & (seg[None] < n // w * w)
-            total += (kept_q[:, :, None] & kept[:, None, :] & (q_seg[:, None] // w == seg[None] // w)) * (only in (None, m))
+            total += (kept_q[:, :, None] & kept[:, None, :] & (q_seg[:, None] // w == seg[None] // w)) * (
+                only in (None, m)
+            )
         return (total * causal).expand(case.b, -1, -1, -1)
 
     def usual(m: int, r: int) -> Tensor:
@@ -354,7 +373,10 @@ def dilations(s: Scene, causal: Tensor) -> Iterator[tuple[str, Tensor]]:
         left = left + part * ((head >= m * few) & (head < (m + 1) * few))[None, :, None, None]
     yield "a convention: heads are partitioned among the branches (heads='grouped')", grouped
     yield "heads are left unassigned when h is not a multiple of the branches", left
-    some = [seen(position, position, usual, m) * (head < h // r * r)[None, :, None, None] for m, (_, r) in enumerate(branches)]
+    some = [
+        seen(position, position, usual, m) * (head < h // r * r)[None, :, None, None]
+        for m, (_, r) in enumerate(branches)
+    ]
     yield "heads are left unassigned when h is not a multiple of the rate", sum(some)
 
 
@@ -415,7 +437,8 @@ def forwards(s: Scene) -> Iterator[Guess]:
         ):
             yield f"sequences of the batch are mixed: {text}", {"out": torch.cat(list(mixed), 1)[:, order]}
         q, K, V = (
-            torch.stack([x[:, m] for m in s.case.shards]).reshape(case.b, case.n, *x.shape[2:])[:, order] for x in (s.q, s.K, s.V)
+            torch.stack([x[:, m] for m in s.case.shards]).reshape(case.b, case.n, *x.shape[2:])[:, order]
+            for x in (s.q, s.K, s.V)
         )
         yield told("sequences of the batch are mixed: the ranks are taken for the batch", V=V,
                    S=torch.einsum("bqhd,bkhd->bhqk", q, K) * s.scale)  # fmt: skip
@@ -424,15 +447,17 @@ def forwards(s: Scene) -> Iterator[Guess]:
         pushed = {"out": torch.cat([s.O[:, :, :padding] * 0, s.O[:, :, :-padding]], 2)}
         yield "heads are shifted by their padding: added in front, dropped at the end", pushed
     heads = torch.einsum("bqhd,bqkd->bqhk", s.q, s.K) * s.scale
-    yield "attention over the head axis: a transpose is missing", {"out": torch.einsum("bqhk,bqkd->bqhd", heads.softmax(-1), s.V)}
+    yield (
+        "attention over the head axis: a transpose is missing",
+        {"out": torch.einsum("bqhk,bqkd->bqhd", heads.softmax(-1), s.V)},
+    )
     yield from merges(s, s.hops(), "blocks")
     if case.p > 1:
         yield from rescaling(s)
     if case.dilation and len(case.dilation[0]) > 1:
         yield from merges(s, s.branches(), "branches")
     if case.p > 1:
-        for told_, guess in misplaced(s, {"out": s.O, "lse": s.L}):
-            yield told_, guess
+        yield from misplaced(s, {"out": s.O, "lse": s.L})
         shuffled = dict(misplaced(s, {"k": s.K, "v": s.V}, heads_only=True))
         for text, kv in shuffled.items():
             yield told(f"keys and values: {text}", S=s.scores(kv["k"]), V=kv["v"])
@@ -441,7 +466,9 @@ def forwards(s: Scene) -> Iterator[Guess]:
         yield f"out is divided by lse instead of {text}", {"out": s.O * (norm / s.L).transpose(1, 2)[..., None]}
     for count in sorted({1, case.n // case.p, 2 * case.p, case.p * max(s.lengths) - case.n} - {0}):
         share = (s.L.exp() / (s.L.exp() + count)).transpose(1, 2)[..., None]
-        text = "a zero key is attended: the running sum starts at 1, or padding" if count == 1 else "padding is attended"
+        text = (
+            "a zero key is attended: the running sum starts at 1, or padding" if count == 1 else "padding is attended"
+        )
         yield text, {"out": s.O * share.nan_to_num(), "lse": torch.logaddexp(s.L, torch.tensor(math.log(count)))}
     yield "out is not normalised", {"out": s.O * s.L.exp().transpose(1, 2)[..., None]}
     yield "out is zero", {"out": s.O * 0}
@@ -455,25 +482,40 @@ def misplaced(s: Scene, tensors: dict[str, Tensor], heads_only: bool = False) ->
         turned = {n: change(x) for n, x in turned.items()}
         return {n: x.transpose(1, 2) if n == "lse" else x for n, x in turned.items()}
 
-    for first, text in ((s.p, "heads come back interleaved by rank"), (-1, "heads come back in rank order for interleaved")):
+    for first, text in (
+        (s.p, "heads come back interleaved by rank"),
+        (-1, "heads come back in rank order for interleaved"),
+    ):
         if all(x.shape[1 if n == "lse" else 2] % s.p == 0 for n, x in tensors.items()):
-            yield text, each(lambda x, f=first: x.unflatten(2, (f, s.p) if f < 0 else (f, -1)).transpose(2, 3).flatten(2, 3))
+            yield (
+                text,
+                each(lambda x, f=first: x.unflatten(2, (f, s.p) if f < 0 else (f, -1)).transpose(2, 3).flatten(2, 3)),
+            )
     yield "heads come back rolled by one", each(lambda x: x.roll(1, 2))
     yield "heads come back reversed", each(lambda x: x.flip(2))
     if s.even and not heads_only:
         for by in (by for by in range(1 - s.p, s.p) if by):
-            yield f"results end on the wrong rank: rank r has that of rank r{by:+d}", each(lambda x, by=by: s.rolled(x, by))
+            yield (
+                f"results end on the wrong rank: rank r has that of rank r{by:+d}",
+                each(lambda x, by=by: s.rolled(x, by)),
+            )
         backward_ = torch.cat(s.case.shards).flip(0)
         order = torch.cat(s.case.shards).argsort()
         yield "tokens come back in reverse", each(lambda x: x[:, backward_[order]])
         table = torch.stack(s.case.shards)
-        for text, swap in (("interleaved", table.T.reshape(-1)), ("block by block", table.reshape(-1, s.p).T.reshape(-1))):
+        for text, swap in (
+            ("interleaved", table.T.reshape(-1)),
+            ("block by block", table.reshape(-1, s.p).T.reshape(-1)),
+        ):
             yield f"tokens of different ranks come back {text}", each(lambda x, w=swap: x[:, w[order]])
     if not heads_only:
-        yield "heads and tokens are reshaped where they should be transposed", each(
-            lambda x: torch.cat([x[:, m].transpose(1, 2).reshape(x[:, m].shape) for m in s.case.shards], 1)[
-                :, torch.cat(s.case.shards).argsort()
-            ]
+        yield (
+            "heads and tokens are reshaped where they should be transposed",
+            each(
+                lambda x: torch.cat([x[:, m].transpose(1, 2).reshape(x[:, m].shape) for m in s.case.shards], 1)[
+                    :, torch.cat(s.case.shards).argsort()
+                ]
+            ),
         )
 
 
@@ -493,13 +535,22 @@ def merges(s: Scene, parts: list[Tensor], what: str) -> Iterator[Guess]:
 
     count = there.sum(0).clamp(min=1)
     yield f"the outputs of {what} are averaged", {"out": mix(there / count)}
-    yield f"the outputs of {what} are averaged over all, empty ones too", {"out": mix(torch.ones_like(rows) / len(parts))}
+    yield (
+        f"the outputs of {what} are averaged over all, empty ones too",
+        {"out": mix(torch.ones_like(rows) / len(parts))},
+    )
     yield f"the outputs of {what} are added", {"out": mix(there.double())}
     finite = lses.masked_fill(~there, 0.0)
     yield f"{what} are weighted by lse instead of exp(lse)", {"out": mix(finite / finite.sum(0))}
-    for text, base in (("natural lse merged as base 2", math.log(2)), ("base-2 lse merged as natural", 1 / math.log(2))):
+    for text, base in (
+        ("natural lse merged as base 2", math.log(2)),
+        ("base-2 lse merged as natural", 1 / math.log(2)),
+    ):
         yield f"{text} ({what})", {"out": mix((rows * base).softmax(0))}
-    yield f"{what} are weighted with the sign of lse reversed", {"out": mix((-finite).masked_fill(~there, -1e30).softmax(0))}
+    yield (
+        f"{what} are weighted with the sign of lse reversed",
+        {"out": mix((-finite).masked_fill(~there, -1e30).softmax(0))},
+    )
     winner = torch.nn.functional.one_hot(rows.argmax(0), len(parts)).movedim(-1, 0).double()
     yield f"the largest of {what} wins instead of merging", {"out": mix(winner)}
     sums = (s.S.masked_fill(s.times == 0, -math.inf)).unsqueeze(0).expand(len(parts), *s.S.shape)
@@ -510,7 +561,10 @@ def merges(s: Scene, parts: list[Tensor], what: str) -> Iterator[Guess]:
 
     nobody = (~there).sum(0)
     share = torch.where(s.L.isfinite(), s.L.exp() / (s.L.exp() + nobody), 0.0)
-    yield f"{what} that a query does not see have lse 0 and take weight", {"out": s.O * share.transpose(1, 2)[..., None]}
+    yield (
+        f"{what} that a query does not see have lse 0 and take weight",
+        {"out": s.O * share.transpose(1, 2)[..., None]},
+    )
 
     def fold(step: Callable, zero: bool = False) -> dict[str, Tensor]:
         out, lse = (outs[0] * 0, rows[0] * 0 - 1e30) if zero else (outs[0], rows[0])
@@ -586,7 +640,9 @@ def only_lse(s: Scene, got: list[Tensor], truth: Any) -> Iterator[Guess]:
 # ---------------------------------------------------------------------------------------------------- backward guesses
 
 
-def backward(s: Scene, P: Tensor, Pv: Tensor, dS: Tensor, K: Tensor | None = None, keep: Any = 1, dkeep: Any = 1) -> dict:
+def backward(
+    s: Scene, P: Tensor, Pv: Tensor, dS: Tensor, K: Tensor | None = None, keep: Any = 1, dkeep: Any = 1
+) -> dict:
     """dq, dk, dv from weights and dS; `keep` says which pairs count in dk and dv, `dkeep` in dq."""
     dq = torch.einsum("bhqk,bkhd->bqhd", dS * dkeep, s.K if K is None else K) * s.scale
     dk = torch.einsum("bhqk,bqhd->bkhd", dS * keep, s.q) * s.scale
@@ -612,7 +668,9 @@ def backwards(s: Scene, got: dict, truth: Any) -> Iterator[Guess]:
     base = (s.S - s.L.masked_fill(~s.L.isfinite(), math.inf)[..., None] * math.log2(math.e)).exp() * s.times
     yield told("a base-2 lse is taken for a natural one in the backward", P=base, dS=base * (dP - D + dlse))
     for other in (dlse * math.log2(math.e), dlse * math.log(2)):
-        yield told("a base-2 lse is taken for a natural one in the backward (dlse too)", P=base, dS=base * (dP - D + other))
+        yield told(
+            "a base-2 lse is taken for a natural one in the backward (dlse too)", P=base, dS=base * (dP - D + other)
+        )
     yield told("softmax's backward lacks the row sum D = Σ dO·O", dS=s.P * (dP + dlse))
     yield told("D = Σ dO·O has the wrong sign", dS=s.P * (dP + D + dlse))
     if p > 1:
@@ -718,7 +776,9 @@ def _ratio(factor: float, s: Scene) -> str:
     return next(found, f"{factor:.3g}")
 
 
-def local_softmax(s: Scene, parts: list, dP: Tensor, D: Tensor, dlse: Tensor, told: Callable, what: str, kind: str) -> Iterator[Guess]:
+def local_softmax(
+    s: Scene, parts: list, dP: Tensor, D: Tensor, dlse: Tensor, told: Callable, what: str, kind: str
+) -> Iterator[Guess]:
     """Block lse for merged lse, block out for merged out: what a backward written per block gets wrong."""
     blocks = [part if what == "branches" else s.times * part for part in parts]
     done = [attend(s.S, block, s.V) for block in blocks]
@@ -730,7 +790,10 @@ def local_softmax(s: Scene, parts: list, dP: Tensor, D: Tensor, dlse: Tensor, to
     detached = sum(P * (dP - d) for P, d in zip(merged, Ds, strict=True))
     if what == "blocks":
         yield told("the merge's weights are detached: out of the block for merged out in D", dS=detached)
-        yield told("the merge's weights are detached: out of the block for merged out in D (dlse kept)", dS=detached + s.P * dlse)
+        yield told(
+            "the merge's weights are detached: out of the block for merged out in D (dlse kept)",
+            dS=detached + s.P * dlse,
+        )
     else:
         yield told("the mixing weights of the branches are detached", dS=detached)
         yield told("the mixing weights of the branches are detached (dlse kept)", dS=detached + s.P * dlse)
@@ -740,7 +803,9 @@ def local_softmax(s: Scene, parts: list, dP: Tensor, D: Tensor, dlse: Tensor, to
     both = sum(P * (dP - d) for P, d in zip(Ps, Ds, strict=True))
     yield told(f"the backward uses the lse of {what} for the merged lse", P=local, dS=local * (dP - D + dlse))
     yield told(f"the backward uses lse and out of {what} for the merged ones", P=local, dS=both)
-    yield told(f"the backward uses lse and out of {what} for the merged ones (dlse kept)", P=local, dS=both + local * dlse)
+    yield told(
+        f"the backward uses lse and out of {what} for the merged ones (dlse kept)", P=local, dS=both + local * dlse
+    )
     last = done[-1][2]
     P = sum((s.S - last.masked_fill(~last.isfinite(), math.inf)[..., None]).exp() * b for b in blocks)
     yield told(f"the backward uses the lse of the last of the {what}", P=P, dS=P * (dP - D + dlse))
@@ -766,7 +831,10 @@ def name(case: Any, truth: Any, got: dict[str, list[Tensor]], wrong: list[str], 
     if "out" in wrong:
         guesses, about = forwards(s), ["out"]
     elif "lse" in wrong:
-        guesses, about = itertools.chain(only_lse(s, got["lse"], truth), merges(s, s.hops(), "blocks"), forwards(s)), ["lse"]
+        guesses, about = (
+            itertools.chain(only_lse(s, got["lse"], truth), merges(s, s.hops(), "blocks"), forwards(s)),
+            ["lse"],
+        )
     else:
         guesses, about = backwards(s, got, truth), [n for n in wrong if n in ("dq", "dk", "dv")]
     calls = "a call's result depends on another call: "

@@ -653,7 +653,13 @@ class Judge:
                 if case.groups and f["kind"] == "self-send":
                     tell("message", diagnose.GROUP, f"{f['text']} ({f['phase']}, hop {f['hop']})", rank, f["line"])
                     continue
-                tell("message", diagnose.MESSAGES[f["kind"]], f"{f['text']} ({f['phase']}, hop {f['hop']})", rank, f["line"])
+                tell(
+                    "message",
+                    diagnose.MESSAGES[f["kind"]],
+                    f"{f['text']} ({f['phase']}, hop {f['hop']})",
+                    rank,
+                    f["line"],
+                )
         for cause, detail, rank, line in diagnose.mismatched(results):
             tell("message", cause, detail, rank, line)
         if found:
@@ -780,7 +786,11 @@ class Judge:
             want = truth.part("lse", rank)
             if m["lse"] is None or want.numel() == 0:
                 continue
-            x = m["lse"].double().reshape(-1) if m["lse"].shape == want.shape else m["lse"].double().transpose(1, -1).reshape(-1)
+            x = (
+                m["lse"].double().reshape(-1)
+                if m["lse"].shape == want.shape
+                else m["lse"].double().transpose(1, -1).reshape(-1)
+            )
             want = want.reshape(-1)
             if x.shape == want.shape and (seen := want.isfinite() & x.isfinite()).any():
                 natural, two = (x - want)[seen].norm(), (x * math.log(2) - want)[seen].norm()
@@ -813,7 +823,9 @@ class Judge:
             if "batch" in outs:
                 same(outs["batch"][rank][:1], outs["first"][rank][:1], "another sequence of the batch matters", rank)
                 sees = torch.full_like(outs["constant"][rank], 0.75)
-                same(outs["constant"][rank], sees, "constant v does not give constant out: weights do not sum to 1", rank)
+                same(
+                    outs["constant"][rank], sees, "constant v does not give constant out: weights do not sum to 1", rank
+                )
             if "future" in outs:
                 early = mine < case.n // 2
                 text = "a later token changes an earlier result"

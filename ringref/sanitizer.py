@@ -359,7 +359,10 @@ class Collective(Post):
     def launch(self) -> None:
         args, options = self.args
         with _disable_current_modes():
-            copies = {id(x): y for x, y in zip(self.writes, self.given or [torch.empty_like(x) for x in self.writes])}
+            copies = {
+                id(x): y
+                for x, y in zip(self.writes, self.given or [torch.empty_like(x) for x in self.writes], strict=False)
+            }
             if not self.in_place:
                 copies |= {id(x): x.detach().clone() for x in self.reads}
             mine = [tree_map(lambda x: copies.get(id(x), x) if isinstance(x, Tensor) else x, a) for a in args]
@@ -484,11 +487,15 @@ def group_ranks(group: Any) -> list[int]:
     return dist.get_process_group_ranks(group)
 
 
-def mesh_of(group: Any) -> Any:
-    """A 1-D device mesh over a group."""
+def entered(group: Any, rotate: str, n: int) -> Any:
+    """PyTorch's context_parallel over a group, for n tokens whose shards are already cut."""
     from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor.experimental import _attention as experimental
 
-    return DeviceMesh.from_group(group, "cpu", mesh_dim_names=("ring",))
+    experimental.set_rotate_method(rotate)
+    mesh = DeviceMesh.from_group(group, "cpu", mesh_dim_names=("ring",))
+    # it wants something to cut, and learns from it how the sequence is laid out
+    return experimental.context_parallel(mesh, buffers=[torch.zeros(1, n)], buffer_seq_dims=[1])
 
 
 # -------------------------------------------------------------------------------------------------------- peak of bytes
@@ -587,7 +594,9 @@ class Runner:
                 for x in leaves:
                     x.requires_grad_(what == "forward")
                 with torch.set_grad_enabled(what == "forward"):
-                    handed = torch.cat(leaves, 2).split([x.shape[2] for x in leaves], 2) if job.get("packed") else leaves
+                    handed = (
+                        torch.cat(leaves, 2).split([x.shape[2] for x in leaves], 2) if job.get("packed") else leaves
+                    )
                     returned = fn(*handed, group=group, **call)
                 out, lse = returned if isinstance(returned, (tuple, list)) else (returned, None)
                 if not isinstance(out, Tensor):
@@ -846,7 +855,9 @@ def stuck(now: dict[int, dict], before: dict[int, dict], done: dict[int, dict]) 
 
 
 def _index(ops: list[dict]) -> set[tuple]:
-    return {(op["group"], op["kind"] if op["peer"] is not None else "all", op["peer"], op["tag"], op["seq"]) for op in ops}
+    return {
+        (op["group"], op["kind"] if op["peer"] is not None else "all", op["peer"], op["tag"], op["seq"]) for op in ops
+    }
 
 
 def _served(rank: int, op: dict, known: dict[int, set]) -> bool:
@@ -919,7 +930,9 @@ class Ranks:
             facts = LEDGER.dump(main)
             op = facts["waiting"]
             doing = f"waiting in {op['kind']} with rank {op['peer']}" if op else "computing"
-            print(f"ringref check: rank {self.rank} hung, {doing}, at {where(facts['line'])}", file=sys.stderr, flush=True)
+            print(
+                f"ringref check: rank {self.rank} hung, {doing}, at {where(facts['line'])}", file=sys.stderr, flush=True
+            )
             os._exit(1)
 
         timer = threading.Timer(job["deadline"], give_up)

@@ -3,14 +3,12 @@
 import functools
 import json
 import math
-import subprocess
-import sys
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from ringref.oracle import Case, cases, check
+from ringref.oracle import cases, check
 
 # ------------------------------------------------------------- two correct candidates, as somebody would write them
 
@@ -22,12 +20,16 @@ def keys_of(rank, p, s, layout):
     if layout == "striped":
         return torch.arange(rank, p * s, p)
     half = s // 2
-    return torch.cat([torch.arange(rank * half, (rank + 1) * half), torch.arange((2 * p - 1 - rank) * half, (2 * p - rank) * half)])
+    return torch.cat(
+        [torch.arange(rank * half, (rank + 1) * half), torch.arange((2 * p - 1 - rank) * half, (2 * p - rank) * half)]
+    )
 
 
 def scores_of(q, k, qpos, kpos, causal):
     k = k.repeat_interleave(q.shape[2] // k.shape[2], 2)
-    scores = torch.einsum("bqhd,bkhd->bhqk", q, k).to(torch.promote_types(q.dtype, torch.float32)) / math.sqrt(q.shape[-1])
+    scores = torch.einsum("bqhd,bkhd->bhqk", q, k).to(torch.promote_types(q.dtype, torch.float32)) / math.sqrt(
+        q.shape[-1]
+    )
     return scores.masked_fill(kpos > qpos[:, None], -math.inf) if causal else scores
 
 
@@ -53,7 +55,9 @@ def gathering(q, k, v, *, causal, group, layout="contiguous", wrap=Gather):
     k, v = wrap.apply(k, group), wrap.apply(v, group)
     kpos = torch.cat([keys_of(r, p, s, layout) for r in range(p)])
     scores = scores_of(q, k, keys_of(rank, p, s, layout), kpos, causal)
-    out = torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), v.repeat_interleave(q.shape[2] // v.shape[2], 2).to(scores.dtype))
+    out = torch.einsum(
+        "bhqk,bkhd->bqhd", scores.softmax(-1), v.repeat_interleave(q.shape[2] // v.shape[2], 2).to(scores.dtype)
+    )
     return out.to(q.dtype), scores.logsumexp(-1)
 
 
