@@ -1060,10 +1060,9 @@ def precision(whole: dict[str, Tensor], truth: Any, about: list[str]) -> str | N
     share = []
     for n in about:
         seen = truth.whole[n].isfinite()
-        share.append(
-            ((whole[n] - truth.whole[n])[seen].norm() / truth.whole[n][seen].norm()).item()
-        )
-    if max(share) > 0.02:
+        share.append(((whole[n] - truth.whole[n])[seen].norm() / truth.whole[n][seen].norm()).item())
+    # sums that cancel show what they lost many times over
+    if max(share) > (0.3 if truth.case.offset else 0.02):
         return None
     size = "1e-3 or more" if max(share) > 1e-3 else "less than 1e-3"
     return f"accumulates in low precision (a relative error of {size})"

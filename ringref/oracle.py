@@ -420,16 +420,8 @@ def cases(
         add("subgroup", 3, causal=last, groups=((1, 2, 4),))
     if claims:
         for p, per in ((2, 32), (4, 32), (4, 64), (8, 32)):
-            add(
-                f"growth n={p * per}",
-                p,
-                causal=causal,
-                plan="growth",
-                per=per,
-                b=1,
-                d=32,
-                fast=True,
-            )
+            told = {"b": 1, "d": 32, "h": 8, "g": 8, "per": per}
+            add(f"growth n={p * per}", p, causal=causal, plan="growth", fast=True, **told)
     if "uneven" in features or "empty" in features:
         made = [(dataclasses.replace(case, positions=True), fast) for case, fast in made]
     widest = {4: 8}.get(ranks, ranks)
@@ -616,13 +608,13 @@ def check(
         else []
     )
     with _workers(pool, todo, backend) as workers:
-        size = getattr(workers, "size", 8)
-        report = _sweep(fn, [c for c in todo if c.world <= size], pool=workers, deadline=deadline,
-                        stop_after=stop_after, progress=progress)  # fmt: skip
+        # torchrun's processes have one world size for life; the pool has processes for each
+        fits = [c for c in todo if (c.world == workers.size if isinstance(workers, Ranks) else c.world <= workers.size)]
+        report = _sweep(fn, fits, pool=workers, deadline=deadline, stop_after=stop_after, progress=progress)
     report.layout = layout
     report.not_judged = [f"feature {name}" for name in missing] + unwatched + report.not_judged
-    if len(todo) > len([c for c in todo if c.world <= size]):
-        report.not_judged.append(f"more than {size} ranks")
+    if len(fits) < len(todo):
+        report.not_judged.append(f"{len(todo) - len(fits)} cases for other world sizes than can be had here")
     return report
 
 

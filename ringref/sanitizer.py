@@ -229,6 +229,8 @@ class Post(dist.Work):
         # can be forgotten
         self.explicit = _called_from_c10d(frame)
         self.peer, self.tag, self.seq, self.sent = None, 0, 0, 0
+        self.sizes = [x.numel() for x in reads or writes]
+        self.dtypes = [str(x.dtype)[6:] for x in reads or writes]
         self.waited = False
         self.spans = [(_span(x), False) for x in reads if x.numel()]
         self.spans += [(_span(x), True) for x in writes if x.numel()]
@@ -236,7 +238,6 @@ class Post(dist.Work):
 
     def facts(self) -> dict[str, Any]:
         """Plain data about this operation."""
-        tensors = self.reads or self.writes
         return {
             "kind": self.kind,
             "group": self.group.name,
@@ -244,8 +245,8 @@ class Post(dist.Work):
             "peer": self.peer,
             "tag": self.tag,
             "seq": self.seq,
-            "sizes": [x.numel() for x in tensors],
-            "dtypes": [str(x.dtype)[6:] for x in tensors],
+            "sizes": self.sizes,
+            "dtypes": self.dtypes,
             "line": self.line,
             "phase": self.phase,
             "hop": self.hop,
@@ -272,6 +273,9 @@ class Post(dist.Work):
             with torch.no_grad(), _disable_current_modes():
                 self.settle()
             self.waited = True
+            # the record lives on, the candidate's tensors must not: their bytes are measured
+            self.reads, self.writes, self.args = [], [], None
+            self.payload = self.results = self.given = None
         return True
 
     def synchronize(self) -> None:
@@ -292,9 +296,10 @@ class Post(dist.Work):
         return self.writes
 
     def get_future(self) -> torch.futures.Future:
+        writes = self.writes
         self.wait()
         future: torch.futures.Future = torch.futures.Future()
-        future.set_result(self.writes)
+        future.set_result(writes)
         return future
 
 
@@ -868,62 +873,27 @@ def _run_job(runner: Runner, job: dict, candidates: dict[int, Any]) -> dict[str,
     return runner.run(candidates[job["fn_id"]], job)
 
 
-class Pool:
-    """Worker processes on this machine, up to `size`, each one rank.
+class Crew:
+    """The processes of one world size, each one rank."""
 
-    A sweep runs on one pool. Its processes are forked anew after a hang or a crash, and when the
-    size of the world
-    changes: no real process ever sees that, and published code caches its rank and world size.
-
-    Usage: `with Pool(8) as pool: results = pool.run(fn, jobs, deadline=30)`; `jobs` maps a rank to
-    its part of a case.
-    """
-
-    def __init__(self, size: int = 8, backend: str = "gloo"):
-        self.size, self.backend, self.epoch, self.sent_fn = size, backend, 0, None
-        self.started, self.world = 0, 0
+    def __init__(self, world: int, store: Any, backend: str):
+        key, home = secrets.token_hex(16), os.path.dirname(HERE)
         self.work, self.talk, self.pids = {}, {}, {}
-        self.store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-
-    def __enter__(self) -> Pool:
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self.close()
-
-    def _start(self, world: int) -> None:
-        key = secrets.token_hex(16)
-        home = os.path.dirname(HERE)
-        self.work, self.talk, self.pids = {}, {}, {}
-        with connection.Listener(
-            ("127.0.0.1", 0), backlog=4 * self.size, authkey=key.encode()
-        ) as listener:
+        self.sent_fn, self.groups, self.epoch = None, None, 0
+        with connection.Listener(("127.0.0.1", 0), backlog=4 * world, authkey=key.encode()) as door:
             for rank in range(world):
-                _fork(f"{listener.address[1]} {key} {rank} {home}")
+                _fork(f"{door.address[1]} {key} {rank} {home}")
             for _ in range(2 * world):
-                line = listener.accept()
+                line = door.accept()
                 rank, what, self.pids[rank] = line.recv()
                 getattr(self, what)[rank] = line
-        setup = {
-            "path": [p or os.getcwd() for p in sys.path],
-            "cwd": os.getcwd(),
-            "size": world,
-            "store": self.store.port,
-            "backend": self.backend,
-        }
+        setup = {"path": [p or os.getcwd() for p in sys.path], "cwd": os.getcwd(), "size": world}
+        setup |= {"store": store.port, "backend": backend}
         for rank in range(world):
             self.work[rank].send_bytes(pickle.dumps(setup))
-        self.sent_fn, self.shape, self.world, self.started = None, None, world, self.started + 1
-
-    def renew(self, job: dict) -> None:
-        """Another world or other groups: process groups are made anew, under a name that the store
-        has not seen.
-        """
-        if self.shape != (job["world"], job["groups"]):
-            self.shape, self.epoch = (job["world"], job["groups"]), self.epoch + 1
 
     def close(self) -> None:
-        """End every worker."""
+        """End every process."""
         for rank, pid in self.pids.items():
             self.work[rank].close()
             self.talk[rank].close()
@@ -931,63 +901,9 @@ class Pool:
                 os.kill(pid, signal.SIGKILL)
             except ProcessLookupError:
                 pass
-        self.pids, self.world = {}, 0
 
-    def run(
-        self, fn: bytes, jobs: dict[int, dict], deadline: float = 30.0
-    ) -> dict[int, dict[str, Any]]:
-        """Run one case on ranks 0 … len(jobs)−1; every rank's result, or what it was waiting for
-        when it hung.
-        """
-        if len(jobs) > self.size:
-            raise ValueError(f"jobs: {len(jobs)} ranks on a pool of {self.size}")
-        if len(jobs) != self.world:
-            self.close()
-            self._start(len(jobs))
-        fresh = self.sent_fn != fn
-        self.renew(jobs[0])
-        for rank, job in jobs.items():
-            job = job | {"fn": fn if fresh else None, "fn_id": 0, "epoch": self.epoch}
-            self.work[rank].send_bytes(cloudpickle.dumps(job))
-        results: dict[int, dict] = {}
-        last, seen, started = None, time.monotonic(), time.monotonic()
-        while len(results) < len(jobs):
-            lines = {self.work[r]: r for r in jobs if r not in results}
-            for line in connection.wait(list(lines), timeout=0.2):
-                try:
-                    results[lines[line]] = pickle.loads(line.recv_bytes())
-                except (EOFError, OSError):
-                    results[lines[line]] = {
-                        "steps": [],
-                        "crash": True,
-                        "error": None,
-                        "ops": [],
-                        "written": [],
-                    }
-                seen = time.monotonic()
-            if len(results) < len(jobs) and time.monotonic() - seen > 0.5:
-                late = time.monotonic() - started > deadline
-                now = self._ask([r for r in jobs if r not in results])
-                if late or (last is not None and stuck(now, last, results)):
-                    seconds = time.monotonic() - started
-                    for rank in now:
-                        results[rank] = now[rank] | {
-                            "hang": seconds,
-                            "steps": [],
-                            "error": None,
-                            "written": [],
-                        }
-                last, seen = now, time.monotonic()
-        if any("hang" in r or "crash" in r for r in results.values()):
-            self.close()
-        else:
-            self.sent_fn = fn
-            if not all(r["clean"] for r in results.values()):
-                # the next case gets new process groups: these hold messages that nobody took
-                self.shape = None
-        return dict(sorted(results.items()))
-
-    def _ask(self, ranks: list[int]) -> dict[int, dict]:
+    def ask(self, ranks: list[int]) -> dict[int, dict]:
+        """What these ranks are doing, from the thread that is not busy with the case."""
         answers: dict[int, dict] = {}
         for rank in ranks:
             try:
@@ -999,6 +915,75 @@ class Pool:
             except (EOFError, OSError):
                 answers[rank] = Ledger().dump()
         return answers
+
+
+class Pool:
+    """Worker processes on this machine for worlds of up to `size` ranks, started when first needed.
+
+    One pool serves many sweeps. A process keeps its rank and its world size for life, as any real one does (published
+    code caches both), so there is a crew for each world size; a crew is replaced only after a hang or a crash.
+
+    Usage: `with Pool(8) as pool: results = pool.run(fn, jobs, deadline=30)`; `jobs` maps a rank to its part of a case.
+    """
+
+    def __init__(self, size: int = 8, backend: str = "gloo"):
+        self.size, self.backend, self.epoch = size, backend, 0
+        self.crews: dict[int, Crew] = {}
+        self.store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+    def __enter__(self) -> Pool:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End every worker."""
+        while self.crews:
+            self.crews.popitem()[1].close()
+
+    def run(self, fn: bytes, jobs: dict[int, dict], deadline: float = 30.0) -> dict[int, dict[str, Any]]:
+        """Run one case on ranks 0 … len(jobs)−1; every rank's result, or what it was waiting for when it hung."""
+        world = len(jobs)
+        if world > self.size:
+            raise ValueError(f"jobs: {world} ranks on a pool of {self.size}")
+        if world not in self.crews:
+            self.crews[world] = Crew(world, self.store, self.backend)
+        crew = self.crews[world]
+        if crew.groups != jobs[0]["groups"]:
+            # new process groups need a name that the store has not seen
+            self.epoch += 1
+            crew.groups, crew.epoch = jobs[0]["groups"], self.epoch
+        for rank, job in jobs.items():
+            job = job | {"fn": fn if crew.sent_fn != fn else None, "fn_id": 0, "epoch": crew.epoch}
+            crew.work[rank].send_bytes(cloudpickle.dumps(job))
+        crew.sent_fn = fn
+        results = self._collect(crew, list(jobs), deadline)
+        if any("hang" in r or "crash" in r for r in results.values()):
+            self.crews.pop(world).close()
+        elif not all(r["clean"] for r in results.values()):
+            crew.groups = None  # the groups hold messages that nobody took: the next case gets new ones
+        return dict(sorted(results.items()))
+
+    def _collect(self, crew: Crew, ranks: list[int], deadline: float) -> dict[int, dict[str, Any]]:
+        results: dict[int, dict] = {}
+        last, seen, started = None, time.monotonic(), time.monotonic()
+        while len(results) < len(ranks):
+            lines = {crew.work[r]: r for r in ranks if r not in results}
+            for line in connection.wait(list(lines), timeout=0.2):
+                try:
+                    results[lines[line]] = pickle.loads(line.recv_bytes())
+                except (EOFError, OSError):
+                    results[lines[line]] = {"steps": [], "crash": True, "error": None, "ops": [], "written": []}
+                seen = time.monotonic()
+            if len(results) < len(ranks) and time.monotonic() - seen > 0.5:
+                seconds = time.monotonic() - started
+                now = crew.ask([r for r in ranks if r not in results])
+                if seconds > deadline or (last is not None and stuck(now, last, results)):
+                    gone = {"hang": seconds, "steps": [], "error": None, "written": []}
+                    results |= {rank: facts | gone for rank, facts in now.items()}
+                last, seen = now, time.monotonic()
+        return results
 
 
 def stuck(now: dict[int, dict], before: dict[int, dict], done: dict[int, dict]) -> bool:
@@ -1060,10 +1045,6 @@ class Ranks:
             for rank in range(1, self.size):
                 self.store.get(f"bye/{rank}")
 
-    def replace(self) -> None:
-        """Processes cannot be replaced here; new groups are the best there is."""
-        self.shape = None
-
     def follow(self) -> None:
         """A rank other than 0: run what rank 0 sends."""
         while (job := pickle.loads(self.store.get(f"job/{self.turn}/{self.rank}"))) is not None:
@@ -1072,17 +1053,11 @@ class Ranks:
             self.turn += 1
         self.store.set(f"bye/{self.rank}", b"1")
 
-    def run(
-        self, fn: bytes, jobs: dict[int, dict], deadline: float = 30.0
-    ) -> dict[int, dict[str, Any]]:
-        """As `Pool.run`. A hang ends the job, because only the launcher could start these processes
-        again.
-        """
-        Pool.renew(self, jobs[0])
-        jobs = {
-            r: jobs[r] | {"fn": fn, "fn_id": 0, "epoch": self.epoch, "deadline": deadline}
-            for r in jobs
-        }
+    def run(self, fn: bytes, jobs: dict[int, dict], deadline: float = 30.0) -> dict[int, dict[str, Any]]:
+        """As `Pool.run`. A hang ends the job, because only the launcher could start these processes again."""
+        if self.shape != (jobs[0]["world"], jobs[0]["groups"]):
+            self.shape, self.epoch = (jobs[0]["world"], jobs[0]["groups"]), self.epoch + 1
+        jobs = {r: jobs[r] | {"fn": fn, "fn_id": 0, "epoch": self.epoch, "deadline": deadline} for r in jobs}
         for rank in range(1, self.size):
             idle = {"idle": True}
             self.store.set(f"job/{self.turn}/{rank}", cloudpickle.dumps(jobs.get(rank, idle)))
@@ -1093,7 +1068,7 @@ class Ranks:
                 results[rank] = answer
         self.turn += 1
         if not all(r["clean"] for r in results.values()):
-            self.replace()
+            self.shape = None
         return results
 
     def _guarded(self, job: dict) -> dict[str, Any]:

@@ -248,6 +248,13 @@ def test_mistakes_are_named(bug, pool):
     json.loads(report.to_json())
 
 
+@pytest.mark.parametrize("fn, holds", [(ring, True), (gathering, False)])
+def test_only_a_ring_holds_what_a_ring_holds(fn, holds, pool):
+    report = check(fn, features={"causal"}, claims="ring", quick=True, pool=pool)
+    assert bool(report) == holds, str(report)
+    assert report.growth
+
+
 def test_a_gather_that_slices_is_named(pool):
     report = check(
         functools.partial(gathering, wrap=Sliced),
