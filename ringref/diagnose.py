@@ -1060,7 +1060,9 @@ def precision(whole: dict[str, Tensor], truth: Any, about: list[str]) -> str | N
     share = []
     for n in about:
         seen = truth.whole[n].isfinite()
-        share.append(((whole[n] - truth.whole[n])[seen].norm() / truth.whole[n][seen].norm()).item())
+        share.append(
+            ((whole[n] - truth.whole[n])[seen].norm() / truth.whole[n][seen].norm()).item()
+        )
     # sums that cancel show what they lost many times over
     if max(share) > (0.3 if truth.case.offset else 0.02):
         return None

@@ -609,12 +609,20 @@ def check(
     )
     with _workers(pool, todo, backend) as workers:
         # torchrun's processes have one world size for life; the pool has processes for each
-        fits = [c for c in todo if (c.world == workers.size if isinstance(workers, Ranks) else c.world <= workers.size)]
-        report = _sweep(fn, fits, pool=workers, deadline=deadline, stop_after=stop_after, progress=progress)
+        fits = [
+            c
+            for c in todo
+            if (c.world == workers.size if isinstance(workers, Ranks) else c.world <= workers.size)
+        ]
+        report = _sweep(
+            fn, fits, pool=workers, deadline=deadline, stop_after=stop_after, progress=progress
+        )
     report.layout = layout
     report.not_judged = [f"feature {name}" for name in missing] + unwatched + report.not_judged
     if len(fits) < len(todo):
-        report.not_judged.append(f"{len(todo) - len(fits)} cases for other world sizes than can be had here")
+        report.not_judged.append(
+            f"{len(todo) - len(fits)} cases for other world sizes than can be had here"
+        )
     return report
 
 

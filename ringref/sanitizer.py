@@ -920,10 +920,12 @@ class Crew:
 class Pool:
     """Worker processes on this machine for worlds of up to `size` ranks, started when first needed.
 
-    One pool serves many sweeps. A process keeps its rank and its world size for life, as any real one does (published
-    code caches both), so there is a crew for each world size; a crew is replaced only after a hang or a crash.
+    One pool serves many sweeps. A process keeps its rank and its world size for life, as any real
+    one does (published code caches both), so there is a crew for each world size; a crew is
+    replaced only after a hang or a crash.
 
-    Usage: `with Pool(8) as pool: results = pool.run(fn, jobs, deadline=30)`; `jobs` maps a rank to its part of a case.
+    Usage: `with Pool(8) as pool: results = pool.run(fn, jobs, deadline=30)`; `jobs` maps a rank to
+    its part of a case.
     """
 
     def __init__(self, size: int = 8, backend: str = "gloo"):
@@ -942,8 +944,12 @@ class Pool:
         while self.crews:
             self.crews.popitem()[1].close()
 
-    def run(self, fn: bytes, jobs: dict[int, dict], deadline: float = 30.0) -> dict[int, dict[str, Any]]:
-        """Run one case on ranks 0 … len(jobs)−1; every rank's result, or what it was waiting for when it hung."""
+    def run(
+        self, fn: bytes, jobs: dict[int, dict], deadline: float = 30.0
+    ) -> dict[int, dict[str, Any]]:
+        """Run one case on ranks 0 … len(jobs)−1; every rank's result, or what it was waiting for
+        when it hung.
+        """
         world = len(jobs)
         if world > self.size:
             raise ValueError(f"jobs: {world} ranks on a pool of {self.size}")
@@ -962,7 +968,9 @@ class Pool:
         if any("hang" in r or "crash" in r for r in results.values()):
             self.crews.pop(world).close()
         elif not all(r["clean"] for r in results.values()):
-            crew.groups = None  # the groups hold messages that nobody took: the next case gets new ones
+            crew.groups = (
+                None  # the groups hold messages that nobody took: the next case gets new ones
+            )
         return dict(sorted(results.items()))
 
     def _collect(self, crew: Crew, ranks: list[int], deadline: float) -> dict[int, dict[str, Any]]:
@@ -974,7 +982,13 @@ class Pool:
                 try:
                     results[lines[line]] = pickle.loads(line.recv_bytes())
                 except (EOFError, OSError):
-                    results[lines[line]] = {"steps": [], "crash": True, "error": None, "ops": [], "written": []}
+                    results[lines[line]] = {
+                        "steps": [],
+                        "crash": True,
+                        "error": None,
+                        "ops": [],
+                        "written": [],
+                    }
                 seen = time.monotonic()
             if len(results) < len(ranks) and time.monotonic() - seen > 0.5:
                 seconds = time.monotonic() - started
@@ -1053,11 +1067,18 @@ class Ranks:
             self.turn += 1
         self.store.set(f"bye/{self.rank}", b"1")
 
-    def run(self, fn: bytes, jobs: dict[int, dict], deadline: float = 30.0) -> dict[int, dict[str, Any]]:
-        """As `Pool.run`. A hang ends the job, because only the launcher could start these processes again."""
+    def run(
+        self, fn: bytes, jobs: dict[int, dict], deadline: float = 30.0
+    ) -> dict[int, dict[str, Any]]:
+        """As `Pool.run`. A hang ends the job, because only the launcher could start these processes
+        again.
+        """
         if self.shape != (jobs[0]["world"], jobs[0]["groups"]):
             self.shape, self.epoch = (jobs[0]["world"], jobs[0]["groups"]), self.epoch + 1
-        jobs = {r: jobs[r] | {"fn": fn, "fn_id": 0, "epoch": self.epoch, "deadline": deadline} for r in jobs}
+        jobs = {
+            r: jobs[r] | {"fn": fn, "fn_id": 0, "epoch": self.epoch, "deadline": deadline}
+            for r in jobs
+        }
         for rank in range(1, self.size):
             idle = {"idle": True}
             self.store.set(f"job/{self.turn}/{rank}", cloudpickle.dumps(jobs.get(rank, idle)))
