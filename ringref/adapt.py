@@ -1,10 +1,9 @@
-"""What people have, as the oracle calls it: each adapter takes their function and gives `fn(q, k, v, *, causal, group, …)`.
+"""What people have, as the oracle calls it: an adapter takes their function and gives `fn(q, k, v,
+*, causal, group, …)`.
 
-```python
-check(adapt.bhsd(my_attention), features={"causal"})
-```
-An adapter only renames and transposes; it does not repair. What it passes on beyond `causal` and `group` is what the
-declared features add (see `ringref.oracle`).
+```python check(adapt.bhsd(my_attention), features={"causal"}) ``` An adapter only renames and
+transposes; it does not repair. What it passes on beyond `causal` and `group` is what the declared
+features add (see `ringref.oracle`).
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .sanitizer import group_ranks, mesh_of
+from .sanitizer import entered, group_ranks
 
 
 def _passed(fn: Callable, told: dict[str, Any]) -> dict[str, Any]:
@@ -25,7 +24,9 @@ def _passed(fn: Callable, told: dict[str, Any]) -> dict[str, Any]:
     names = inspect.signature(fn).parameters
     if any(p.kind is p.VAR_KEYWORD for p in names.values()):
         return told
-    if refused := [name for name, value in told.items() if name not in names and value not in (None, False)]:
+    if refused := [
+        name for name, value in told.items() if name not in names and value not in (None, False)
+    ]:
         raise NotImplementedError(f"the candidate takes no {', '.join(refused)}")
     return {name: value for name, value in told.items() if name in names}
 
@@ -67,7 +68,7 @@ def packed_kv(fn: Callable) -> Callable:
 
 
 def single(fn: Callable) -> Callable:
-    """For a function or module on one device, which knows no group: judged at p = 1, refused above."""
+    """For a function or module on one device, which knows no group: judged at p = 1 alone."""
 
     def candidate(q: Tensor, k: Tensor, v: Tensor, *, group: Any, **told: Any) -> Any:
         if len(group_ranks(group)) > 1:
@@ -78,13 +79,16 @@ def single(fn: Callable) -> Callable:
 
 
 def dilated(make: Callable, *, heads: str = "all", causal: str = "is_causal") -> Callable:
-    """For a dilated-attention module on one device: `make(segment_lengths, dilation_rates)` builds it.
+    """For a dilated-attention module on one device: `make(segment_lengths, dilation_rates)` builds
+    it.
 
-    `heads` is its convention, as `ringref.Dilation` names it; with "grouped" the difference to LongNet is reported as a
-    convention. `causal` is its name for causality.
+    `heads` is its convention, as `ringref.Dilation` names it; with "grouped" the difference to
+    LongNet is reported as a convention. `causal` is its name for causality.
     """
 
-    def candidate(q: Tensor, k: Tensor, v: Tensor, *, group: Any, dilation: Any, **told: Any) -> Any:
+    def candidate(
+        q: Tensor, k: Tensor, v: Tensor, *, group: Any, dilation: Any, **told: Any
+    ) -> Any:
         if len(group_ranks(group)) > 1:
             raise NotImplementedError("one device only")
         module = make(list(dilation.segment_lengths), list(dilation.dilation_rates))
@@ -95,7 +99,9 @@ def dilated(make: Callable, *, heads: str = "all", causal: str = "is_causal") ->
 
 
 def grouped(make: Callable, *, argument: str = "process_group") -> Callable:
-    """For a class whose constructor takes the process group: `make(process_group=…)(q, k, v, causal=…)`."""
+    """For a class whose constructor takes the process group: `make(process_group=…)(q, k, v,
+    causal=…)`.
+    """
 
     def candidate(q: Tensor, k: Tensor, v: Tensor, *, group: Any, **told: Any) -> Any:
         return make(**{argument: group})(q, k, v, **told)
@@ -113,7 +119,9 @@ def renamed(fn: Callable, **names: str) -> Callable:
 
 
 def interleaved_gqa(fn: Callable) -> Callable:
-    """For a function whose query head j uses key/value head j mod g: the query heads are put in its order and back."""
+    """For a function whose query head j uses key/value head j mod g: the query heads are put in its
+    order and back.
+    """
 
     def candidate(q: Tensor, k: Tensor, v: Tensor, **told: Any) -> Any:
         g = k.shape[2]
@@ -127,12 +135,16 @@ def interleaved_gqa(fn: Callable) -> Callable:
 
 
 def varlen(fn: Callable) -> Callable:
-    """For a function over (T, h, d) with `cu_seqlens`, the batch laid end to end; lse, if any, is h T."""
+    """For a function over (T, h, d) with `cu_seqlens`, the batch laid end to end; lse, if any, is h
+    T.
+    """
 
     def candidate(q: Tensor, k: Tensor, v: Tensor, **told: Any) -> Any:
         b, s = q.shape[:2]
         lengths = torch.arange(0, (b + 1) * s, s, dtype=torch.int32)[: b + 1]
-        result = fn(*(x.reshape(b * s, *x.shape[2:]) for x in (q, k, v)), cu_seqlens=lengths, **told)
+        result = fn(
+            *(x.reshape(b * s, *x.shape[2:]) for x in (q, k, v)), cu_seqlens=lengths, **told
+        )
         out, *rest = result if isinstance(result, tuple) else (result,)
         out = out.unflatten(0, (b, s))
         return (out, rest[0].unflatten(1, (b, s)).transpose(0, 1)) if rest else out
@@ -140,22 +152,19 @@ def varlen(fn: Callable) -> Callable:
     return candidate
 
 
-def context_parallel(fn: Callable | None = None, *, rotate: str = "alltoall") -> Callable:
-    """PyTorch's `context_parallel` around `fn(q, k, v, is_causal=…)` over b h s d, scaled_dot_product_attention by default.
+def context_parallel(*, rotate: str = "allgather") -> Callable:
+    """PyTorch's `context_parallel` around scaled_dot_product_attention; experimental there, and
+    causal wants zigzag.
 
-    It cuts the whole tensors itself, so the adapter rejoins the shards first; it is zigzag under causal and wants
-    `layout="zigzag"` there. Context parallelism is experimental in PyTorch: needs 2.7 or later.
+    `rotate` is how keys travel, "allgather" or "alltoall". PyTorch has it for its fused kernels, so
+    on a CPU only where there is one (its flash attention).
     """
 
     def candidate(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, group: Any) -> Tensor:
-        from torch.distributed.tensor.experimental import context_parallel as enter
-        from torch.distributed.tensor.experimental._attention import set_rotate_method
-
-        attend = fn or torch.nn.functional.scaled_dot_product_attention
-        set_rotate_method(rotate)
         q, k, v = (x.transpose(1, 2).contiguous() for x in (q, k, v))
-        with enter(mesh_of(group), buffers=[], buffer_seq_dims=[]):
-            return attend(q, k, v, is_causal=causal).transpose(1, 2)
+        with entered(group, rotate, q.shape[2] * len(group_ranks(group))):
+            out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal)
+        return out.transpose(1, 2)
 
     return candidate
 

@@ -1,28 +1,25 @@
 """Judge anybody's ring, collective or dilated attention: what is wrong, where, and most likely why.
 
-```python
-from ringref.oracle import check
-report = check(my_attention, layout="zigzag", ranks=4, features={"causal", "gqa"})
-```
+```python from ringref.oracle import check report = check(my_attention, layout="zigzag", ranks=4,
+features={"causal", "gqa"}) ```
 
-The candidate is `fn(q, k, v, *, causal, group) -> out | (out, lse)` on local shards `b s h d`. It runs on real processes
-with whatever communication it uses itself; nothing of it is trusted. A case is a small problem, cut across p ranks by
-`layout`; the judge is `dense_attention` on the whole problem in float64. A feature may add a keyword to the call:
+The candidate is `fn(q, k, v, *, causal, group) -> out | (out, lse)` on local shards `b s h d`. It
+runs on real processes with whatever communication it uses itself; nothing of it is trusted. A case
+is a small problem, cut across p ranks by `layout`; the judge is `dense_attention` on the whole
+problem in float64. A feature may add a keyword to the call:
 
-| feature | adds | meaning |
-|---|---|---|
-| causal | | a query sees its own position and those before; `causal=False` is judged always |
-| gqa | | fewer key/value heads than query heads: head j uses j // (h/g) |
-| mask | `mask_mod` | FlexAttention's signature, over global indices |
-| window | `window` | `(left, right)`: key − query between −left and right |
-| dilation | `dilation` | a `ringref.Dilation` |
-| uneven, empty | `positions` | this rank's global positions; lengths differ, or are zero |
-| lse | | the second result is a differentiable lse; its gradient is judged too |
-| subgroup | | `group` is not the world |
+| feature | adds | meaning | |---|---|---| | causal | | a query sees its own position and those
+before; `causal=False` is judged always | | gqa | | fewer key/value heads than query heads: head j
+uses j // (h/g) | | mask | `mask_mod` | FlexAttention's signature, over global indices | | window |
+`window` | `(left, right)`: key − query between −left and right | | dilation | `dilation` | a
+`ringref.Dilation` | | uneven, empty | `positions` | this rank's global positions; lengths differ,
+or are zero | | lse | | the second result is a differentiable lse; its gradient is judged too | |
+subgroup | | `group` is not the world |
 
-**Budget.** A tensor's error is ‖candidate − float64‖ / ‖float64‖ on its rank. It may be `MULTIPLE` times the error that
-plain PyTorch attention makes in the same dtype on the same inputs on that rank (float64 is granted float32's error: many
-accumulate in float32 on purpose), and never less than `FLOOR` machine epsilons are granted.
+**Budget.** A tensor's error is ‖candidate − float64‖ / ‖float64‖ on its rank. It may be `MULTIPLE`
+times the error that plain PyTorch attention makes in the same dtype on the same inputs on that rank
+(float64 is granted float32's error: many accumulate in float32 on purpose), and never less than
+`FLOOR` machine epsilons are granted.
 """
 
 from __future__ import annotations
@@ -64,23 +61,26 @@ FLOOR = {torch.float64: 8.0, torch.float32: 8.0, torch.bfloat16: 0.2}
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-# --------------------------------------------------------------------------------------------------------------- cases
+# -------------------------------------------------------------------------------------------- cases
 
 
 @dataclass(frozen=True)
 class Case:
-    """One problem: shapes, masks and how it is cut. `Case(...).check(fn)` runs it alone and raises if `fn` is wrong.
+    """One problem: shapes, masks and how it is cut. `Case(...).check(fn)` runs it alone and raises
+    if `fn` is wrong.
 
     Args:
         name: how the report calls it.
         p: ranks that share the sequence.
         n, b, h, g, d: tokens, batch, query heads, key/value heads, head dim.
-        plan: "train" (forward, backward), "steps" (three training steps, the third like the first), "stacked" (two
-            forwards before their backwards), "properties" (forwards on altered inputs), "growth" (bytes only).
-        shift: added to every score (through one more direction of q and k): exp must not overflow or vanish.
+        plan: "train" (forward, backward), "steps" (three training steps, the third like the first),
+            "stacked" (two forwards before their backwards), "properties" (forwards on altered
+            inputs), "growth" (bytes only).
+        shift: added to every score (through one more direction of q and k): exp must not overflow
+            or vanish.
         sharp: factor on q and k: softmax close to one-hot.
-        offset: added to v and dO of the first half of the ranks, taken from the others': a running sum grows, then
-            cancels, and what it lost by rounding shows.
+        offset: added to v and dO of the first half of the ranks, taken from the others': a running
+            sum grows, then cancels, and what it lost by rounding shows.
         packed: q, k and v are views of one tensor, as a packed projection gives them.
         lengths: tokens of each rank, contiguous; None cuts by `layout`.
         groups: the ranks of each process group in a world; None is one group that is the world.
@@ -112,14 +112,15 @@ class Case:
 
     def __repr__(self) -> str:
         told = ((f.name, getattr(self, f.name), f.default) for f in dataclasses.fields(self))
-        return f"Case({', '.join(f'{name}={value!r}' for name, value, default in told if value != default)})"
+        words = (f"{name}={value!r}" for name, value, default in told if value != default)
+        return f"Case({', '.join(words)})"
 
     def check(self, fn: Callable, **options: Any) -> Report:
-        """Judge `fn` on this case alone; the report, or AssertionError with the report as its text. For pytest:
+        """Judge `fn` on this case alone; the report, or AssertionError with the report as its text.
+        For pytest:
 
-        ```python
-        @pytest.mark.parametrize("case", cases(features={"causal"}), ids=str)
-        def test_attention(case):
+        ```python @pytest.mark.parametrize("case", cases(features={"causal"}), ids=str) def
+        test_attention(case):
             case.check(my_attention)
         ```
         """
@@ -170,17 +171,23 @@ class Case:
 
     @functools.cached_property
     def times(self) -> Tensor:
-        """How often each query sees each key, b h n n, asked of the judge: zero scores, and v the identity."""
+        """How often each query sees each key, b h n n, asked of the judge: zero scores, and v the
+        identity.
+        """
         q = torch.zeros(self.b, self.n, self.h, self.n, dtype=torch.float64)
         v = torch.eye(self.n, dtype=torch.float64)[None, :, None, :].expand(self.b, -1, self.h, -1)
         dilation = Dilation(*self.dilation) if self.dilation else None
-        out, lse = dense_attention(q, q, v, causal=self.causal, dilation=dilation, mask_mod=self.mask_mod)
+        out, lse = dense_attention(
+            q, q, v, causal=self.causal, dilation=dilation, mask_mod=self.mask_mod
+        )
         return (out.transpose(1, 2) * lse.exp()[..., None]).round()
 
     def data(self, team: int = 0, step: int = 0) -> dict[str, Tensor]:
-        """The whole problem's q, k, v, dO and dlse in the case's dtype, repeatable from the seed."""
+        """The whole problem's q, k, v, dO and dlse in the case's dtype, by the seed."""
         # a bytes sum, because hash() of a string changes from run to run
-        gen = torch.Generator().manual_seed(sum(self.name.encode()) * 1009 + self.seed * 101 + team * 11 + step)
+        gen = torch.Generator().manual_seed(
+            sum(self.name.encode()) * 1009 + self.seed * 101 + team * 11 + step
+        )
         b, n, h, g, d = self.b, self.n, self.h, self.g, self.d
 
         def normal(*shape: int) -> Tensor:
@@ -192,13 +199,16 @@ class Case:
             sign = self.offset if rank < self.p / 2 else -self.offset
             v[:, mine], do[:, mine] = v[:, mine] + sign, do[:, mine] + sign
         if self.shift:
-            # all in q: a large common part of k would magnify the rounding of correct code in dq, where it cancels
+            # all in q: a large common part of k would magnify the rounding of correct code in dq,
+            # where it cancels
             q[..., 0], k[..., 0] = self.shift * math.sqrt(d), 1.0
         if self.plan == "stacked":
             q[:, :: max(1, n // 3)] = 0.0  # lse is 0 exactly where such a query sees one key
         dtype = DTYPES[self.dtype]
         data = {"q": q.to(dtype), "k": k.to(dtype), "v": v.to(dtype), "do": do.to(dtype)}
-        return data | {"dlse": normal(b, h, n).to(torch.float64 if dtype == torch.float64 else torch.float32)}
+        return data | {
+            "dlse": normal(b, h, n).to(torch.float64 if dtype == torch.float64 else torch.float32)
+        }
 
     def steps(self, team: int = 0) -> list[tuple[str, dict[str, Tensor]]]:
         """The named inputs that the plan runs on."""
@@ -241,7 +251,9 @@ class _Seat(Ring):
 
 
 def make_mask(kind: str, n: int) -> Callable:
-    """The masks that the `mask` feature judges: documents, a pattern that differs by head and batch, blind queries."""
+    """The masks that the `mask` feature judges: documents, a pattern that differs by head and
+    batch, blind queries.
+    """
     if kind == "documents":
         starts = torch.zeros(n, dtype=torch.int64)
         starts[[n // 5, n // 2, n - 2]] = 1
@@ -257,7 +269,9 @@ def make_mask(kind: str, n: int) -> Callable:
 
 
 def _remembered(stored: dict, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-    """A mask that keeps what it has computed, as a user's cache would: what it returns is not the candidate's to write."""
+    """A mask that keeps what it has computed, as a user's cache would: what it returns is not the
+    candidate's to write.
+    """
     key = (tuple(q.flatten().tolist()), tuple(k.flatten().tolist()))
     if key not in stored:
         stored[key] = (q + k + (q * k) // 3) % 4 != 0
@@ -290,7 +304,9 @@ def cases(
     """The cases of a sweep, smallest first; see `check` for the arguments."""
     features = set(features)
     if unknown := features - set(FEATURES):
-        raise ValueError(f"features: {', '.join(sorted(unknown))} unknown; choose from {', '.join(FEATURES)}")
+        raise ValueError(
+            f"features: {', '.join(sorted(unknown))} unknown; choose from {', '.join(FEATURES)}"
+        )
     if claims not in (None, "ring"):
         raise ValueError(f"claims must be None or 'ring', got {claims!r}")
     made: list[tuple[Case, bool]] = []
@@ -335,50 +351,102 @@ def cases(
         add("eight ranks", 8, causal=True)
     last = causal and True
     if "mask" in features:
-        for kind, c, p in itertools.product(("documents", "heads", "blind", "stored"), both, (1, 2, 3)):
+        for kind, c, p in itertools.product(
+            ("documents", "heads", "blind", "stored"), both, (1, 2, 3)
+        ):
             plan = "steps" if kind == "stored" else "train"
-            add(f"mask {kind}{' causal' if c else ''}", p, mask=kind, causal=c, fast=p == 2, plan=plan)
+            add(
+                f"mask {kind}{' causal' if c else ''}",
+                p,
+                mask=kind,
+                causal=c,
+                fast=p == 2,
+                plan=plan,
+            )
     if "window" in features:
-        for (left, right), c, p in itertools.product(((3, 2), (8, 0), (0, 7), (1, 1)), both, (1, 2, 3, 4)):
+        for (left, right), c, p in itertools.product(
+            ((3, 2), (8, 0), (0, 7), (1, 1)), both, (1, 2, 3, 4)
+        ):
             if p < 4 or left == 3:
-                add(f"window {left},{right}{' causal' if c else ''}", p, window=(left, right), causal=c, fast=p == 2)
+                add(
+                    f"window {left},{right}{' causal' if c else ''}",
+                    p,
+                    window=(left, right),
+                    causal=c,
+                    fast=p == 2,
+                )
     if "dilation" in features:
         awkward = (((4, 8, 64), (1, 2, 4)), ((5, 7), (2, 3)), ((6,), (3,)), ((3, 12), (1, 5)))
         for (w, r), c, p in itertools.product(awkward, both, (1, 2, 3)):
-            told = {"n": 7 * p, "h": 5, "g": 5} if "uneven" in features else {"n": 8 * p, "h": 5, "g": 5}
+            told = (
+                {"n": 7 * p, "h": 5, "g": 5}
+                if "uneven" in features
+                else {"n": 8 * p, "h": 5, "g": 5}
+            )
             if "gqa" in features and p != 2:
                 told |= {"h": 6, "g": 2}
-            add(f"dilation {w} {r}{' causal' if c else ''}", p, dilation=(w, r), causal=c, fast=p == 2, **told)
-    for feature, sizes in (("uneven", ((3, 6), (7, 2, 5), (1, 6, 3, 4))), ("empty", ((5, 0), (0, 4, 6), (3, 0, 0, 5)))):
+            add(
+                f"dilation {w} {r}{' causal' if c else ''}",
+                p,
+                dilation=(w, r),
+                causal=c,
+                fast=p == 2,
+                **told,
+            )
+    for feature, sizes in (
+        ("uneven", ((3, 6), (7, 2, 5), (1, 6, 3, 4))),
+        ("empty", ((5, 0), (0, 4, 6), (3, 0, 0, 5))),
+    ):
         for lengths, c in itertools.product(sizes if feature in features else (), both):
             p = len(lengths)
-            cut = {"lengths": lengths, "n": sum(lengths)} if layout == "contiguous" else {"n": 4 * p + 1}
+            cut = (
+                {"lengths": lengths, "n": sum(lengths)}
+                if layout == "contiguous"
+                else {"n": 4 * p + 1}
+            )
             if feature == "empty" and layout != "contiguous":
                 cut = {"n": p - 1}
-            add(f"{feature}{' causal' if c else ''}", p, causal=c, positions=True, fast=p == 3, **cut)
+            add(
+                f"{feature}{' causal' if c else ''}",
+                p,
+                causal=c,
+                positions=True,
+                fast=p == 3,
+                **cut,
+            )
     if "subgroup" in features:
         add("subgroup", 2, causal=last, groups=((0, 2), (1, 3)), fast=True)
         add("subgroup", 2, causal=last, groups=((1, 2),))
         add("subgroup", 3, causal=last, groups=((1, 2, 4),))
     if claims:
         for p, per in ((2, 32), (4, 32), (4, 64), (8, 32)):
-            add(f"growth n={p * per}", p, causal=causal, plan="growth", per=per, b=1, d=32, fast=True)
+            told = {"b": 1, "d": 32, "h": 8, "g": 8, "per": per}
+            add(f"growth n={p * per}", p, causal=causal, plan="growth", fast=True, **told)
     if "uneven" in features or "empty" in features:
         made = [(dataclasses.replace(case, positions=True), fast) for case, fast in made]
     widest = {4: 8}.get(ranks, ranks)
-    chosen = [case for case, fast in made if (fast or not quick) and case.world <= max(widest, ranks)]
+    chosen = [
+        case for case, fast in made if (fast or not quick) and case.world <= max(widest, ranks)
+    ]
     # among equals the plain case first: it says best what is wrong
     odd = ("train", "stacked", "properties", "steps", "growth")
-    return sorted(chosen, key=lambda c: (c.p, c.world, c.plan == "growth", c.positions and c.lengths is not None,
-                                         c.n, c.packed, bool(c.shift), odd.index(c.plan)))  # fmt: skip
+
+    def rank(c: Case) -> tuple:
+        uneven = c.positions and c.lengths is not None
+        plain = c.p, c.world, c.plan == "growth", uneven
+        return *plain, c.n, c.packed, bool(c.shift), odd.index(c.plan)
+
+    return sorted(chosen, key=rank)
 
 
-# -------------------------------------------------------------------------------------------------------------- report
+# ------------------------------------------------------------------------------------------- report
 
 
 @dataclass
 class Finding:
-    """Something wrong. `kind` is value, property, message, hang, crash or growth; `snippet` runs the case alone."""
+    """Something wrong. `kind` is value, property, message, hang, crash or growth; `snippet` runs
+    the case alone.
+    """
 
     kind: str
     diagnosis: str
@@ -418,7 +486,9 @@ class Report:
         return max(known or votes, key=votes.__getitem__) if votes else None
 
     def agree(self) -> None:
-        """Where several causes explain a finding equally well, tell the one that explains the others too."""
+        """Where several causes explain a finding equally well, tell the one that explains the
+        others too.
+        """
         if (common := self.diagnosis) is not None:
             for f in self.findings:
                 if f.kind == "value" and common in f.causes:
@@ -426,23 +496,41 @@ class Report:
 
     def to_json(self) -> str:
         """Everything in the report, for machines."""
-        return json.dumps({"ok": bool(self), "diagnosis": self.diagnosis} | dataclasses.asdict(self), indent=1)
+        return json.dumps(
+            {"ok": bool(self), "diagnosis": self.diagnosis} | dataclasses.asdict(self), indent=1
+        )
 
     def __rich_console__(self, console: Console, _: Any) -> Iterator[Any]:
         failed = len({(f.case, f.p) for f in self.findings})
         verdict = "passes" if self else "is wrong" if self.findings else "was not judged"
         total = len(self.passed) + failed
-        yield f"{self.candidate} {verdict}: {len(self.passed)} of {total} cases pass, {self.seconds:.0f} s"
+        cases = f"{len(self.passed)} of {total} cases pass"
+        yield f"{self.candidate} {verdict}: {cases}, {self.seconds:.0f} s"
         if self.findings:
             yield f"most likely: {self.diagnosis}"
             table = Table(expand=False, show_lines=False, pad_edge=False)
-            for head, style in (("case", {}), ("p", {}), ("where", {}), ("error/budget", {}), ("finding", {})):
+            for head, style in (
+                ("case", {}),
+                ("p", {}),
+                ("where", {}),
+                ("error/budget", {}),
+                ("finding", {}),
+            ):
                 table.add_column(head, overflow="fold", **style)
             shown = self.findings[:12]
             for f in shown:
-                place = f"{f.tensor or ''}{f' rank {f.rank}' if f.rank is not None else ''}".strip() or "-"
+                place = (
+                    f"{f.tensor or ''}{f' rank {f.rank}' if f.rank is not None else ''}".strip()
+                    or "-"
+                )
                 size = "-" if f.error is None else f"{f.error:.1e}/{f.budget:.1e}"
-                table.add_row(f.case, str(f.p), place, size, f.diagnosis + (f" at {f.where}" if f.where else ""))
+                table.add_row(
+                    f.case,
+                    str(f.p),
+                    place,
+                    size,
+                    f.diagnosis + (f" at {f.where}" if f.where else ""),
+                )
             yield table
             if len(self.findings) > len(shown):
                 yield f"and {len(self.findings) - len(shown)} more in report.findings"
@@ -467,7 +555,7 @@ class Report:
         return f"<pre style='line-height:1.2'>{html.escape(str(self))}</pre>"
 
 
-# ------------------------------------------------------------------------------------------------------------- judging
+# ------------------------------------------------------------------------------------------ judging
 
 
 def check(
@@ -488,15 +576,21 @@ def check(
     """Judge an attention over ranks; see the module's text for the call and the features.
 
     Args:
-        fn: the candidate, `fn(q, k, v, *, causal, group, ...)`; a notebook's function, a lambda or a closure will do.
+        fn: the candidate, `fn(q, k, v, *, causal, group, ...)`; a notebook's function, a lambda or
+            a closure will do.
         layout: "contiguous", "zigzag" or "striped": how the sequence is cut.
-        ranks: every p up to this is tried; with the default of 4 also one case each of p = 5 and p = 8.
-        features: what the candidate can do, a subset of `FEATURES`; the rest is reported as not judged.
-        claims: "ring" asserts that a rank never holds the keys of all; bytes per rank are measured as p doubles.
+        ranks: every p up to this is tried; with the default of 4 also one case each of p = 5 and p
+            = 8.
+        features: what the candidate can do, a subset of `FEATURES`; the rest is reported as not
+            judged.
+        claims: "ring" asserts that a rank never holds the keys of all; bytes per rank are measured
+            as p doubles.
         quick: a third of the cases.
-        backend: "gloo" on the CPU; "nccl" for values, hangs and growth on GPUs (there messages are not watched).
+        backend: "gloo" on the CPU; "nccl" for values, hangs and growth on GPUs (there messages are
+            not watched).
         seed: another seed, other numbers; the same seed, the same run.
-        deadline: seconds that a case may take before it counts as hung; a deadlock is known after about one.
+        deadline: seconds that a case may take before it counts as hung; a deadlock is known after
+            about one.
         stop_after: failing cases after which the rest is left.
         progress: a progress bar; None shows one on a terminal.
         pool: workers to use, for many sweeps in a row.
@@ -504,17 +598,31 @@ def check(
     Raises:
         ValueError: an unknown feature, layout or claim.
     """
-    todo = cases(features=features, layout=layout, ranks=ranks, quick=quick, claims=claims, seed=seed)
+    todo = cases(
+        features=features, layout=layout, ranks=ranks, quick=quick, claims=claims, seed=seed
+    )
     missing = [name for name in FEATURES if name not in set(features)]
-    unwatched = ["messages, which NCCL carries itself (run on gloo to watch them)"] if backend == "nccl" else []
+    unwatched = (
+        ["messages, which NCCL carries itself (run on gloo to watch them)"]
+        if backend == "nccl"
+        else []
+    )
     with _workers(pool, todo, backend) as workers:
-        size = getattr(workers, "size", 8)
-        report = _sweep(fn, [c for c in todo if c.world <= size], pool=workers, deadline=deadline,
-                        stop_after=stop_after, progress=progress)  # fmt: skip
+        # torchrun's processes have one world size for life; the pool has processes for each
+        fits = [
+            c
+            for c in todo
+            if (c.world == workers.size if isinstance(workers, Ranks) else c.world <= workers.size)
+        ]
+        report = _sweep(
+            fn, fits, pool=workers, deadline=deadline, stop_after=stop_after, progress=progress
+        )
     report.layout = layout
     report.not_judged = [f"feature {name}" for name in missing] + unwatched + report.not_judged
-    if len(todo) > len([c for c in todo if c.world <= size]):
-        report.not_judged.append(f"more than {size} ranks")
+    if len(fits) < len(todo):
+        report.not_judged.append(
+            f"{len(todo) - len(fits)} cases for other world sizes than can be had here"
+        )
     return report
 
 
@@ -568,7 +676,11 @@ def _sweep(
             hangs += any(f.kind == "hang" for f in report.findings[before:])
             if (failing >= stop_after or hangs >= 3) and i + 1 < len(todo):
                 # two ranks leave many causes alike, three tell them apart
-                wider = [] if hangs or case.p > 2 else [c for c in todo[i + 1 :] if c.p == 3 and c.name in failed][:2]
+                wider = (
+                    []
+                    if hangs or case.p > 2
+                    else [c for c in todo[i + 1 :] if c.p == 3 and c.name in failed][:2]
+                )
                 for extra in wider:
                     judge.judge(extra)
                 left = len(todo) - i - 1 - len(wider)
@@ -576,7 +688,9 @@ def _sweep(
                 break
     judge.growth()
     for why, names in judge.refused.items():
-        report.not_judged.append(f"{names[0] if len(names) == 1 else f'{len(names)} cases'}, refused: {why}")
+        report.not_judged.append(
+            f"{names[0] if len(names) == 1 else f'{len(names)} cases'}, refused: {why}"
+        )
     report.agree()
     report.seconds = time.monotonic() - began
     return report
@@ -598,13 +712,18 @@ class Judge:
         results = self.run(case)
         found = self.messages(case, results)
         broken = any(r["error"] or "hang" in r or "crash" in r for r in results.values())
-        # any exception may refuse heads that p does not divide (as an all-to-all over heads does), and float64
-        lenient = "odd heads" in case.name and not any("odd heads" in name for name in self.report.passed)
+        # any exception may refuse heads that p does not divide (as an all-to-all over heads does),
+        # and float64
+        lenient = "odd heads" in case.name and not any(
+            "odd heads" in name for name in self.report.passed
+        )
         strict = not lenient and case.dtype != "float64"
         refused = [r["error"]["refused"] or not strict for r in results.values() if r["error"]]
         if refused and all(refused) and len(refused) == case.p * len(case.teams):
             text = next(r["error"]["text"] for r in results.values() if r["error"])
-            self.refused.setdefault((text.splitlines() or ["NotImplementedError"])[0][:70], []).append(str(case))
+            self.refused.setdefault(
+                (text.splitlines() or ["NotImplementedError"])[0][:70], []
+            ).append(str(case))
             return
         if not broken and all(f.causes[0] in diagnose.HARMLESS for f in found):
             for team, members in enumerate(case.teams):
@@ -622,8 +741,18 @@ class Judge:
         jobs = {}
         call = cloudpickle.dumps(case.call())
         for rank in range(case.world):
-            jobs[rank] = {"world": case.world, "groups": case.teams, "steps": [], "program": [], "call": call}
-            jobs[rank] |= {"measure": case.plan == "growth", "poison": poison, "packed": case.packed}
+            jobs[rank] = {
+                "world": case.world,
+                "groups": case.teams,
+                "steps": [],
+                "program": [],
+                "call": call,
+            }
+            jobs[rank] |= {
+                "measure": case.plan == "growth",
+                "poison": poison,
+                "packed": case.packed,
+            }
         for team, members in enumerate(case.teams):
             for rank, mine in zip(members, case.shards, strict=True):
                 jobs[rank]["program"] = case.program
@@ -634,10 +763,12 @@ class Judge:
                     jobs[rank]["steps"].append(local)
         return self.pool.run(self.pickled, jobs, self.deadline)
 
-    # ------------------------------------------------------------------------------------------------------- messages
+    # ------------------------------------------------------------------------------------- messages
 
     def messages(self, case: Case, results: dict[int, dict]) -> list[Finding]:
-        """What the sanitizer saw, hangs, crashes and exceptions: the first cause, not what follows from it."""
+        """What the sanitizer saw, hangs, crashes and exceptions: the first cause, not what follows
+        from it.
+        """
         found: list[Finding] = []
 
         def tell(kind: str, cause: str, detail: str, rank: int | None, line: Any = None) -> None:
@@ -651,9 +782,21 @@ class Judge:
                 if raised and f["kind"] == "unfinished":
                     continue
                 if case.groups and f["kind"] == "self-send":
-                    tell("message", diagnose.GROUP, f"{f['text']} ({f['phase']}, hop {f['hop']})", rank, f["line"])
+                    tell(
+                        "message",
+                        diagnose.GROUP,
+                        f"{f['text']} ({f['phase']}, hop {f['hop']})",
+                        rank,
+                        f["line"],
+                    )
                     continue
-                tell("message", diagnose.MESSAGES[f["kind"]], f"{f['text']} ({f['phase']}, hop {f['hop']})", rank, f["line"])
+                tell(
+                    "message",
+                    diagnose.MESSAGES[f["kind"]],
+                    f"{f['text']} ({f['phase']}, hop {f['hop']})",
+                    rank,
+                    f["line"],
+                )
         for cause, detail, rank, line in diagnose.mismatched(results):
             tell("message", cause, detail, rank, line)
         if found:
@@ -661,7 +804,8 @@ class Judge:
             found.sort(key=lambda f: order.index(f.causes[0]) if f.causes[0] in order else 0)
             return found[:1]
         errors = {rank: r["error"] for rank, r in results.items() if r["error"]}
-        # an exception on one rank makes its neighbours lose their connection or wait: the first cause is the story
+        # an exception on one rank makes its neighbours lose their connection or wait: the first
+        # cause is the story
         own = {r: e for r, e in errors.items() if "onnection" not in e["text"]} or errors
         for rank, e in list(own.items())[:1]:
             cause, text = diagnose.crash(e)
@@ -676,10 +820,12 @@ class Judge:
                 tell("property", "an input was written to", ", ".join(r["written"]), rank)
         return found
 
-    # --------------------------------------------------------------------------------------------------------- values
+    # --------------------------------------------------------------------------------------- values
 
     def values(self, case: Case, team: int, results: list[dict]) -> list[Finding]:
-        """Compare every tensor of every step on every rank, and the properties that need no reference."""
+        """Compare every tensor of every step on every rank, and the properties that need no
+        reference.
+        """
         if case.plan == "growth":
             held = max(r["peak"] for r in results)
             self.bytes[case.p, case.n] = held, max(r["sent"] for r in results), case.n / case.p
@@ -690,7 +836,11 @@ class Judge:
         shown = []
         for i, (_, data) in enumerate(steps):
             mine = [r["steps"][i] for r in results]
-            used = data if any(m.get("dlse_used") for m in mine) else data | {"dlse": torch.zeros_like(data["dlse"])}
+            used = (
+                data
+                if any(m.get("dlse_used") for m in mine)
+                else data | {"dlse": torch.zeros_like(data["dlse"])}
+            )
             truth = Truth(case, used)
             if self.base_two(truth, mine):
                 truth = Truth(case, used | {"dlse": used["dlse"] * math.log2(math.e)})
@@ -703,8 +853,12 @@ class Judge:
             found += self.properties(case, results, truths)
         return found
 
-    def step(self, case: Case, truth: Truth, mine: list[dict], truths: list[Truth], index: int) -> list[Finding]:
-        """The first wrong tensor of one step, in the order in which errors spread, with a diagnosis."""
+    def step(
+        self, case: Case, truth: Truth, mine: list[dict], truths: list[Truth], index: int
+    ) -> list[Finding]:
+        """The first wrong tensor of one step, in the order in which errors spread, with a
+        diagnosis.
+        """
         wrong: dict[str, tuple[float, float, int]] = {}
         got: dict[str, list[Tensor]] = {}
         for name in TENSORS:
@@ -716,14 +870,18 @@ class Judge:
                 error, budget = (math.inf, 0.0) if why else truth.error(name, rank, piece)
                 pieces.append(piece)
                 share = error / budget if budget else (math.inf if error else 0.0)
-                self.report.margin[name] = max(self.report.margin.get(name, 0.0), share if share <= 1 else 0.0)
+                self.report.margin[name] = max(
+                    self.report.margin.get(name, 0.0), share if share <= 1 else 0.0
+                )
                 if share > 1 and share >= worst[0]:
                     worst = (share, error, rank, why) if share > worst[0] else worst
                     budgets = budget
             got[name] = pieces
             if worst[0] > 1:
                 if worst[3]:
-                    told = Finding("value", worst[3], case.name, case.p, worst[2], name, math.inf, 0.0)
+                    told = Finding(
+                        "value", worst[3], case.name, case.p, worst[2], name, math.inf, 0.0
+                    )
                     return [dataclasses.replace(told, causes=[worst[3]])]
                 wrong[name] = (worst[1], budgets, worst[2])
         if not wrong:
@@ -731,12 +889,22 @@ class Judge:
         first = next(name for name in TENSORS if name in wrong)
         causes = self.why(case, truth, got, list(wrong), truths, index)
         error, budget, rank = wrong[first]
-        return [Finding("value", causes[0], case.name, case.p, rank, first, error, budget, causes=causes)]
+        return [
+            Finding(
+                "value", causes[0], case.name, case.p, rank, first, error, budget, causes=causes
+            )
+        ]
 
-    def why(self, case: Case, truth: Truth, got: dict, wrong: list[str], truths: list, index: int) -> list[str]:
-        """Causes that explain it, the best first; NaN is first asked whether it changes with what the oracle planted."""
+    def why(
+        self, case: Case, truth: Truth, got: dict, wrong: list[str], truths: list, index: int
+    ) -> list[str]:
+        """Causes that explain it, the best first; NaN is first asked whether it changes with what
+        the oracle planted.
+        """
         lost = [(x, truth.part(name, r)) for name in wrong for r, x in enumerate(got[name])]
-        if wrong[0] == "lse" and any((x[want == -math.inf].abs() < 1e4).any() for x, want in lost[: case.p]):
+        if wrong[0] == "lse" and any(
+            (x[want == -math.inf].abs() < 1e4).any() for x, want in lost[: case.p]
+        ):
             return [diagnose.BLIND]
         if any((x.isnan() & ~want.isnan()).any() for x, want in lost):
             calm = [r["steps"][index] for r in self.run(case, poison=0.0).values() if r["steps"]]
@@ -744,15 +912,21 @@ class Judge:
             if case.world > 1 and all(x is not None and not x.isnan().any() for x in now):
                 return [diagnose.EARLY]
             return [diagnose.not_finite(case)]
-        causes = diagnose.name(case, truth, got, wrong, [t for i, t in enumerate(truths) if i != index])
-        if causes[0].startswith(diagnose.UNKNOWN) and any((x.isinf() & ~want.isinf()).any() for x, want in lost):
+        causes = diagnose.name(
+            case, truth, got, wrong, [t for i, t in enumerate(truths) if i != index]
+        )
+        if causes[0].startswith(diagnose.UNKNOWN) and any(
+            (x.isinf() & ~want.isinf()).any() for x, want in lost
+        ):
             causes = [diagnose.not_finite(case)]
         vague = causes[0].startswith(diagnose.VAGUE) or causes[0] == "out is zero"
         unnamed = any(f.causes[0].startswith(diagnose.UNKNOWN) for f in self.report.findings)
         if case.shift and vague and not unnamed:
             return [diagnose.LARGE]
         # the same case in the whole world passed before this one came
-        plain = {str(dataclasses.replace(case, groups=None, name=word)) for word in ("causal", "full")}
+        plain = {
+            str(dataclasses.replace(case, groups=None, name=word)) for word in ("causal", "full")
+        }
         return [diagnose.GROUP] if case.groups and plain & set(self.report.passed) else causes
 
     def shaped(self, case: Case, name: str, x: Tensor | None, truth: Tensor) -> tuple[Any, str]:
@@ -780,7 +954,11 @@ class Judge:
             want = truth.part("lse", rank)
             if m["lse"] is None or want.numel() == 0:
                 continue
-            x = m["lse"].double().reshape(-1) if m["lse"].shape == want.shape else m["lse"].double().transpose(1, -1).reshape(-1)
+            x = (
+                m["lse"].double().reshape(-1)
+                if m["lse"].shape == want.shape
+                else m["lse"].double().transpose(1, -1).reshape(-1)
+            )
             want = want.reshape(-1)
             if x.shape == want.shape and (seen := want.isfinite() & x.isfinite()).any():
                 natural, two = (x - want)[seen].norm(), (x * math.log(2) - want)[seen].norm()
@@ -793,27 +971,56 @@ class Judge:
         if text not in self.report.conventions:
             self.report.conventions.append(text)
 
-    # ----------------------------------------------------------------------------------------------------- properties
+    # ----------------------------------------------------------------------------------- properties
 
     def properties(self, case: Case, results: list[dict], truths: list[Truth]) -> list[Finding]:
         """What must hold whatever the reference says."""
         found = []
         names = [name for name, _ in case.steps()]
-        outs = {name: [r["steps"][i]["out"].double() for r in results] for i, name in enumerate(names)}
+        outs = {
+            name: [r["steps"][i]["out"].double() for r in results] for i, name in enumerate(names)
+        }
         allowed = 2 * max(truths[0].error("out", r, x)[1] for r, x in enumerate(outs["first"]))
 
         def same(a: Tensor, b: Tensor, text: str, rank: int) -> None:
             error = ((a - b).norm() / b.norm().clamp_min(1e-30)).item() if b.numel() else 0.0
             if error > allowed or math.isnan(error):
-                found.append(Finding("property", text, case.name, case.p, rank, "out", error, allowed, causes=[text]))
+                found.append(
+                    Finding(
+                        "property",
+                        text,
+                        case.name,
+                        case.p,
+                        rank,
+                        "out",
+                        error,
+                        allowed,
+                        causes=[text],
+                    )
+                )
 
         for rank, mine in enumerate(case.shards):
             if "again" in outs:
-                same(outs["again"][rank], outs["first"][rank], "two runs on the same inputs differ", rank)
+                same(
+                    outs["again"][rank],
+                    outs["first"][rank],
+                    "two runs on the same inputs differ",
+                    rank,
+                )
             if "batch" in outs:
-                same(outs["batch"][rank][:1], outs["first"][rank][:1], "another sequence of the batch matters", rank)
+                same(
+                    outs["batch"][rank][:1],
+                    outs["first"][rank][:1],
+                    "another sequence of the batch matters",
+                    rank,
+                )
                 sees = torch.full_like(outs["constant"][rank], 0.75)
-                same(outs["constant"][rank], sees, "constant v does not give constant out: weights do not sum to 1", rank)
+                same(
+                    outs["constant"][rank],
+                    sees,
+                    "constant v does not give constant out: weights do not sum to 1",
+                    rank,
+                )
             if "future" in outs:
                 early = mine < case.n // 2
                 text = "a later token changes an earlier result"
@@ -821,7 +1028,9 @@ class Judge:
         return found
 
     def growth(self) -> None:
-        """Fit bytes per rank as n and p double; with the same shard, a ring's peak does not depend on p."""
+        """Fit bytes per rank as n and p double; with the same shard, a ring's peak does not depend
+        on p.
+        """
         if not {(4, 128), (8, 256), (4, 256)} <= set(self.bytes):
             return
         (peak, sent, _), (peak_p, sent_p, _), (peak_n, sent_n, _) = (
@@ -838,18 +1047,26 @@ class Judge:
         slope = facts["exponent of the peak in p (n/p fixed)"]
         if slope > 0.4:
             text = f"claims a ring, holds O(n): with n/p fixed the peak grows as p^{slope:.2f}"
-            self.report.findings.append(Finding("growth", text, "growth", 8, None, "bytes", slope, 0.4, causes=[text]))
+            self.report.findings.append(
+                Finding("growth", text, "growth", 8, None, "bytes", slope, 0.4, causes=[text])
+            )
 
 
 def _snippet(fn: Callable, case: Case) -> str:
     module, name = getattr(fn, "__module__", None), getattr(fn, "__qualname__", "")
     known = module not in (None, "__main__") and name.isidentifier()
-    source = f"from {module} import {name} as candidate" if known else f"candidate = {name or '...'}  # yours"
+    source = (
+        f"from {module} import {name} as candidate"
+        if known
+        else f"candidate = {name or '...'}  # yours"
+    )
     return f"from ringref.oracle import Case\n{source}\n{case!r}.check(candidate)"
 
 
 class Truth:
-    """The float64 answer to one step of a case, and what plain attention in the candidate's dtype makes of it."""
+    """The float64 answer to one step of a case, and what plain attention in the candidate's dtype
+    makes of it.
+    """
 
     def __init__(self, case: Case, data: dict[str, Tensor]):
         self.case, self.data = case, data
@@ -866,7 +1083,10 @@ class Truth:
 
     def error(self, name: str, rank: int, got: Tensor) -> tuple[float, float]:
         """The candidate's error on one rank, and its budget."""
-        want, roughs = self.part(name, rank), [self.part(name, rank, whole).double() for whole in self.plain]
+        want, roughs = (
+            self.part(name, rank),
+            [self.part(name, rank, whole).double() for whole in self.plain],
+        )
         if not want.numel():
             return 0.0, 1.0
         if name == "lse":
@@ -876,7 +1096,9 @@ class Truth:
                 return math.inf, 1.0
             want, got, *roughs = (x.masked_fill(blind, 0.0) for x in (want, got, *roughs))
         # a rank whose own share is zero by structure is measured against the others' typical norm
-        typical = self.whole[name].masked_fill(self.whole[name] == -math.inf, 0.0).norm() / math.sqrt(self.case.p)
+        typical = self.whole[name].masked_fill(
+            self.whole[name] == -math.inf, 0.0
+        ).norm() / math.sqrt(self.case.p)
         norm = max(want.norm().item(), 0.05 * typical.item(), 1e-30)
         error = (got - want).norm().item() / norm
         rough = max((rough - want).norm().item() / norm for rough in roughs)
@@ -900,17 +1122,26 @@ def plain(case: Case, data: dict[str, Tensor]) -> list[dict[str, Tensor]]:
     lse = scores.to(data["dlse"].dtype).logsumexp(-1)
     dlse = data["dlse"].masked_fill(blind[..., 0], 0.0)
     torch.autograd.backward([out, lse], [data["do"], dlse])
-    found = [{"out": out, "lse": lse.masked_fill(blind[..., 0], -math.inf), "dq": q.grad, "dk": k.grad, "dv": v.grad}]
+    found = [
+        {
+            "out": out,
+            "lse": lse.masked_fill(blind[..., 0], -math.inf),
+            "dq": q.grad,
+            "dk": k.grad,
+            "dv": v.grad,
+        }
+    ]
     found.append(found[0] | _in_parts(case, data))
     return [{name: x.detach() for name, x in one.items()} for one in found]
 
 
 @torch.no_grad()
 def _in_parts(case: Case, data: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same with the backward that recomputes exp(score − lse) in float32, each rank's part rounded to the dtype once.
+    """The same with the backward that recomputes exp(score − lse) in float32, each rank's part
+    rounded to the dtype once.
 
-    Every fused or distributed attention must do both; what they cost, with large scores or large parts that cancel, is
-    nobody's mistake. Adding the parts in the dtype costs more, and is one.
+    Every fused or distributed attention must do both; what they cost, with large scores or large
+    parts that cancel, is nobody's mistake. Adding the parts in the dtype costs more, and is one.
     """
     dtype = data["q"].dtype
     q, k, v, do = (data[name].float() for name in ("q", "k", "v", "do"))
@@ -920,7 +1151,9 @@ def _in_parts(case: Case, data: dict[str, Tensor]) -> dict[str, Tensor]:
     lse = scores.logsumexp(-1, keepdim=True).nan_to_num(neginf=math.inf)
     P = (scores - lse).exp()
     out = torch.einsum("bhqk,bkhd->bqhd", P, wide_v)
-    D = (do * out).sum(-1).transpose(1, 2) - data["dlse"].float().masked_fill(lse[..., 0] == math.inf, 0.0)
+    D = (do * out).sum(-1).transpose(1, 2) - data["dlse"].float().masked_fill(
+        lse[..., 0] == math.inf, 0.0
+    )
     dS = P * (torch.einsum("bqhd,bkhd->bhqk", do, wide_v) - D[..., None]) * case.d**-0.5
 
     def rounded(x: Tensor) -> Tensor:
@@ -929,7 +1162,9 @@ def _in_parts(case: Case, data: dict[str, Tensor]) -> dict[str, Tensor]:
     parts = {name: torch.zeros_like(x) for name, x in (("out", q), ("dq", q), ("dk", k), ("dv", v))}
     for mine in case.shards:
         weight = P[..., mine].sum(-1).transpose(1, 2)[..., None]
-        part = torch.einsum("bhqk,bkhd->bqhd", P[..., mine], wide_v[:, mine]) / weight.clamp_min(1e-30)
+        part = torch.einsum("bhqk,bkhd->bqhd", P[..., mine], wide_v[:, mine]) / weight.clamp_min(
+            1e-30
+        )
         parts["out"] += weight * rounded(part)
         parts["dq"] += rounded(torch.einsum("bhqk,bkhd->bqhd", dS[..., mine], wide_k[:, mine]))
         for name, pairs, x in (("dk", dS, q), ("dv", P, do)):
@@ -938,15 +1173,19 @@ def _in_parts(case: Case, data: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: rounded(x) for name, x in parts.items()}
 
 
-# ------------------------------------------------------------------------------------------------------------ the shell
+# ---------------------------------------------------------------------------------------- the shell
 
 
 def main(argv: list[str] | None = None) -> int:
-    """`python -m ringref check mypkg.module:function`: 0 if it passes, 1 if not. Under torchrun its ranks are used."""
+    """`python -m ringref check mypkg.module:function`: 0 if it passes, 1 if not. Under torchrun its
+    ranks are used.
+    """
     parser = argparse.ArgumentParser("ringref check", description="Judge an attention over ranks.")
     parser.add_argument("candidate", help="mypkg.module:function, or path/to/file.py:function")
     parser.add_argument("--ranks", type=int, default=4)
-    parser.add_argument("--layout", default="contiguous", choices=("contiguous", "zigzag", "striped"))
+    parser.add_argument(
+        "--layout", default="contiguous", choices=("contiguous", "zigzag", "striped")
+    )
     parser.add_argument("--features", default="", help=f"comma-separated, of {', '.join(FEATURES)}")
     parser.add_argument("--claims", choices=("ring",))
     parser.add_argument("--backend", default="gloo", choices=("gloo", "nccl"))
@@ -967,7 +1206,8 @@ def main(argv: list[str] | None = None) -> int:
         pool.follow()
         return 0
     try:
-        report = check(fn, layout=told.layout, ranks=min(told.ranks, size or told.ranks), features=features,
+        ranks = min(told.ranks, size or told.ranks)
+        report = check(fn, layout=told.layout, ranks=ranks, features=features,
                        claims=told.claims, quick=told.quick, backend=told.backend, seed=told.seed,
                        deadline=told.deadline, pool=pool)  # fmt: skip
     finally:

@@ -30,8 +30,8 @@ def ring_attention(
     at p = 2). Forward, it receives 2·d·g·(n − s) elements. With a dilation only a branch's rows
     travel, only among ranks that share a segment with it: on aligned shards at most
     2·d·g·min(r, h/g)·(⌈w/r⌉ − ⌊s/r⌋) elements per branch with w > s, none when w divides s. The
-    backward moves K and V again, and as many elements of dK and dV in float32 (float64 for float64),
-    which also come home.
+    backward moves K and V again, and as many elements of dK and dV in float32 (float64 for
+    float64), which also come home.
 
     `q_chunk` bounds the query rows in work on this rank. `backend` is "auto", "math", "torch" or
     "xformers".

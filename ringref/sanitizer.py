@@ -2,12 +2,15 @@
 
 Three things live here, all that the oracle needs of `torch.distributed`:
 
-- `Watched`, a process group that carries every message and collective over gloo and stands between the candidate and
-  it. What a correct program cannot notice changes, so that what an incorrect program gets away with becomes visible:
-  a receive buffer is filled with NaN when its receive is posted and only gets its content in `wait()`; a send buffer is
-  read as late as is allowed, when its rank next blocks (later would hang correct code), never when it is posted.
-- `Ledger`, one rank's record of every operation: who, how much, at which hop, from which line of the candidate.
-- `Pool`, worker processes that run a candidate, and `Ranks`, the same for ranks that `torchrun` started.
+- `Watched`, a process group that carries every message and collective over gloo and stands between
+the candidate and
+  it. What a correct program cannot notice changes, so that what an incorrect program gets away with
+  becomes visible: a receive buffer is filled with NaN when its receive is posted and only gets its
+  content in `wait()`; a send buffer is read as late as is allowed, when its rank next blocks (later
+  would hang correct code), never when it is posted.
+- `Ledger`, one rank's record of every operation: who, how much, at which hop, from which line of
+the candidate. - `Pool`, worker processes that run a candidate, and `Ranks`, the same for ranks that
+`torchrun` started.
 
 A hop is a round of point-to-point posts: it counts up when a rank posts again after it has waited.
 """
@@ -57,22 +60,28 @@ DTYPES = (
 )
 FOREVER = timedelta(hours=1)  # the pool's own deadline is shorter and says more than gloo's
 HERE = os.path.dirname(os.path.abspath(__file__))
-SKIPPED = (os.path.dirname(torch.__file__), os.path.join(HERE, "sanitizer.py"), os.path.join(HERE, "oracle.py"))
+SKIPPED = (
+    os.path.dirname(torch.__file__),
+    os.path.join(HERE, "sanitizer.py"),
+    os.path.join(HERE, "oracle.py"),
+)
 
 
 def candidate_line(frame: FrameType | None) -> tuple[str, int, str] | None:
-    """The innermost frame that belongs neither to torch nor to the oracle: (file, line, function)."""
+    """The innermost frame of neither torch nor the oracle: (file, line, function)."""
     while frame is not None:
         code = frame.f_code
         name = code.co_filename
-        inside = name.startswith(SKIPPED) or name.startswith("<frozen") or "/multiprocessing/" in name
+        inside = (
+            name.startswith(SKIPPED) or name.startswith("<frozen") or "/multiprocessing/" in name
+        )
         if not inside and name != "<string>" and "/threading.py" not in name:
             return name, frame.f_lineno, code.co_name
         frame = frame.f_back
     return None
 
 
-# ---------------------------------------------------------------------------------------------------------- the record
+# --------------------------------------------------------------------------------------- the record
 
 
 class Ledger:
@@ -82,7 +91,9 @@ class Ledger:
         self.reset()
 
     def reset(self, poison: float = math.nan) -> None:
-        """Forget everything: the next case starts. `poison` is what a buffer holds until its message arrives."""
+        """Forget everything: the next case starts. `poison` is what a buffer holds until its
+        message arrives.
+        """
         self.poison = poison
         self.posts: list[Post] = []
         self.unlaunched: list[Post] = []
@@ -95,10 +106,14 @@ class Ledger:
         self.phase, self.hop, self.has_waited = phase, 0, False
 
     def note(self, kind: str, text: str, post: Post, line: Any = None) -> None:
-        """Record something wrong, at the line of `post` unless another is given; once per line is enough."""
+        """Record something wrong, at the line of `post` unless another is given; once per line is
+        enough.
+        """
         line = line or post.line
         if not any(f["kind"] == kind and f["line"] == line for f in self.findings):
-            self.findings.append({"kind": kind, "text": text, "line": line, "phase": post.phase, "hop": post.hop})
+            self.findings.append(
+                {"kind": kind, "text": text, "line": line, "phase": post.phase, "hop": post.hop}
+            )
 
     def post(self, op: Post) -> Post:
         """A new operation: name its hop, compare its buffers with those still in use, queue it."""
@@ -119,19 +134,29 @@ class Ledger:
             for theirs, it_writes in other.spans:
                 if mine[0] < theirs[1] and theirs[0] < mine[1] and (i_write or it_writes):
                     if i_write and it_writes:
-                        kind, text = "two-into-one", f"{op.kind} writes into the buffer of an unfinished {other.kind}"
+                        kind, text = (
+                            "two-into-one",
+                            f"{op.kind} writes into the buffer of an unfinished {other.kind}",
+                        )
                     else:
-                        kind, text = "receive-into-send", f"{op.kind} and an unfinished {other.kind} share a buffer"
+                        kind, text = (
+                            "receive-into-send",
+                            f"{op.kind} and an unfinished {other.kind} share a buffer",
+                        )
                     self.note(kind, f"{text} (posted at {where(other.line)})", op)
 
     def flush(self) -> None:
-        """Let everything posted so far leave. A rank does this whenever it blocks, so deferring cannot cause a hang."""
+        """Let everything posted so far leave. A rank does this whenever it blocks, so deferring
+        cannot cause a hang.
+        """
         queue, self.unlaunched = self.unlaunched, []
         for op in queue:
             op.launch()
 
     def finish(self) -> bool:
-        """The case is over: let late sends leave, name what was never waited for. True if the group is still clean."""
+        """The case is over: let late sends leave, name what was never waited for. True if the group
+        is still clean.
+        """
         self.flush()
         clean = True
         for op in self.posts:
@@ -145,7 +170,9 @@ class Ledger:
         return sum(op.sent for op in self.posts)
 
     def dump(self, thread: int | None = None) -> dict[str, Any]:
-        """Everything known, as plain data; with a thread's id also the candidate's line where that thread stands."""
+        """Everything known, as plain data; with a thread's id also the candidate's line where that
+        thread stands.
+        """
         frame = sys._current_frames().get(thread) if thread else None
         return {
             "ops": [op.facts() for op in list(self.posts)],
@@ -163,7 +190,11 @@ LEDGER = Ledger()
 
 def where(line: Any) -> str:
     """`file.py:12` for a recorded line."""
-    return f"{os.path.basename(line[0])}:{line[1]}" if line else "no line of the candidate (torch itself)"
+    return (
+        f"{os.path.basename(line[0])}:{line[1]}"
+        if line
+        else "no line of the candidate (torch itself)"
+    )
 
 
 def as_bytes(x: Tensor) -> Tensor:
@@ -179,7 +210,7 @@ def poison(x: Tensor) -> None:
             x.detach().fill_(NAN_INT)
 
 
-# ------------------------------------------------------------------------------------------------------ the operations
+# ----------------------------------------------------------------------------------- the operations
 
 
 class Post(dist.Work):
@@ -187,14 +218,19 @@ class Post(dist.Work):
 
     is_message = False
 
-    def __init__(self, group: Watched, kind: str, reads: list[Tensor], writes: list[Tensor], args: Any = None):
+    def __init__(
+        self, group: Watched, kind: str, reads: list[Tensor], writes: list[Tensor], args: Any = None
+    ):
         super().__init__()
         frame = sys._getframe(1)
         self.group, self.kind, self.reads, self.writes, self.args = group, kind, reads, writes, args
         self.line = candidate_line(frame)
-        # a functional collective is waited for by torch, so only what the candidate holds itself can be forgotten
+        # a functional collective is waited for by torch, so only what the candidate holds itself
+        # can be forgotten
         self.explicit = _called_from_c10d(frame)
         self.peer, self.tag, self.seq, self.sent = None, 0, 0, 0
+        self.sizes = [x.numel() for x in reads or writes]
+        self.dtypes = [str(x.dtype)[6:] for x in reads or writes]
         self.waited = False
         self.spans = [(_span(x), False) for x in reads if x.numel()]
         self.spans += [(_span(x), True) for x in writes if x.numel()]
@@ -202,7 +238,6 @@ class Post(dist.Work):
 
     def facts(self) -> dict[str, Any]:
         """Plain data about this operation."""
-        tensors = self.reads or self.writes
         return {
             "kind": self.kind,
             "group": self.group.name,
@@ -210,8 +245,8 @@ class Post(dist.Work):
             "peer": self.peer,
             "tag": self.tag,
             "seq": self.seq,
-            "sizes": [x.numel() for x in tensors],
-            "dtypes": [str(x.dtype)[6:] for x in tensors],
+            "sizes": self.sizes,
+            "dtypes": self.dtypes,
             "line": self.line,
             "phase": self.phase,
             "hop": self.hop,
@@ -238,13 +273,17 @@ class Post(dist.Work):
             with torch.no_grad(), _disable_current_modes():
                 self.settle()
             self.waited = True
+            # the record lives on, the candidate's tensors must not: their bytes are measured
+            self.reads, self.writes, self.args = [], [], None
+            self.payload = self.results = self.given = None
         return True
 
     def synchronize(self) -> None:
         self.wait()
 
     def is_completed(self) -> bool:
-        # gloo's own messages are never complete before somebody waits, so that polling is waiting here
+        # gloo's own messages are never complete before somebody waits, so that polling is waiting
+        # here
         return self.wait()
 
     def is_success(self) -> bool:
@@ -257,9 +296,10 @@ class Post(dist.Work):
         return self.writes
 
     def get_future(self) -> torch.futures.Future:
+        writes = self.writes
         self.wait()
         future: torch.futures.Future = torch.futures.Future()
-        future.set_result(self.writes)
+        future.set_result(writes)
         return future
 
 
@@ -276,7 +316,9 @@ def _span(x: Tensor) -> tuple[int, int]:
 
 
 class Send(Post):
-    """A header leaves at once, so that the receiver's post is known; the content leaves when this rank blocks."""
+    """A header leaves at once, so that the receiver's post is known; the content leaves when this
+    rank blocks.
+    """
 
     is_message = True
 
@@ -287,13 +329,18 @@ class Send(Post):
         with _disable_current_modes():
             self.before = as_bytes(x).clone()
             header = torch.tensor([x.numel(), DTYPES.index(x.dtype)])
-            self.real, self.header = group.real.send([header], peer, group.wire(tag, self.seq)), header
+            self.real, self.header = (
+                group.real.send([header], peer, group.wire(tag, self.seq)),
+                header,
+            )
 
     def launch(self) -> None:
         with _disable_current_modes():
             self.payload = self.reads[0].detach().clone()
         if self.payload.numel():
-            self.leaving = self.group.real.send([self.payload], self.to, self.group.wire(self.tag, self.seq) + 1)
+            self.leaving = self.group.real.send(
+                [self.payload], self.to, self.group.wire(self.tag, self.seq) + 1
+            )
 
     def block(self) -> None:
         self.real.wait()
@@ -325,10 +372,13 @@ class Recv(Post):
             numel, dtype = self.header.tolist()
             self.payload = torch.empty(numel, dtype=DTYPES[dtype])
             if numel:
-                self.group.real.recv([self.payload], self.source, self.group.wire(self.tag, self.seq) + 1).wait()
+                self.group.real.recv(
+                    [self.payload], self.source, self.group.wire(self.tag, self.seq) + 1
+                ).wait()
 
     def settle(self) -> None:
-        # a wrong size or dtype is named by the parent, which sees both sides; here only nothing may crash
+        # a wrong size or dtype is named by the parent, which sees both sides; here only nothing may
+        # crash
         into, came = self.writes[0].detach(), self.payload
         whole = came.numel() == into.numel() and came.dtype == into.dtype
         if whole:
@@ -343,13 +393,25 @@ class Recv(Post):
 class Collective(Post):
     """Any collective: inputs are read when this rank blocks, outputs hold NaN until `wait`."""
 
-    def __init__(self, group: Watched, kind: str, args: tuple, options: dict, outs: Any, ins: Any, in_place: bool):
+    def __init__(
+        self,
+        group: Watched,
+        kind: str,
+        args: tuple,
+        options: dict,
+        outs: Any,
+        ins: Any,
+        in_place: bool,
+    ):
         writes, reads = _tensors(outs), _tensors(ins)
         self.in_place = in_place
         super().__init__(group, kind, [] if in_place else reads, writes, (args, options))
         self.seq = group.next("collective", 0, 0)
         size = sum(x.numel() * x.element_size() for x in reads)
-        self.sent = int(size * _SHARE.get(kind.strip("_").split("_")[0], lambda p: (p - 1) / p)(len(group.members)))
+        self.sent = int(
+            size
+            * _SHARE.get(kind.strip("_").split("_")[0], lambda p: (p - 1) / p)(len(group.members))
+        )
         with _disable_current_modes():
             self.given = [x.detach().clone() for x in reads] if in_place else None
         for x in writes:
@@ -359,10 +421,20 @@ class Collective(Post):
     def launch(self) -> None:
         args, options = self.args
         with _disable_current_modes():
-            copies = {id(x): y for x, y in zip(self.writes, self.given or [torch.empty_like(x) for x in self.writes])}
+            copies = {
+                id(x): y
+                for x, y in zip(
+                    self.writes,
+                    self.given or [torch.empty_like(x) for x in self.writes],
+                    strict=False,
+                )
+            }
             if not self.in_place:
                 copies |= {id(x): x.detach().clone() for x in self.reads}
-            mine = [tree_map(lambda x: copies.get(id(x), x) if isinstance(x, Tensor) else x, a) for a in args]
+            mine = [
+                tree_map(lambda x: copies.get(id(x), x) if isinstance(x, Tensor) else x, a)
+                for a in args
+            ]
             self.results = [copies[id(x)] for x in self.writes]
             self.real = getattr(self.group.real, self.kind)(*mine, **options)
 
@@ -409,7 +481,9 @@ class Watched(dist.ProcessGroup):
 
     @staticmethod
     def wire(tag: int, seq: int) -> int:
-        """The tag on the wire: one per message, so that a late message never meets another's buffer."""
+        """The tag on the wire: one per message, so that a late message never meets another's
+        buffer.
+        """
         return 2 * ((tag % 1000) * 1_000_000 + seq)
 
     def send(self, tensors: list[Tensor], to: int, tag: int = 0) -> Post:
@@ -421,13 +495,19 @@ class Watched(dist.ProcessGroup):
         return LEDGER.post(Recv(self, tensors[0], source, tag))
 
     def recv_anysource(self, tensors: list[Tensor], tag: int = 0) -> Post:
-        raise NotImplementedError("ringref's sanitizer cannot watch a receive from any source: name the source")
+        raise NotImplementedError(
+            "ringref's sanitizer cannot watch a receive from any source: name the source"
+        )
 
     def _usable(self, peer: int, kind: str, x: Tensor) -> None:
         """What gloo and NCCL refuse, refused by name."""
         for wrong, name, text in (
             (peer == self.me, "self-send", f"{kind} with rank {peer}, which is this rank"),
-            (not x.is_contiguous(), "non-contiguous", f"{kind} of a tensor with strides {tuple(x.stride())}"),
+            (
+                not x.is_contiguous(),
+                "non-contiguous",
+                f"{kind} of a tensor with strides {tuple(x.stride())}",
+            ),
         ):
             if wrong:
                 op = Post(self, kind, [], [])
@@ -463,9 +543,10 @@ def _collective(kind: str, in_place: bool) -> Any:
 
 
 # both the names of torch 2.13 and those before it
-_OUT_IN = """allgather allgather_coalesced _allgather_base all_gather_single allgather_into_tensor_coalesced
-all_gather_single_coalesced reduce_scatter _reduce_scatter_base reduce_scatter_single reduce_scatter_tensor_coalesced
-reduce_scatter_single_coalesced alltoall alltoall_base all_to_all_single gather scatter"""
+_OUT_IN = """allgather allgather_coalesced _allgather_base all_gather_single
+allgather_into_tensor_coalesced all_gather_single_coalesced reduce_scatter _reduce_scatter_base
+reduce_scatter_single reduce_scatter_tensor_coalesced reduce_scatter_single_coalesced
+alltoall alltoall_base all_to_all_single gather scatter"""
 _IN_PLACE = "allreduce allreduce_coalesced broadcast reduce barrier"
 for _name in _OUT_IN.split():
     setattr(Watched, _name, _collective(_name, in_place=False))
@@ -475,7 +556,11 @@ for _name in _IN_PLACE.split():
 
 def _create(options: Any, _: Any = None) -> Watched:
     return Watched(
-        options.store, options.group_rank, options.group_size, list(options.global_ranks_in_group), options.group_id
+        options.store,
+        options.group_rank,
+        options.group_size,
+        list(options.global_ranks_in_group),
+        options.group_id,
     )
 
 
@@ -484,18 +569,24 @@ def group_ranks(group: Any) -> list[int]:
     return dist.get_process_group_ranks(group)
 
 
-def mesh_of(group: Any) -> Any:
-    """A 1-D device mesh over a group."""
+def entered(group: Any, rotate: str, n: int) -> Any:
+    """PyTorch's context_parallel over a group, for n tokens whose shards are already cut."""
     from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor.experimental import _attention as experimental
 
-    return DeviceMesh.from_group(group, "cpu", mesh_dim_names=("ring",))
+    experimental.set_rotate_method(rotate)
+    mesh = DeviceMesh.from_group(group, "cpu", mesh_dim_names=("ring",))
+    # it wants something to cut, and learns from it how the sequence is laid out
+    return experimental.context_parallel(mesh, buffers=[torch.zeros(1, n)], buffer_seq_dims=[1])
 
 
-# -------------------------------------------------------------------------------------------------------- peak of bytes
+# ------------------------------------------------------------------------------------ peak of bytes
 
 
 class LiveBytes(TorchDispatchMode):
-    """Peak bytes of live tensor storage created while the mode is on; a kernel's own scratch is not seen."""
+    """Peak bytes of live tensor storage created while the mode is on; a kernel's own scratch is not
+    seen.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -513,26 +604,39 @@ class LiveBytes(TorchDispatchMode):
         return result
 
 
-# ------------------------------------------------------------------------------------------------------------ one case
+# ----------------------------------------------------------------------------------------- one case
 
 
 class Runner:
-    """Runs the cases of a sweep on this rank; keeps the process group while consecutive cases can share it."""
+    """Runs the cases of a sweep on this rank; keeps the process group while consecutive cases can
+    share it.
+    """
 
     def __init__(self, rank: int, store: Any, backend: str = "gloo"):
-        self.rank, self.store, self.backend, self.key, self.device = rank, store, backend, None, "cpu"
+        self.rank, self.store, self.backend, self.key, self.device = (
+            rank,
+            store,
+            backend,
+            None,
+            "cpu",
+        )
         self.retired: list[Any] = []
         if backend == "gloo" and "WATCHED" not in dist.Backend._plugins:
             dist.Backend.register_backend("watched", _create, extended_api=True, devices=["cpu"])
         if backend == "nccl":
-            self.device = f"cuda:{int(os.environ.get('LOCAL_RANK', rank)) % torch.cuda.device_count()}"
+            self.device = (
+                f"cuda:{int(os.environ.get('LOCAL_RANK', rank)) % torch.cuda.device_count()}"
+            )
             torch.cuda.set_device(self.device)
 
     def groups(self, world: int, groups: list[list[int]], epoch: int) -> Any:
-        """The group that this rank belongs to in a world of `world` ranks; made anew when `epoch` changes."""
+        """The group that this rank belongs to in a world of `world` ranks; made anew when `epoch`
+        changes.
+        """
         if self.key != epoch:
             if dist.is_initialized():
-                # kept alive: taking gloo down while a neighbour still starts breaks the neighbour's connections
+                # kept alive: taking gloo down while a neighbour still starts breaks the neighbour's
+                # connections
                 self.retired += list(dist.distributed_c10d._world.pg_map)
                 dist.destroy_process_group()
             dist.init_process_group(
@@ -576,7 +680,9 @@ class Runner:
     def program(self, fn: Any, job: dict, group: Any, steps: list, result: dict) -> None:
         """Forward and backward passes in the order that the case asks for."""
         before = _versions(job["call"].get("mask_mod"))
-        call = job["call"] | ({} if job.get("positions") is None else {"positions": job["positions"]})
+        call = job["call"] | (
+            {} if job.get("positions") is None else {"positions": job["positions"]}
+        )
         for what, i in job["program"]:
             given, done = job["steps"][i], steps[i]
             LEDGER.enter(what)
@@ -587,23 +693,42 @@ class Runner:
                 for x in leaves:
                     x.requires_grad_(what == "forward")
                 with torch.set_grad_enabled(what == "forward"):
-                    handed = torch.cat(leaves, 2).split([x.shape[2] for x in leaves], 2) if job.get("packed") else leaves
+                    handed = (
+                        torch.cat(leaves, 2).split([x.shape[2] for x in leaves], 2)
+                        if job.get("packed")
+                        else leaves
+                    )
                     returned = fn(*handed, group=group, **call)
                 out, lse = returned if isinstance(returned, (tuple, list)) else (returned, None)
                 if not isinstance(out, Tensor):
-                    raise TypeError(f"the candidate returned {type(out).__name__}, not a tensor or (out, lse)")
-                done.update(live=(leaves, out, lse), out=_plain(out), lse=_plain(lse), differentiable=out.requires_grad)
+                    raise TypeError(
+                        f"the candidate returned {type(out).__name__}, not a tensor or (out, lse)"
+                    )
+                done.update(
+                    live=(leaves, out, lse),
+                    out=_plain(out),
+                    lse=_plain(lse),
+                    differentiable=out.requires_grad,
+                )
             leaves = done["live"][0]
             for name, x in zip("qkv", leaves, strict=True):
-                if not torch.equal(as_bytes(x.cpu()), as_bytes(given[name])) and name not in result["written"]:
+                if (
+                    not torch.equal(as_bytes(x.cpu()), as_bytes(given[name]))
+                    and name not in result["written"]
+                ):
                     result["written"].append(name)
         after = _versions(job["call"].get("mask_mod"))
         # a tensor that the mask made during the call is new: any write to it came from outside
-        if any(version != (before[key][1] if key in before else 0) for key, (_, version) in after.items()):
+        if any(
+            version != (before[key][1] if key in before else 0)
+            for key, (_, version) in after.items()
+        ):
             result["written"].append("mask")
 
     def backward(self, given: dict, done: dict) -> None:
-        """Backward through out, and through lse too when it is differentiable and the case has a gradient for it."""
+        """Backward through out, and through lse too when it is differentiable and the case has a
+        gradient for it.
+        """
         leaves, out, lse = done["live"]
         roots, grads = [out], [given["do"].to(out)]
         b, h, s = given["dlse"].shape
@@ -614,7 +739,9 @@ class Runner:
                 grads.append(dlse if lse.shape == (b, h, s) else dlse.transpose(1, 2))
                 done["dlse_used"] = True
         if out.requires_grad:
-            torch.autograd.backward(roots, [g.expand_as(x) for g, x in zip(grads, roots, strict=True)])
+            torch.autograd.backward(
+                roots, [g.expand_as(x) for g, x in zip(grads, roots, strict=True)]
+            )
         done.update({f"d{name}": _plain(x.grad) for name, x in zip("qkv", leaves, strict=True)})
 
 
@@ -623,7 +750,9 @@ def _plain(x: Any) -> Any:
 
 
 def _versions(mask: Any) -> dict[int, tuple[Tensor, int]]:
-    """Tensors that a mask function holds, and how often each was written: inputs too, so nobody may."""
+    """Tensors that a mask function holds, and how often each was written: inputs too, so nobody
+    may.
+    """
     cells = [cell.cell_contents for cell in getattr(mask, "__closure__", None) or ()]
     return {id(x): (x, x._version) for x in _tensors([cells, list(getattr(mask, "args", ()))])}
 
@@ -631,7 +760,11 @@ def _versions(mask: Any) -> dict[int, tuple[Tensor, int]]:
 def _describe(error: BaseException) -> dict[str, Any]:
     at, tb = None, error.__traceback__
     while tb is not None:
-        at = candidate_line(tb.tb_frame) and (tb.tb_frame.f_code.co_filename, tb.tb_lineno, tb.tb_frame.f_code.co_name)
+        at = candidate_line(tb.tb_frame) and (
+            tb.tb_frame.f_code.co_filename,
+            tb.tb_lineno,
+            tb.tb_frame.f_code.co_name,
+        )
         if at and not at[0].startswith(SKIPPED):
             line = at
         tb = tb.tb_next
@@ -645,9 +778,10 @@ def _describe(error: BaseException) -> dict[str, Any]:
     }
 
 
-# ------------------------------------------------------------------------------------------------------------- workers
+# ------------------------------------------------------------------------------------------ workers
 
-# Imports torch once and forks on request; not ringref, which somebody may be editing. It never becomes a rank itself.
+# Imports torch once and forks on request; not ringref, which somebody may be editing. It never
+# becomes a rank itself.
 NURSERY = """
 import os, signal, sys
 import cloudpickle, torch, torch._dynamo, torch.distributed.tensor, torch.multiprocessing.reductions
@@ -672,7 +806,11 @@ def _fork(line: str) -> None:
     if _nursery is None or _nursery.poll() is not None:
         env = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
         _nursery = subprocess.Popen(
-            [sys.executable, "-c", NURSERY], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env, cwd="/"
+            [sys.executable, "-c", NURSERY],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=env,
+            cwd="/",
         )
         atexit.register(_nursery.kill)
         _nursery.stdout.readline()
@@ -681,7 +819,9 @@ def _fork(line: str) -> None:
 
 
 def serve(port: int, key: str, rank: int) -> None:
-    """A worker's life: take cases from the parent, run them, answer; a second thread answers when this one cannot."""
+    """A worker's life: take cases from the parent, run them, answer; a second thread answers when
+    this one cannot.
+    """
     torch.set_num_threads(1)
     lines = []
     for what in ("work", "talk"):
@@ -703,7 +843,9 @@ def serve(port: int, key: str, rank: int) -> None:
     os.environ.update({"RANK": str(rank), "WORLD_SIZE": str(setup["size"])})
     if os.path.isdir(setup["cwd"]):
         os.chdir(setup["cwd"])
-    runner = Runner(rank, dist.TCPStore("127.0.0.1", setup["store"], is_master=False), setup["backend"])
+    runner = Runner(
+        rank, dist.TCPStore("127.0.0.1", setup["store"], is_master=False), setup["backend"]
+    )
     candidates: dict[int, Any] = {}
     while True:
         try:
@@ -722,23 +864,73 @@ def _run_job(runner: Runner, job: dict, candidates: dict[int, Any]) -> dict[str,
         if isinstance(job["call"], bytes):
             job["call"] = cloudpickle.loads(job["call"])
     except Exception as error:
-        return {"steps": [], "error": _describe(error), "written": [], "clean": True} | Ledger().dump()
+        return {
+            "steps": [],
+            "error": _describe(error),
+            "written": [],
+            "clean": True,
+        } | Ledger().dump()
     return runner.run(candidates[job["fn_id"]], job)
 
 
+class Crew:
+    """The processes of one world size, each one rank."""
+
+    def __init__(self, world: int, store: Any, backend: str):
+        key, home = secrets.token_hex(16), os.path.dirname(HERE)
+        self.work, self.talk, self.pids = {}, {}, {}
+        self.sent_fn, self.groups, self.epoch = None, None, 0
+        with connection.Listener(("127.0.0.1", 0), backlog=4 * world, authkey=key.encode()) as door:
+            for rank in range(world):
+                _fork(f"{door.address[1]} {key} {rank} {home}")
+            for _ in range(2 * world):
+                line = door.accept()
+                rank, what, self.pids[rank] = line.recv()
+                getattr(self, what)[rank] = line
+        setup = {"path": [p or os.getcwd() for p in sys.path], "cwd": os.getcwd(), "size": world}
+        setup |= {"store": store.port, "backend": backend}
+        for rank in range(world):
+            self.work[rank].send_bytes(pickle.dumps(setup))
+
+    def close(self) -> None:
+        """End every process."""
+        for rank, pid in self.pids.items():
+            self.work[rank].close()
+            self.talk[rank].close()
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+
+    def ask(self, ranks: list[int]) -> dict[int, dict]:
+        """What these ranks are doing, from the thread that is not busy with the case."""
+        answers: dict[int, dict] = {}
+        for rank in ranks:
+            try:
+                self.talk[rank].send(True)
+                silent = not self.talk[rank].poll(5.0)
+                answers[rank] = (
+                    Ledger().dump() if silent else pickle.loads(self.talk[rank].recv_bytes())
+                )
+            except (EOFError, OSError):
+                answers[rank] = Ledger().dump()
+        return answers
+
+
 class Pool:
-    """Worker processes on this machine, up to `size`, each one rank.
+    """Worker processes on this machine for worlds of up to `size` ranks, started when first needed.
 
-    A sweep runs on one pool. Its processes are forked anew after a hang or a crash, and when the size of the world
-    changes: no real process ever sees that, and published code caches its rank and world size.
+    One pool serves many sweeps. A process keeps its rank and its world size for life, as any real
+    one does (published code caches both), so there is a crew for each world size; a crew is
+    replaced only after a hang or a crash.
 
-    Usage: `with Pool(8) as pool: results = pool.run(fn, jobs, deadline=30)`; `jobs` maps a rank to its part of a case.
+    Usage: `with Pool(8) as pool: results = pool.run(fn, jobs, deadline=30)`; `jobs` maps a rank to
+    its part of a case.
     """
 
     def __init__(self, size: int = 8, backend: str = "gloo"):
-        self.size, self.backend, self.epoch, self.sent_fn = size, backend, 0, None
-        self.started, self.world = 0, 0
-        self.work, self.talk, self.pids = {}, {}, {}
+        self.size, self.backend, self.epoch = size, backend, 0
+        self.crews: dict[int, Crew] = {}
         self.store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 
     def __enter__(self) -> Pool:
@@ -747,96 +939,71 @@ class Pool:
     def __exit__(self, *_: Any) -> None:
         self.close()
 
-    def _start(self, world: int) -> None:
-        key = secrets.token_hex(16)
-        home = os.path.dirname(HERE)
-        self.work, self.talk, self.pids = {}, {}, {}
-        with connection.Listener(("127.0.0.1", 0), backlog=4 * self.size, authkey=key.encode()) as listener:
-            for rank in range(world):
-                _fork(f"{listener.address[1]} {key} {rank} {home}")
-            for _ in range(2 * world):
-                line = listener.accept()
-                rank, what, self.pids[rank] = line.recv()
-                getattr(self, what)[rank] = line
-        setup = {
-            "path": [p or os.getcwd() for p in sys.path],
-            "cwd": os.getcwd(),
-            "size": world,
-            "store": self.store.port,
-            "backend": self.backend,
-        }
-        for rank in range(world):
-            self.work[rank].send_bytes(pickle.dumps(setup))
-        self.sent_fn, self.shape, self.world, self.started = None, None, world, self.started + 1
-
-    def renew(self, job: dict) -> None:
-        """Another world or other groups: process groups are made anew, under a name that the store has not seen."""
-        if self.shape != (job["world"], job["groups"]):
-            self.shape, self.epoch = (job["world"], job["groups"]), self.epoch + 1
-
     def close(self) -> None:
         """End every worker."""
-        for rank, pid in self.pids.items():
-            self.work[rank].close()
-            self.talk[rank].close()
-            try:
-                os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
-        self.pids, self.world = {}, 0
+        while self.crews:
+            self.crews.popitem()[1].close()
 
-    def run(self, fn: bytes, jobs: dict[int, dict], deadline: float = 30.0) -> dict[int, dict[str, Any]]:
-        """Run one case on ranks 0 … len(jobs)−1; every rank's result, or what it was waiting for when it hung."""
-        if len(jobs) > self.size:
-            raise ValueError(f"jobs: {len(jobs)} ranks on a pool of {self.size}")
-        if len(jobs) != self.world:
-            self.close()
-            self._start(len(jobs))
-        fresh = self.sent_fn != fn
-        self.renew(jobs[0])
+    def run(
+        self, fn: bytes, jobs: dict[int, dict], deadline: float = 30.0
+    ) -> dict[int, dict[str, Any]]:
+        """Run one case on ranks 0 … len(jobs)−1; every rank's result, or what it was waiting for
+        when it hung.
+        """
+        world = len(jobs)
+        if world > self.size:
+            raise ValueError(f"jobs: {world} ranks on a pool of {self.size}")
+        if world not in self.crews:
+            self.crews[world] = Crew(world, self.store, self.backend)
+        crew = self.crews[world]
+        if crew.groups != jobs[0]["groups"]:
+            # new process groups need a name that the store has not seen
+            self.epoch += 1
+            crew.groups, crew.epoch = jobs[0]["groups"], self.epoch
         for rank, job in jobs.items():
-            job = job | {"fn": fn if fresh else None, "fn_id": 0, "epoch": self.epoch}
-            self.work[rank].send_bytes(cloudpickle.dumps(job))
+            job = job | {"fn": fn if crew.sent_fn != fn else None, "fn_id": 0, "epoch": crew.epoch}
+            crew.work[rank].send_bytes(cloudpickle.dumps(job))
+        crew.sent_fn = fn
+        results = self._collect(crew, list(jobs), deadline)
+        if any("hang" in r or "crash" in r for r in results.values()):
+            self.crews.pop(world).close()
+        elif not all(r["clean"] for r in results.values()):
+            crew.groups = (
+                None  # the groups hold messages that nobody took: the next case gets new ones
+            )
+        return dict(sorted(results.items()))
+
+    def _collect(self, crew: Crew, ranks: list[int], deadline: float) -> dict[int, dict[str, Any]]:
         results: dict[int, dict] = {}
         last, seen, started = None, time.monotonic(), time.monotonic()
-        while len(results) < len(jobs):
-            lines = {self.work[r]: r for r in jobs if r not in results}
+        while len(results) < len(ranks):
+            lines = {crew.work[r]: r for r in ranks if r not in results}
             for line in connection.wait(list(lines), timeout=0.2):
                 try:
                     results[lines[line]] = pickle.loads(line.recv_bytes())
                 except (EOFError, OSError):
-                    results[lines[line]] = {"steps": [], "crash": True, "error": None, "ops": [], "written": []}
+                    results[lines[line]] = {
+                        "steps": [],
+                        "crash": True,
+                        "error": None,
+                        "ops": [],
+                        "written": [],
+                    }
                 seen = time.monotonic()
-            if len(results) < len(jobs) and time.monotonic() - seen > 0.5:
-                late = time.monotonic() - started > deadline
-                now = self._ask([r for r in jobs if r not in results])
-                if late or (last is not None and stuck(now, last, results)):
-                    seconds = time.monotonic() - started
-                    for rank in now:
-                        results[rank] = now[rank] | {"hang": seconds, "steps": [], "error": None, "written": []}
+            if len(results) < len(ranks) and time.monotonic() - seen > 0.5:
+                seconds = time.monotonic() - started
+                now = crew.ask([r for r in ranks if r not in results])
+                if seconds > deadline or (last is not None and stuck(now, last, results)):
+                    gone = {"hang": seconds, "steps": [], "error": None, "written": []}
+                    results |= {rank: facts | gone for rank, facts in now.items()}
                 last, seen = now, time.monotonic()
-        if any("hang" in r or "crash" in r for r in results.values()):
-            self.close()
-        else:
-            self.sent_fn = fn
-            if not all(r["clean"] for r in results.values()):
-                self.shape = None  # the next case gets new process groups: these hold messages that nobody took
-        return dict(sorted(results.items()))
-
-    def _ask(self, ranks: list[int]) -> dict[int, dict]:
-        answers: dict[int, dict] = {}
-        for rank in ranks:
-            try:
-                self.talk[rank].send(True)
-                silent = not self.talk[rank].poll(5.0)
-                answers[rank] = Ledger().dump() if silent else pickle.loads(self.talk[rank].recv_bytes())
-            except (EOFError, OSError):
-                answers[rank] = Ledger().dump()
-        return answers
+        return results
 
 
 def stuck(now: dict[int, dict], before: dict[int, dict], done: dict[int, dict]) -> bool:
-    """True when every unfinished rank waits and nobody can ever be served: a deadlock, known without a clock."""
+    """True when every unfinished rank waits and nobody can ever be served: a deadlock, known
+    without a clock.
+    """
     if set(now) != set(before) or any(now[r]["waiting"] is None for r in now):
         return False
     if any(now[r]["ticks"] != before[r]["ticks"] for r in now):
@@ -846,7 +1013,16 @@ def stuck(now: dict[int, dict], before: dict[int, dict], done: dict[int, dict]) 
 
 
 def _index(ops: list[dict]) -> set[tuple]:
-    return {(op["group"], op["kind"] if op["peer"] is not None else "all", op["peer"], op["tag"], op["seq"]) for op in ops}
+    return {
+        (
+            op["group"],
+            op["kind"] if op["peer"] is not None else "all",
+            op["peer"],
+            op["tag"],
+            op["seq"],
+        )
+        for op in ops
+    }
 
 
 def _served(rank: int, op: dict, known: dict[int, set]) -> bool:
@@ -858,7 +1034,9 @@ def _served(rank: int, op: dict, known: dict[int, set]) -> bool:
 
 
 class Ranks:
-    """The pool's `run` for ranks that `torchrun` started: rank 0 leads, the others follow until told to stop."""
+    """The pool's `run` for ranks that `torchrun` started: rank 0 leads, the others follow until
+    told to stop.
+    """
 
     def __init__(self, backend: str = "gloo"):
         store, self.rank, self.size = next(dist.rendezvous("env://"))
@@ -881,10 +1059,6 @@ class Ranks:
             for rank in range(1, self.size):
                 self.store.get(f"bye/{rank}")
 
-    def replace(self) -> None:
-        """Processes cannot be replaced here; new groups are the best there is."""
-        self.shape = None
-
     def follow(self) -> None:
         """A rank other than 0: run what rank 0 sends."""
         while (job := pickle.loads(self.store.get(f"job/{self.turn}/{self.rank}"))) is not None:
@@ -893,10 +1067,18 @@ class Ranks:
             self.turn += 1
         self.store.set(f"bye/{self.rank}", b"1")
 
-    def run(self, fn: bytes, jobs: dict[int, dict], deadline: float = 30.0) -> dict[int, dict[str, Any]]:
-        """As `Pool.run`. A hang ends the job, because only the launcher could start these processes again."""
-        Pool.renew(self, jobs[0])
-        jobs = {r: jobs[r] | {"fn": fn, "fn_id": 0, "epoch": self.epoch, "deadline": deadline} for r in jobs}
+    def run(
+        self, fn: bytes, jobs: dict[int, dict], deadline: float = 30.0
+    ) -> dict[int, dict[str, Any]]:
+        """As `Pool.run`. A hang ends the job, because only the launcher could start these processes
+        again.
+        """
+        if self.shape != (jobs[0]["world"], jobs[0]["groups"]):
+            self.shape, self.epoch = (jobs[0]["world"], jobs[0]["groups"]), self.epoch + 1
+        jobs = {
+            r: jobs[r] | {"fn": fn, "fn_id": 0, "epoch": self.epoch, "deadline": deadline}
+            for r in jobs
+        }
         for rank in range(1, self.size):
             idle = {"idle": True}
             self.store.set(f"job/{self.turn}/{rank}", cloudpickle.dumps(jobs.get(rank, idle)))
@@ -907,7 +1089,7 @@ class Ranks:
                 results[rank] = answer
         self.turn += 1
         if not all(r["clean"] for r in results.values()):
-            self.replace()
+            self.shape = None
         return results
 
     def _guarded(self, job: dict) -> dict[str, Any]:
@@ -919,7 +1101,11 @@ class Ranks:
             facts = LEDGER.dump(main)
             op = facts["waiting"]
             doing = f"waiting in {op['kind']} with rank {op['peer']}" if op else "computing"
-            print(f"ringref check: rank {self.rank} hung, {doing}, at {where(facts['line'])}", file=sys.stderr, flush=True)
+            print(
+                f"ringref check: rank {self.rank} hung, {doing}, at {where(facts['line'])}",
+                file=sys.stderr,
+                flush=True,
+            )
             os._exit(1)
 
         timer = threading.Timer(job["deadline"], give_up)

@@ -30,6 +30,6 @@ def test_peak_is_flat_in_p(parts, monkeypatch):
         peaks = {p: max(ringref.simulate(peak_in_shards, p)) for p in (2, 3, 4, 8)}
     finally:
         attend._plan.cache_clear()
-    # own outputs and gradients are 4; a fused backward's own accumulator, 2 / parts, is not seen here
+    # own outputs and gradients are 4; a fused backward's accumulator, 2 / parts, is not seen here
     assert max(peaks.values()) + 2 / parts < {3: 13, 4: 11}[parts], peaks
     assert peaks[8] < 1.02 * peaks[4] < 1.2 * peaks[3], peaks

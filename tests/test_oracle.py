@@ -3,16 +3,15 @@
 import functools
 import json
 import math
-import subprocess
-import sys
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from ringref.oracle import Case, cases, check
+from ringref.oracle import cases, check
 
-# ------------------------------------------------------------- two correct candidates, as somebody would write them
+# ------------------------------------------------------------- two correct candidates, as somebody
+# would write them
 
 
 def keys_of(rank, p, s, layout):
@@ -22,12 +21,19 @@ def keys_of(rank, p, s, layout):
     if layout == "striped":
         return torch.arange(rank, p * s, p)
     half = s // 2
-    return torch.cat([torch.arange(rank * half, (rank + 1) * half), torch.arange((2 * p - 1 - rank) * half, (2 * p - rank) * half)])
+    return torch.cat(
+        [
+            torch.arange(rank * half, (rank + 1) * half),
+            torch.arange((2 * p - 1 - rank) * half, (2 * p - rank) * half),
+        ]
+    )
 
 
 def scores_of(q, k, qpos, kpos, causal):
     k = k.repeat_interleave(q.shape[2] // k.shape[2], 2)
-    scores = torch.einsum("bqhd,bkhd->bhqk", q, k).to(torch.promote_types(q.dtype, torch.float32)) / math.sqrt(q.shape[-1])
+    scores = torch.einsum("bqhd,bkhd->bhqk", q, k).to(
+        torch.promote_types(q.dtype, torch.float32)
+    ) / math.sqrt(q.shape[-1])
     return scores.masked_fill(kpos > qpos[:, None], -math.inf) if causal else scores
 
 
@@ -53,7 +59,11 @@ def gathering(q, k, v, *, causal, group, layout="contiguous", wrap=Gather):
     k, v = wrap.apply(k, group), wrap.apply(v, group)
     kpos = torch.cat([keys_of(r, p, s, layout) for r in range(p)])
     scores = scores_of(q, k, keys_of(rank, p, s, layout), kpos, causal)
-    out = torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), v.repeat_interleave(q.shape[2] // v.shape[2], 2).to(scores.dtype))
+    out = torch.einsum(
+        "bhqk,bkhd->bqhd",
+        scores.softmax(-1),
+        v.repeat_interleave(q.shape[2] // v.shape[2], 2).to(scores.dtype),
+    )
     return out.to(q.dtype), scores.logsumexp(-1)
 
 
@@ -83,7 +93,9 @@ def turn(tensors, group, bug=""):
 
 
 class Ring(torch.autograd.Function):
-    """Keys and values travel; dk and dv travel with them and come home. `bug` names what to get wrong."""
+    """Keys and values travel; dk and dv travel with them and come home. `bug` names what to get
+    wrong.
+    """
 
     @staticmethod
     def forward(ctx, q, k, v, causal, group, layout, bug):
@@ -127,11 +139,21 @@ class Ring(torch.autograd.Function):
         dq, block = torch.zeros_like(q, dtype=wide), (k.contiguous(), v.contiguous())
         grads = (torch.zeros_like(k, dtype=wide), torch.zeros_like(v, dtype=wide))
         for t in range(p):
-            scores = scores_of(q, block[0], keys_of(rank, p, s, layout), keys_of((rank - t) % p, p, s, layout), causal)
+            scores = scores_of(
+                q,
+                block[0],
+                keys_of(rank, p, s, layout),
+                keys_of((rank - t) % p, p, s, layout),
+                causal,
+            )
             mine = scores.logsumexp(-1) if bug == "block lse" else lse
             P = (scores - mine.masked_fill(mine == -math.inf, math.inf)[..., None]).exp()
             wide_k, wide_v = (x.repeat_interleave(q.shape[2] // g, 2).to(wide) for x in block)
-            dS = P * (torch.einsum("bqhd,bkhd->bhqk", do, wide_v) - D[..., None]) / math.sqrt(q.shape[-1])
+            dS = (
+                P
+                * (torch.einsum("bqhd,bkhd->bhqk", do, wide_v) - D[..., None])
+                / math.sqrt(q.shape[-1])
+            )
             dq = dq + torch.einsum("bhqk,bkhd->bqhd", dS, wide_k)
             dk = torch.einsum("bhqk,bqhd->bkhd", dS, q.to(wide)).unflatten(2, (g, -1)).sum(3)
             dv = torch.einsum("bhqk,bqhd->bkhd", P, do).unflatten(2, (g, -1)).sum(3)
@@ -157,15 +179,24 @@ class Sliced(Gather):
         return grad.narrow(1, size * dist.get_rank(ctx.group), size), None
 
 
-# --------------------------------------------------------------------------------------------------- no false alarms
+# --------------------------------------------------------------------------------------------------
+# - no false alarms
 
 DECLARED = {"causal", "gqa", "lse", "subgroup"}
 
 
-@pytest.mark.parametrize("layout", ["contiguous", pytest.param("zigzag", marks=pytest.mark.slow), "striped"])
+@pytest.mark.parametrize(
+    "layout", ["contiguous", pytest.param("zigzag", marks=pytest.mark.slow), "striped"]
+)
 @pytest.mark.parametrize("fn", [gathering, ring])
 def test_correct_code_passes(fn, layout, pool):
-    report = check(functools.partial(fn, layout=layout), layout=layout, features=DECLARED, quick=True, pool=pool)
+    report = check(
+        functools.partial(fn, layout=layout),
+        layout=layout,
+        features=DECLARED,
+        quick=True,
+        pool=pool,
+    )
     assert report, str(report)
     assert len(report.passed) > 8
 
@@ -174,7 +205,9 @@ def test_correct_code_passes(fn, layout, pool):
 @pytest.mark.parametrize("layout", ["contiguous", "zigzag", "striped"])
 @pytest.mark.parametrize("fn", [gathering, ring])
 def test_correct_code_passes_every_case(fn, layout, pool):
-    report = check(functools.partial(fn, layout=layout), layout=layout, features=DECLARED, pool=pool)
+    report = check(
+        functools.partial(fn, layout=layout), layout=layout, features=DECLARED, pool=pool
+    )
     assert report, str(report)
     assert report.seconds < 120
 
@@ -184,7 +217,8 @@ def test_one_line_makes_a_pytest_test(case):
     case.check(ring)
 
 
-# -------------------------------------------------------------------------------------------------- mistakes and causes
+# --------------------------------------------------------------------------------------------------
+# mistakes and causes
 
 MISTAKES = {
     "local causal": "causal mask in local coordinates at every hop",
@@ -205,13 +239,28 @@ MISTAKES = {
 @pytest.mark.parametrize("bug", MISTAKES)
 def test_mistakes_are_named(bug, pool):
     features = {"causal", "subgroup"} if bug == "global rank" else {"causal"}
-    report = check(functools.partial(ring, bug=bug), features=features, quick=True, pool=pool, stop_after=4)
+    report = check(
+        functools.partial(ring, bug=bug), features=features, quick=True, pool=pool, stop_after=4
+    )
     assert not report
     assert MISTAKES[bug] in report.diagnosis, str(report)
     assert max(map(len, str(report).splitlines())) <= 80
     json.loads(report.to_json())
 
 
+@pytest.mark.parametrize("fn, holds", [(ring, True), (gathering, False)])
+def test_only_a_ring_holds_what_a_ring_holds(fn, holds, pool):
+    report = check(fn, features={"causal"}, claims="ring", quick=True, pool=pool)
+    assert bool(report) == holds, str(report)
+    assert report.growth
+
+
 def test_a_gather_that_slices_is_named(pool):
-    report = check(functools.partial(gathering, wrap=Sliced), features={"causal"}, quick=True, pool=pool, stop_after=2)
+    report = check(
+        functools.partial(gathering, wrap=Sliced),
+        features={"causal"},
+        quick=True,
+        pool=pool,
+        stop_after=2,
+    )
     assert "zero but for the own block" in report.diagnosis, str(report)

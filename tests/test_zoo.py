@@ -1,4 +1,6 @@
-"""The proof that the oracle is good: it rejects every mutant of the zoo, names most, and accuses nothing correct."""
+"""The proof that the oracle is good: it rejects every mutant of the zoo, names most, and accuses
+nothing correct.
+"""
 
 import json
 from pathlib import Path
@@ -11,8 +13,9 @@ from ringref.oracle import check
 RECORD = Path(__file__).parent / "zoo" / "last_run.json"
 SUBSET = [mutant.name for mutant in zoo.MUTANTS if not mutant.hangs][::6]  # what CI can afford
 
-# What a diagnosis must say to count as the right cause, by the mutant's slug. A mutant whose slug is missing here, or
-# whose diagnosis says something else, was rejected without its cause being named.
+# What a diagnosis must say to count as the right cause, by the mutant's slug. A mutant whose slug
+# is missing here, or whose diagnosis says something else, was rejected without its cause being
+# named.
 SAYS = {
     "outputs-averaged": "averaged",
     "outputs-added": "added",
@@ -101,7 +104,14 @@ SAYS = {
 def judged(name, pool, **told):
     facts = zoo.info(name)
     ranks = 4 if facts.ranks > 1 else 1
-    return check(zoo.build(name), layout=facts.layout, features=facts.features, ranks=ranks, pool=pool, **told)
+    return check(
+        zoo.build(name),
+        layout=facts.layout,
+        features=facts.features,
+        ranks=ranks,
+        pool=pool,
+        **told,
+    )
 
 
 def named(name, report):
