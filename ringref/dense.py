@@ -59,11 +59,9 @@ def dense_attention(
         scale=scale, shard=shard, q_chunk=q_chunk, backend=backend,
     )  # fmt: skip
     queries, keys = ([one.index for one in side] for side in call.table)
-    q, k, v = (
-        _Whole.apply(q, call, queries),
-        _Whole.apply(k, call, keys),
-        _Whole.apply(v, call, keys),
-    )
+    # wide before the chunks, whose dK and dV then add up without rounding
+    dtype, held = q.dtype, ((q, queries), (k, keys), (v, keys))
+    q, k, v = (_Whole.apply(x, call, index).to(wide(dtype)) for x, index in held)
     q_idx, kv_idx = torch.cat(queries).to(q.device), torch.cat(keys).to(q.device)
     outs, lses = [], []
     for rows in range(0, q.shape[1] or 1, q_chunk or q.shape[1] or 1):
@@ -74,9 +72,8 @@ def dense_attention(
         )
         outs.append(out)
         lses.append(lse)
-    return Attended(
-        *_Mine.apply(torch.cat(outs, 1), torch.cat(lses, 2), call.anchor, call, queries)
-    )
+    out, lse = torch.cat(outs, 1).to(dtype), torch.cat(lses, 2)
+    return Attended(*_Mine.apply(out, lse, call.anchor, call, queries))
 
 
 def _only_math(_q: Tensor, backend: str, *_) -> None:
@@ -89,33 +86,28 @@ def _only_math(_q: Tensor, backend: str, *_) -> None:
 @exactly
 def _define(q: Tensor, k: Tensor, v: Tensor, q_idx: Tensor, kv_idx: Tensor, call: Call) -> Attended:
     """softmax(scale · q kᵀ + log multiplicity) v, for these queries and all keys."""
-    dtype, result, g = wide(q.dtype), q.dtype, k.shape[2]
-    q, k, v = rearrange(q, "b q (g e) d -> b q g e d", g=g).to(dtype), k.to(dtype), v.to(dtype)
+    g = k.shape[2]
+    q = rearrange(q, "b q (g e) d -> b q g e d", g=g)
     scores = torch.einsum("bqged,bkgd->bgeqk", q, k) * call.scale
     scores = rearrange(scores, "b g e q k -> b (g e) q k") + _log_times_seen(
         q_idx, kv_idx, scores, call
     )
     blind = (scores == -math.inf).all(-1, keepdim=True)
-    scores = scores.masked_fill(
-        blind, 0.0
-    )  # before the softmax, whose gradient on a row of −inf is NaN
+    # before the softmax, whose gradient on a row of −inf is NaN
+    scores = scores.masked_fill(blind, 0.0)
     weights = rearrange(scores.softmax(-1).masked_fill(blind, 0.0), "b (g e) q k -> b g e q k", g=g)
     out = rearrange(torch.einsum("bgeqk,bkgd->bqged", weights, v), "b q g e d -> b q (g e) d")
     lse = scores.logsumexp(-1) if k.shape[1] else scores.sum(-1)
-    return Attended(out.to(result), lse.masked_fill(blind[..., 0], -math.inf))
+    return Attended(out, lse.masked_fill(blind[..., 0], -math.inf))
 
 
 def _log_times_seen(q_idx: Tensor, kv_idx: Tensor, scores: Tensor, call: Call) -> Tensor:
     """log of how often each query sees each key, broadcastable to b h q k."""
     b, h = scores.shape[0], scores.shape[1] * scores.shape[2]
-    batch, head = torch.arange(b, device=q_idx.device), torch.arange(h, device=q_idx.device)
-    batch, head, q_idx, kv_idx = (
-        batch[:, None, None, None],
-        head[:, None, None],
-        q_idx[:, None],
-        kv_idx[None, :],
-    )
-    head, q_idx, kv_idx = head[None], q_idx[None, None], kv_idx[None, None]
+    device = q_idx.device
+    batch, head = torch.arange(b, device=device), torch.arange(h, device=device)
+    batch, head = batch[:, None, None, None], head[None, :, None, None]
+    q_idx, kv_idx = q_idx[None, None, :, None], kv_idx[None, None, None, :]
     times = torch.ones((), dtype=scores.dtype, device=scores.device)
     if call.dilation is not None:
         times = 0
