@@ -547,7 +547,9 @@ class Report:
             yield "not judged: " + "; ".join(self.not_judged)
 
     def __str__(self) -> str:
-        console = Console(width=80, file=io.StringIO(), highlight=False, markup=False)
+        console = Console(
+            width=80, file=io.StringIO(), highlight=False, markup=False, force_jupyter=False
+        )
         console.print(self)
         return console.file.getvalue()
 
@@ -809,7 +811,9 @@ class Judge:
         own = {r: e for r, e in errors.items() if "onnection" not in e["text"]} or errors
         for rank, e in list(own.items())[:1]:
             cause, text = diagnose.crash(e)
-            tell("crash", diagnose.GROUP if case.groups else cause, text, rank, e["line"])
+            mistyped = e["type"] in ("NameError", "ImportError", "ModuleNotFoundError")
+            grouped = case.groups and not mistyped
+            tell("crash", diagnose.GROUP if grouped else cause, text, rank, e["line"])
         for rank, r in results.items():
             if "crash" in r and not own:
                 tell("crash", "the process died", "a fault in native code, or os._exit", rank)
