@@ -172,7 +172,8 @@ def short(value):
     """1536 -> 1.5k, 1048576 -> 1M: powers of two as people say them."""
     for power, suffix in ((2**40, "T"), (2**30, "G"), (2**20, "M"), (2**10, "k")):
         if abs(value) >= power:
-            return f"{value / power:.3g}{suffix}"
+            scaled = value / power  # 1000 to 1023 need a fourth digit
+            return f"{scaled:.0f}{suffix}" if abs(scaled) >= 999.5 else f"{scaled:.3g}{suffix}"
     return f"{value:.3g}"
 
 
