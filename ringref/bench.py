@@ -36,6 +36,7 @@ from .dense import dense_attention
 from .dilated import dilated_attention
 from .launch import from_env, launch
 from .layout import Attended, Dilation, Shard, partition
+from .memory import predicted
 from .ring import ring_attention
 
 LONGNET = Dilation([2048, 4096, 8192, 16384, 32768], [1, 2, 4, 6, 12])
@@ -460,8 +461,6 @@ def long_section(bench: Bench) -> list[dict]:
     """Peak bytes for n doubling, computed up to `--longest` tokens, then allocated only, until it
     does not fit.
     """
-    from .memory import predicted_peak
-
     args, ring, rows = bench.args, bench.ring, []
     if not bench.cuda:
         return rows
@@ -493,14 +492,17 @@ def long_section(bench: Bench) -> list[dict]:
             except torch.OutOfMemoryError:
                 row["fits"] = False
             row["fits"] = all(x[0] for x in ring.announce([int(row["fits"])]))
-            row["predicted_bytes"] = predicted_peak(
-                name.split(",")[0],
-                n=n,
-                p=ring.size,
-                h=args.heads,
-                g=args.heads,
-                d=args.head_dim,
-                dtype=bench.dtype,
+            row["predicted_bytes"] = sum(
+                predicted(
+                    name.split(",")[0],
+                    n,
+                    ring.size,
+                    args.heads,
+                    args.head_dim,
+                    dtype=bench.dtype,
+                    c=8192 if "q_chunk" in name else None,
+                    fused=True,
+                ).values()
             )
             rows.append(row)
             inputs = dout = None
