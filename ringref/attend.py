@@ -66,7 +66,7 @@ class Running:
         self.waiting: list[tuple[Rows, slice, Tensor, Tensor]] = []
 
     def merge(self, rows: Rows, heads: slice, out: Tensor, lse: Tensor) -> None:
-        if self.out is None and rows.all_of(self.shape[1]) and out.shape[3] == self.shape[2]:
+        if self.out is None and _covers(rows, out, self.shape):
             self.out, self.lse = out.flatten(1, 2), lse.flatten(1, 2)
             return
         self._start()
@@ -107,7 +107,7 @@ class Running:
         out = self.like.new_empty(self.shape) if out is None else out
         if self.waiting:
             self._settle()
-        if not (self.waiting and _covers(*self.waiting[0][:3], self.shape)):
+        if not (self.waiting and _covers(*self.waiting[0][:3:2], self.shape)):
             out.copy_(self.out)
         for rows, heads, x, its in self.waiting:
             merged = rows.of(self.lse, heads)
@@ -131,7 +131,7 @@ class Sum:
         self.total = self.last = None
 
     def add(self, rows: Rows, heads: slice, x: Tensor) -> None:
-        if self.total is None and rows.all_of(self.shape[1]) and x.shape[3] == self.shape[2]:
+        if self.total is None and _covers(rows, x, self.shape):
             self.total = x.flatten(1, 2)
             return
         if self.last is not None:
@@ -175,14 +175,15 @@ class Sum:
         if into is None and self.last is None:
             return self.total.to(self.like.dtype)
         into = self.like.new_empty(self.shape) if into is None else into
-        if self.last is None or not _covers(*self.last, self.shape):
+        if self.last is None or not _covers(*self.last[::2], self.shape):
             into.copy_(self.total)
         if self.last is not None:
             self._add_last(into)
         return into
 
 
-def _covers(rows: Rows, heads: slice, x: Tensor, shape: Sequence[int]) -> bool:
+def _covers(rows: Rows, x: Tensor, shape: Sequence[int]) -> bool:
+    """Whether a block is the whole: every row and every head of `b s h d`."""
     return rows.all_of(shape[1]) and x.shape[3] == shape[2]
 
 
