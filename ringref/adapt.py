@@ -8,7 +8,6 @@ features add (see `ringref.oracle`).
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -17,18 +16,6 @@ import torch
 from torch import Tensor
 
 from .sanitizer import entered, group_ranks
-
-
-def _passed(fn: Callable, told: dict[str, Any]) -> dict[str, Any]:
-    """The keywords that `fn` takes; a false or missing one need not be taken."""
-    names = inspect.signature(fn).parameters
-    if any(p.kind is p.VAR_KEYWORD for p in names.values()):
-        return told
-    if refused := [
-        name for name, value in told.items() if name not in names and value not in (None, False)
-    ]:
-        raise NotImplementedError(f"the candidate takes no {', '.join(refused)}")
-    return {name: value for name, value in told.items() if name in names}
 
 
 def _turned(x: Any, *dims: int) -> Any:
