@@ -28,10 +28,7 @@ from ringref.model import ByteLM, text
 
 TENSORS = ("out", "lse", "dq", "dk", "dv")
 WIDTH = 112
-MULTIPLE, FLOOR = (
-    3.0,
-    2.0,
-)  # an error may be 3 times plain PyTorch's, which counts as 2 eps at least
+MULTIPLE, FLOOR = (3.0, 2.0)  # an error may be 3 times plain PyTorch's, which counts as 2 eps at least
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 
 
@@ -48,12 +45,7 @@ def options(argv):
     add("--heads", type=int, default=4, help="query heads, an even number; half as many for K, V")
     add("--head-dim", type=int, default=16, help="numbers per head (default: 16)")
     add("--dtype", default="float32", choices=DTYPES, help="of q, k, v (default: float32)")
-    add(
-        "--layout",
-        default="zigzag",
-        choices=("contiguous", "zigzag", "striped"),
-        help="who holds which tokens",
-    )
+    add("--layout", default="zigzag", choices=("contiguous", "zigzag", "striped"), help="who holds which tokens")
     add("--q-chunk", type=int, help="query rows in work at a time on a rank (default: all)")
     add("--json", action="store_true", help="print JSON instead of the table")
     add("--figure", type=Path, default=Path("figures/main_job.svg"), help="where the figure goes")
@@ -66,13 +58,9 @@ def options(argv):
         told.tokens = 4096 if told.backend == "nccl" else 1024
     for name in ("ranks", "tokens", "heads", "head_dim"):
         if getattr(told, name) < 1:
-            parser.error(
-                f"--{name.replace('_', '-')}: expected at least 1, got {getattr(told, name)}"
-            )
+            parser.error(f"--{name.replace('_', '-')}: expected at least 1, got {getattr(told, name)}")
     if told.heads % 2 or told.head_dim % 2:
-        parser.error(
-            f"--heads, --head-dim: expected even numbers, got {told.heads}, {told.head_dim}"
-        )
+        parser.error(f"--heads, --head-dim: expected even numbers, got {told.heads}, {told.head_dim}")
     if told.text is not None and not told.text.is_file():
         parser.error(f"text: {told.text} is not a file")
     told.where = f"{told.ranks} processes over gloo on the CPU"
@@ -190,9 +178,7 @@ def run(told, console):
         follower = threading.Thread(target=follow)
         follower.start()
         try:
-            ranks = launch(
-                lambda ring: ranks_job(ring, inputs, cases, told, steps), told.ranks, told.backend
-            )
+            ranks = launch(lambda ring: ranks_job(ring, inputs, cases, told, steps), told.ranks, told.backend)
         finally:
             over.set()
             follower.join()
@@ -246,12 +232,7 @@ class Judge:
 
 
 def progress(console):
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     return Progress(*columns, console=console, transient=True)
 
 
@@ -286,9 +267,7 @@ def as_figure(rows, path):
     for case, ax in zip(cases, axes, strict=True):
         some = [row for row in rows if row["case"] == case]
         keys = {"measured peak": "peak", "predicted": "predicted", "sent": "sent"}
-        groups = {
-            label: {row["method"]: row[key] / 1024 for row in some} for label, key in keys.items()
-        }
+        groups = {label: {row["method"]: row[key] / 1024 for row in some} for label, key in keys.items()}
         draw.bars(groups, ax=ax, title=case, y="KiB per rank" if ax is axes[0] else "", log=True)
         if ax is not axes[-1]:
             ax.get_legend().remove()

@@ -73,9 +73,7 @@ def dilated(make: Callable, *, heads: str = "all", causal: str = "is_causal") ->
     LongNet is reported as a convention. `causal` is its name for causality.
     """
 
-    def candidate(
-        q: Tensor, k: Tensor, v: Tensor, *, group: Any, dilation: Any, **told: Any
-    ) -> Any:
+    def candidate(q: Tensor, k: Tensor, v: Tensor, *, group: Any, dilation: Any, **told: Any) -> Any:
         if len(group_ranks(group)) > 1:
             raise NotImplementedError("one device only")
         module = make(list(dilation.segment_lengths), list(dilation.dilation_rates))
@@ -129,9 +127,7 @@ def varlen(fn: Callable) -> Callable:
     def candidate(q: Tensor, k: Tensor, v: Tensor, **told: Any) -> Any:
         b, s = q.shape[:2]
         lengths = torch.arange(0, (b + 1) * s, s, dtype=torch.int32)[: b + 1]
-        result = fn(
-            *(x.reshape(b * s, *x.shape[2:]) for x in (q, k, v)), cu_seqlens=lengths, **told
-        )
+        result = fn(*(x.reshape(b * s, *x.shape[2:]) for x in (q, k, v)), cu_seqlens=lengths, **told)
         out, *rest = result if isinstance(result, tuple) else (result,)
         out = out.unflatten(0, (b, s))
         return (out, rest[0].unflatten(1, (b, s)).transpose(0, 1)) if rest else out

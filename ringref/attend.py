@@ -78,9 +78,7 @@ class Running:
     def _start(self) -> None:
         if self.out is None:
             self.out = self.like.new_zeros(self.shape)
-            self.lse = torch.full(
-                self.shape[:3], -torch.inf, dtype=wide(self.like.dtype), device=self.like.device
-            )
+            self.lse = torch.full(self.shape[:3], -torch.inf, dtype=wide(self.like.dtype), device=self.like.device)
         if self.before is None:
             self.before = self.lse.clone()
 
@@ -93,9 +91,7 @@ class Running:
             self.before = self.lse.clone()
         for rows, heads, out, lse in some:
             weight = share(lse, rows.of(self.lse, heads))[..., None]
-            rows.change(
-                self.out, heads, lambda part, out=out, weight=weight: part.addcmul_(out, weight)
-            )
+            rows.change(self.out, heads, lambda part, out=out, weight=weight: part.addcmul_(out, weight))
         self.waiting = [last]
 
     def result(self, out: Tensor | None, lse: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -113,9 +109,7 @@ class Running:
             merged = rows.of(self.lse, heads)
             kept, weight = (share(a, merged)[..., None] for a in (rows.of(self.before, heads), its))
             kept = rows.of(self.out, heads) * kept
-            rows.change(
-                out, heads, lambda part, a=kept, b=x, c=weight: torch.addcmul(a, b, c, out=part)
-            )
+            rows.change(out, heads, lambda part, a=kept, b=x, c=weight: torch.addcmul(a, b, c, out=part))
         return out, self.lse if lse is None else lse.copy_(self.lse)
 
 
@@ -143,18 +137,12 @@ class Sum:
         if into is self.total:
             rows.change(into, heads, lambda part: part.add_(x))
         else:
-            rows.change(
-                into, heads, lambda part: torch.add(rows.of(self.total, heads), x, out=part)
-            )
+            rows.change(into, heads, lambda part: torch.add(rows.of(self.total, heads), x, out=part))
 
     def wide(self) -> Tensor:
         """The sum, in the accumulating dtype and free to be added to."""
         dtype = wide(self.like.dtype)
-        self.total = (
-            self.like.new_zeros(self.shape, dtype=dtype)
-            if self.total is None
-            else self.total.to(dtype)
-        )
+        self.total = self.like.new_zeros(self.shape, dtype=dtype) if self.total is None else self.total.to(dtype)
         if self.last is not None:
             self._add_last(self.total)
             self.last = None
@@ -241,11 +229,7 @@ class Meeting(NamedTuple):
 
 def _cut(heads: range, of: range) -> slice:
     """These heads as a slice of those."""
-    return slice(
-        (heads[0] - of.start) // of.step,
-        (heads[-1] - of.start) // of.step + 1,
-        max(1, heads.step // of.step),
-    )
+    return slice((heads[0] - of.start) // of.step, (heads[-1] - of.start) // of.step + 1, max(1, heads.step // of.step))
 
 
 _PART_BYTES, _PART_BYTES_ALONE, _MOST_PARTS = 10 * 2**20, 256 * 2**20, 4
@@ -262,11 +246,7 @@ def _plan(
     longest = max(map(len, (*table.queries, *table.keys)))
     # on one rank nothing travels and one strand accumulates nothing
     size = _PART_BYTES_ALONE if alone else _PART_BYTES
-    count = (
-        1
-        if alone and dilation is None
-        else max(1, min(longest * row_bytes // size, g, _MOST_PARTS))
-    )
+    count = 1 if alone and dilation is None else max(1, min(longest * row_bytes // size, g, _MOST_PARTS))
     # the widest strand first, which may cover all rows; then the narrow ones, for the last is the
     # cheapest to add
     order = strands(dilation, h)
@@ -281,29 +261,18 @@ def _plan(
         for _, alike in groupby(some.tolist(), serves):
             kv_heads = range((few := list(alike))[0], few[-1] + 1)
             parts.append(
-                _part(
-                    order,
-                    range(kv_heads.start * group, kv_heads.stop * group),
-                    kv_heads,
-                    table,
-                    rank,
-                    causal,
-                )
+                _part(order, range(kv_heads.start * group, kv_heads.stop * group), kv_heads, table, rank, causal)
             )
     return tuple(parts)
 
 
-def _part(
-    order: list[Strand], heads: range, kv_heads: range, table: Table, rank: int, causal: bool
-) -> Part:
+def _part(order: list[Strand], heads: range, kv_heads: range, table: Table, rank: int, causal: bool) -> Part:
     legs, local, group = [], [], len(heads) // len(kv_heads)
     for strand in order:
         mine = [j for j in strand.heads if j in heads]
         for each in _even(range(mine[0], mine[-1] + 1, strand.heads.step), group) if mine else ():
             one = strand._replace(heads=each)
-            if travels(
-                one, table
-            ):  # a leg on every rank, so that all post their messages in one order
+            if travels(one, table):  # a leg on every rank, so that all post their messages in one order
                 legs.append(Leg((one,), serving(each, group), route(one, table, rank, causal)))
             else:
                 local.append(one)
@@ -332,14 +301,7 @@ def _meetings(
     def meeting(visit: Visit, heads: range) -> Meeting:
         used = serving(heads, group)
         whole = slice(heads.start, heads[-1] + 1, heads.step)
-        return Meeting(
-            visit,
-            heads,
-            whole,
-            _cut(heads, part_heads),
-            _cut(used, kv_heads),
-            _cut(used, part_kv_heads),
-        )
+        return Meeting(visit, heads, whole, _cut(heads, part_heads), _cut(used, kv_heads), _cut(used, part_kv_heads))
 
     found, offsets = [], []
     for strand in some:
@@ -350,9 +312,7 @@ def _meetings(
         found += [meeting(*x) for x in _slanted(offsets)]
         offsets = [(strand, met)]
         if group > 1:
-            found += [
-                meeting(visit, heads) for visit in met for heads in regular(strand.heads, group)
-            ]
+            found += [meeting(visit, heads) for visit in met for heads in regular(strand.heads, group)]
             offsets = []
     found += [meeting(*x) for x in _slanted(offsets)]
     return tuple(found)
@@ -364,10 +324,7 @@ def _neighbours(strand: Strand, met: list[Visit], after: Strand, met_after: list
     def shape(rows: Rows, on: int = 0):
         return rows.strided, rows.start + on, rows.step, rows.hop, rows.m, rows.c
 
-    heads, shifted = (
-        after.heads,
-        range(strand.heads.start + 1, strand.heads[-1] + 2, strand.heads.step),
-    )
+    heads, shifted = (after.heads, range(strand.heads.start + 1, strand.heads[-1] + 2, strand.heads.step))
     if after[:2] != strand[:2] or list(heads) != list(shifted) or len(met) != len(met_after):
         return False
     return all(
@@ -469,9 +426,7 @@ class Job(NamedTuple):
     parts: tuple[Part, ...]
     group: int  # query heads per key/value head
 
-    def meetings(
-        self, part: Part, leg: Leg, block: Block
-    ) -> Iterator[tuple[Meeting, backends.Seen]]:
+    def meetings(self, part: Part, leg: Leg, block: Block) -> Iterator[tuple[Meeting, backends.Seen]]:
         call = self.call
         mine, masked = call.table.queries[call.ring.rank], call.mask_mod is not None
         where = leg.strands, leg.kv_heads, part.heads, part.kv_heads, self.group
@@ -550,13 +505,9 @@ class _Attend(torch.autograd.Function):
                 while block is not None:
                     theirs = None
                     if block is not own:
-                        theirs = Gradients(
-                            *(Sum(k, x.shape[1], x.shape[2]) for x in (block.k, block.v))
-                        )
+                        theirs = Gradients(*(Sum(k, x.shape[1], x.shape[2]) for x in (block.k, block.v)))
                     _differentiate(job, part, leg, block, (dout, dlse, q, out, lse), sums, theirs)
-                    if (
-                        travelling
-                    ):  # the gradients of the strand before have travelled under this computation
+                    if travelling:  # the gradients of the strand before have travelled under this computation
                         _come_home(*travelling)
                         travelling = None
                     block = None
@@ -567,13 +518,7 @@ class _Attend(torch.autograd.Function):
 
 
 def _differentiate(
-    job: Job,
-    part: Part,
-    leg: Leg,
-    block: Block,
-    saved: tuple,
-    sums: list[Sum],
-    theirs: Gradients | None,
+    job: Job, part: Part, leg: Leg, block: Block, saved: tuple, sums: list[Sum], theirs: Gradients | None
 ) -> None:
     """Add one block's dQ to `sums`, and its dK and dV to `theirs`, or to `sums` where the block is
     my own.
@@ -591,9 +536,7 @@ def _differentiate(
             total.add(keys, meeting.used if theirs else meeting.used_in_part, x)
 
 
-def _come_home(
-    walk: Generator, part: Part, leg: Leg, sums: list[Sum], wholes: list[Tensor | None], inputs
-) -> None:
+def _come_home(walk: Generator, part: Part, leg: Leg, sums: list[Sum], wholes: list[Tensor | None], inputs) -> None:
     """Add the gradients that other ranks computed for my rows; a part's gradients are complete
     after its last strand.
     """
@@ -605,9 +548,7 @@ def _come_home(
                 total.add(Rows(rows[None]), _cut(leg.kv_heads, part.kv_heads), x[:, None])
     if leg is not part.legs[-1]:
         return
-    for i, (total, heads, x) in enumerate(
-        zip(sums, (part.heads, part.kv_heads, part.kv_heads), inputs, strict=True)
-    ):
+    for i, (total, heads, x) in enumerate(zip(sums, (part.heads, part.kv_heads, part.kv_heads), inputs, strict=True)):
         if len(heads) == x.shape[2]:
             wholes[i] = total.result(None)
             continue
@@ -617,15 +558,11 @@ def _come_home(
         sums[i] = None
 
 
-def attend(
-    conduct: Conductor, method: str, q: Tensor, k: Tensor, v: Tensor, **arguments
-) -> Attended:
+def attend(conduct: Conductor, method: str, q: Tensor, k: Tensor, v: Tensor, **arguments) -> Attended:
     """Validate, agree with the other ranks, and carry out the call."""
     call = agree(method, q, k, v, able=backends.check, **arguments)
     (b, _, h, d), g = q.shape, k.shape[2]
-    parts = _plan(
-        call.dilation, h, g, b * h * d * q.element_size(), call.table, call.ring.rank, call.causal
-    )
+    parts = _plan(call.dilation, h, g, b * h * d * q.element_size(), call.table, call.ring.rank, call.causal)
     return Attended(*_Attend.apply(q, k, v, call.anchor, Job(call, conduct, parts, h // g)))
 
 
@@ -636,19 +573,11 @@ def paths(q: Tensor, k: Tensor, **arguments) -> list[str]:
     call = agree("explain", q, k, k, able=lambda *_: None, **arguments)
     (b, _, h, d), g, rank = q.shape, k.shape[2], call.ring.rank
     lines = {}
-    for part in _plan(
-        call.dilation, h, g, b * h * d * q.element_size(), call.table, rank, call.causal
-    ):
+    for part in _plan(call.dilation, h, g, b * h * d * q.element_size(), call.table, rank, call.causal):
         for leg in part.legs:
             branches = sorted({(x.w, x.r) for x in leg.strands})
-            named = ", ".join(
-                "all keys" if w == EVERYTHING else f"w={w} r={r}" for w, r in branches
-            )
-            where = (
-                "stay"
-                if len(leg.route.members) == 1
-                else f"travel among ranks {list(leg.route.members)}"
-            )
+            named = ", ".join("all keys" if w == EVERYTHING else f"w={w} r={r}" for w, r in branches)
+            where = "stay" if len(leg.route.members) == 1 else f"travel among ranks {list(leg.route.members)}"
             where_own = leg.strands, leg.kv_heads, part.heads, part.kv_heads, h // g
             met = _meetings(
                 *where_own,
@@ -658,15 +587,9 @@ def paths(q: Tensor, k: Tensor, **arguments) -> list[str]:
                 call.mask_mod is not None,
                 call.q_chunk,
             )
-            read = {
-                "strided views"
-                if x.visit.queries.strided and x.visit.keys.strided
-                else "copied rows"
-                for x in met
-            }
+            read = {"strided views" if x.visit.queries.strided and x.visit.keys.strided else "copied rows" for x in met}
             kinds = sorted({x.visit.kind for x in met})
             lines[
-                f"{named}: keys {where}; own block: {len(met)} visits "
-                f"({', '.join(kinds)}) of {', '.join(sorted(read))}"
+                f"{named}: keys {where}; own block: {len(met)} visits ({', '.join(kinds)}) of {', '.join(sorted(read))}"
             ] = 0
     return list(lines)

@@ -61,9 +61,7 @@ class Kernel(NamedTuple):
 HALF = (torch.float16, torch.bfloat16)
 
 
-def _limits(
-    devices: str, dtypes: tuple, most: int, granularity: int = 8
-) -> Callable[[Task], str | None]:
+def _limits(devices: str, dtypes: tuple, most: int, granularity: int = 8) -> Callable[[Task], str | None]:
     def why_not(task: Task) -> str | None:
         # the lse gradient rides in extra columns of the head
         d = task.head_dim + (granularity if task.lse_gradient else 0)
@@ -73,9 +71,7 @@ def _limits(
             return f"has no {str(task.dtype).removeprefix('torch.')}"
         if d > most or d % granularity:
             with_columns = " with the lse gradient's columns" if task.lse_gradient else ""
-            return (
-                f"wants a head dim that {granularity} divides, up to {most}; got {d}{with_columns}"
-            )
+            return f"wants a head dim that {granularity} divides, up to {most}; got {d}{with_columns}"
         return "takes full and causal blocks, not a mask" if task.kind == "mask" else None
 
     return why_not
@@ -106,28 +102,12 @@ def _flash_forward(q, k, v, causal, scale):
 def _flash_backward(dout, q, k, v, out, lse, causal, scale):
     seed = _seed(2, torch.uint64, q.device)
     return aten._scaled_dot_product_flash_attention_backward(
-        dout,
-        q,
-        k,
-        v,
-        out,
-        lse.contiguous(),
-        None,
-        None,
-        q.shape[2],
-        k.shape[2],
-        0.0,
-        causal,
-        seed,
-        seed,
-        scale=scale,
+        dout, q, k, v, out, lse.contiguous(), None, None, q.shape[2], k.shape[2], 0.0, causal, seed, seed, scale=scale
     )
 
 
 def _cudnn_forward(q, k, v, causal, scale):
-    out, lse, *_ = aten._scaled_dot_product_cudnn_attention(
-        q, k, v, None, True, 0.0, causal, False, scale=scale
-    )
+    out, lse, *_ = aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, causal, False, scale=scale)
     return out, lse.reshape(lse.shape[:3])
 
 
@@ -141,9 +121,7 @@ def _cudnn_backward(dout, q, k, v, out, lse, causal, scale):
 
 
 def _efficient_forward(q, k, v, causal, scale):
-    out, lse, *_ = aten._scaled_dot_product_efficient_attention(
-        q, k, v, None, True, 0.0, causal, scale=scale
-    )
+    out, lse, *_ = aten._scaled_dot_product_efficient_attention(q, k, v, None, True, 0.0, causal, scale=scale)
     return out, lse[:, :, : q.shape[2]]
 
 
@@ -152,19 +130,7 @@ def _efficient_backward(dout, q, k, v, out, lse, causal, scale):
     lse = torch.nn.functional.pad(lse.contiguous(), (0, -lse.shape[2] % 32), value=math.inf)
     seed = torch.zeros((), dtype=torch.int64)
     return aten._scaled_dot_product_efficient_attention_backward(
-        dout,
-        q,
-        k,
-        v,
-        None,
-        out,
-        lse,
-        seed,
-        seed,
-        0.0,
-        [True, True, True, False],
-        causal,
-        scale=scale,
+        dout, q, k, v, None, out, lse, seed, seed, 0.0, [True, True, True, False], causal, scale=scale
     )[:3]
 
 
@@ -178,9 +144,7 @@ def _xformers_forward(q, k, v, causal, scale):
     from xformers.ops import fmha
 
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    out, lse = fmha.memory_efficient_attention_forward_requires_grad(
-        q, k, v, _xformers_bias(causal), scale=scale
-    )
+    out, lse = fmha.memory_efficient_attention_forward_requires_grad(q, k, v, _xformers_bias(causal), scale=scale)
     return out.transpose(1, 2), lse[:, :, : q.shape[1]]
 
 
@@ -201,10 +165,7 @@ def _xformers_missing() -> str | None:
 
         if fmha.cutlass.FwOp.is_available() or fmha.flash.FwOp.is_available():
             return None
-        return (
-            "reports no available operator "
-            "(a CUDA 12 build needs libcudart.so.12 on LD_LIBRARY_PATH)"
-        )
+        return "reports no available operator (a CUDA 12 build needs libcudart.so.12 on LD_LIBRARY_PATH)"
     except ImportError as error:
         return f"xformers cannot be imported ({error})"
 
@@ -214,9 +175,7 @@ def _xformers_why_not(task: Task) -> str | None:
 
 
 def _cudnn_why_not(task: Task) -> str | None:
-    limit = _limits("cuda", HALF, 128)(task) or (
-        "needs more than one query or key" if task.single else None
-    )
+    limit = _limits("cuda", HALF, 128)(task) or ("needs more than one query or key" if task.single else None)
     if limit or torch.cuda.get_device_capability() >= (9, 0):
         return limit
     return "is only faster than FlashAttention-2 from Hopper on"
@@ -285,19 +244,9 @@ def explain(
         lines.append(f"{kind} blocks: {taken.name if taken else 'math'}")
         for kernel in KERNELS:
             if kernel is not taken:
-                lines.append(
-                    f"  not {kernel.name}: {kernel.why_not(task) or _passed_over(kernel, backend)}"
-                )
-    arguments = {
-        "causal": causal,
-        "dilation": dilation,
-        "mask_mod": mask_mod,
-        "scale": scale,
-        "shard": shard,
-    }
-    return "\n".join(
-        lines + paths(q, q if k is None else k, **arguments, q_chunk=q_chunk, backend=backend)
-    )
+                lines.append(f"  not {kernel.name}: {kernel.why_not(task) or _passed_over(kernel, backend)}")
+    arguments = {"causal": causal, "dilation": dilation, "mask_mod": mask_mod, "scale": scale, "shard": shard}
+    return "\n".join(lines + paths(q, q if k is None else k, **arguments, q_chunk=q_chunk, backend=backend))
 
 
 def _passed_over(kernel: Kernel, backend: str) -> str:
@@ -325,14 +274,10 @@ def forward(q: Tensor, k: Tensor, v: Tensor, seen: Seen, call: Call) -> Attended
     if kernel is None:
         return block.forward(q, k, v, call.scale, _keep(q, k, seen))
     out, lse = kernel.forward(*_folded(kernel, q, k, v), seen.kind == "causal", call.scale)
-    return Attended(
-        out.transpose(1, 2).unflatten(0, q.shape[:2]), lse.transpose(1, 2).unflatten(0, q.shape[:2])
-    )
+    return Attended(out.transpose(1, 2).unflatten(0, q.shape[:2]), lse.transpose(1, 2).unflatten(0, q.shape[:2]))
 
 
-def backward(
-    dout, dlse, q, k, v, out, lse, seen: Seen, call: Call
-) -> tuple[Tensor, Tensor, Tensor]:
+def backward(dout, dlse, q, k, v, out, lse, seen: Seen, call: Call) -> tuple[Tensor, Tensor, Tensor]:
     """dQ, dK, dV of one block from the merged out and lse (+inf where nothing was seen); dlse may
     be None.
     """
@@ -343,18 +288,14 @@ def backward(
     if dlse is not None:
         dout, q, k, v, out = _with_lse_gradient(dlse, dout, q, k, v, out, kernel.granularity)
     lse = lse.flatten(0, 1).transpose(1, 2)
-    grads = kernel.backward(
-        _bhsd(dout), *_folded(kernel, q, k, v), _bhsd(out), lse, seen.kind == "causal", call.scale
-    )
+    grads = kernel.backward(_bhsd(dout), *_folded(kernel, q, k, v), _bhsd(out), lse, seen.kind == "causal", call.scale)
     dq, dk, dv = (x.transpose(1, 2)[..., :d].unflatten(0, q.shape[:2]) for x in grads)
     if dk.shape[3] != k.shape[3]:
         dk, dv = (x.unflatten(3, (k.shape[3], -1)).sum(4) for x in (dk, dv))
     return dq, dk, dv
 
 
-def _kernel(
-    q: Tensor, k: Tensor, seen: Seen, call: Call, lse_gradient: bool = False
-) -> Kernel | None:
+def _kernel(q: Tensor, k: Tensor, seen: Seen, call: Call, lse_gradient: bool = False) -> Kernel | None:
     single = q.shape[2] == k.shape[2] == 1
     task = Task(q.device.type, q.dtype, q.shape[-1], seen.kind, lse_gradient, single)
     return choose(call.backend, task) if q.numel() and call.scale > 0 else None

@@ -40,31 +40,21 @@ from .memory import predicted
 from .ring import ring_attention
 
 LONGNET = Dilation([2048, 4096, 8192, 16384, 32768], [1, 2, 4, 6, 12])
-BUDGET = (
-    3.0  # times the error that PyTorch's own attention makes in the same dtype on the same inputs
-)
+BUDGET = 3.0  # times the error that PyTorch's own attention makes in the same dtype on the same inputs
 LSE_BUDGET = 1e-5  # lse is float32 whatever the inputs are
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m ringref bench", description=__doc__.split("\n\n")[0]
-    )
+    parser = argparse.ArgumentParser(prog="python -m ringref bench", description=__doc__.split("\n\n")[0])
     parser.add_argument("--sections", nargs="+", default=list(SECTIONS), choices=list(SECTIONS))
     parser.add_argument("--ranks", type=int, help="default: every GPU, or 2 CPU ranks")
     parser.add_argument("--tokens", nargs="+", type=int, help="tokens per rank of the ring section")
-    parser.add_argument(
-        "--dilated-tokens", nargs="+", type=int, help="tokens in all, dilated section"
-    )
-    parser.add_argument(
-        "--longest", type=int, default=2**20, help="where the long section stops computing"
-    )
+    parser.add_argument("--dilated-tokens", nargs="+", type=int, help="tokens in all, dilated section")
+    parser.add_argument("--longest", type=int, default=2**20, help="where the long section stops computing")
     parser.add_argument("--heads", type=int, default=16)
     parser.add_argument("--head-dim", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=10)
-    parser.add_argument(
-        "--data", type=Path, default=Path("figures/data"), help="where the JSON goes"
-    )
+    parser.add_argument("--data", type=Path, default=Path("figures/data"), help="where the JSON goes")
     args = parser.parse_args(argv)
     args.command = "python -m ringref bench " + " ".join(argv)
     gpus = torch.cuda.device_count()
@@ -95,17 +85,13 @@ class Bench:
     def __init__(self, args: argparse.Namespace, ring: ProcessRing):
         self.args, self.ring = args, ring
         self.cuda = torch.cuda.is_available() and torch.cuda.device_count() >= ring.size
-        self.device = (
-            torch.device("cuda", torch.cuda.current_device()) if self.cuda else torch.device("cpu")
-        )
+        self.device = torch.device("cuda", torch.cuda.current_device()) if self.cuda else torch.device("cpu")
         self.dtype = torch.bfloat16 if self.cuda else torch.float32
         self.machine = torch.cuda.get_device_name() if self.cuda else f"{platform.machine()} CPU"
 
     def inputs(self, s: int, h: int, d: int) -> tuple[list[Tensor], Tensor]:
         """q, k, v that need gradients, and dO: b s h d with b = 1."""
-        q, k, v, dout = (
-            torch.randn(1, s, h, d, device=self.device, dtype=self.dtype) for _ in range(4)
-        )
+        q, k, v, dout = (torch.randn(1, s, h, d, device=self.device, dtype=self.dtype) for _ in range(4))
         return [x.requires_grad_() for x in (q, k, v)], dout
 
     def synchronise(self) -> None:
@@ -116,9 +102,7 @@ class Bench:
     def slowest(self, x: float) -> float:
         return max(row[0] for row in self.ring.announce([int(x * 1e6)])) / 1e6
 
-    def milliseconds(
-        self, step: Callable[[], Any], repeats: int | None = None
-    ) -> tuple[float, float]:
+    def milliseconds(self, step: Callable[[], Any], repeats: int | None = None) -> tuple[float, float]:
         """Median over repeats of the slower rank's time, and the spread (max − min) around it.
 
         Steps are queued one behind the other, as in training, each between two events of its own.
@@ -157,9 +141,7 @@ class Bench:
         torch.cuda.synchronize()
         return int(self.slowest(torch.cuda.max_memory_allocated() - before))
 
-    def measure(
-        self, fn: Callable, inputs: list[Tensor], dout: Tensor, scope=nullcontext
-    ) -> dict[str, Any]:
+    def measure(self, fn: Callable, inputs: list[Tensor], dout: Tensor, scope=nullcontext) -> dict[str, Any]:
         """Times and peaks of fn(q, k, v) -> out, forward and forward+backward; peaks in units of
         q's shard.
         """
@@ -198,12 +180,7 @@ class Bench:
     # ------------------------------------------------------------------------------------ the judge
 
     def judge(
-        self,
-        fns: dict[str, Callable],
-        shard: Shard,
-        causal: bool,
-        inputs: list[Tensor],
-        dout: Tensor,
+        self, fns: dict[str, Callable], shard: Shard, causal: bool, inputs: list[Tensor], dout: Tensor
     ) -> dict[str, dict]:
         """Worst error over heads of out, lse, dq, dk, dv on this rank's rows, against float64, and
         the budgets.
@@ -219,11 +196,7 @@ class Bench:
             out = fn(*inputs)
             out, lse = out if isinstance(out, Attended) else (out, None)
             out.backward(dout)
-            results[name] = [
-                out.detach(),
-                None if lse is None else lse.detach(),
-                *(x.grad.clone() for x in inputs),
-            ]
+            results[name] = [out.detach(), None if lse is None else lse.detach(), *(x.grad.clone() for x in inputs)]
             del out
         tensors = ("out", "lse", "dq", "dk", "dv")
         worst = {name: dict.fromkeys(tensors, 0.0) for name in (*fns, "plain")}
@@ -231,16 +204,11 @@ class Bench:
         order = here.kv_positions.argsort().to(self.device)
         for head in range(inputs[0].shape[2]):
             q, k, v, do = (x.detach()[:, :, head : head + 1] for x in (*inputs, dout))
-            every = [
-                torch.cat(ring.gather(x.contiguous(), [x.shape] * ring.size), 1)
-                for x in (q, k, v, do)
-            ]
+            every = [torch.cat(ring.gather(x.contiguous(), [x.shape] * ring.size), 1) for x in (q, k, v, do)]
             wide = [x.double().requires_grad_() for x in (q, *every[1:3])]
             out, lse = dense_attention(*wide, causal=causal, shard=here, q_chunk=512)
             out.backward(do.double())
-            grads = [
-                ring.reduce([(y.contiguous(),) for y in x.grad.split(s, 1)])[0] for x in wide[1:]
-            ]
+            grads = [ring.reduce([(y.contiguous(),) for y in x.grad.split(s, 1)])[0] for x in wide[1:]]
             truth = [out.detach(), lse.detach(), wide[0].grad, *grads]
             whole = [x[:, order].requires_grad_() for x in every[:3]]
             plain = self.plain(causal)(*whole)
@@ -248,10 +216,7 @@ class Bench:
             rows = shard.positions.to(self.device)
             one = slice(head, head + 1)
             given = {
-                name: [
-                    x if x is None else x[:, one] if i == 1 else x[:, :, one]
-                    for i, x in enumerate(result)
-                ]
+                name: [x if x is None else x[:, one] if i == 1 else x[:, :, one] for i, x in enumerate(result)]
                 for name, result in results.items()
             }
             given["plain"] = [plain.detach()[:, rows], None, *(x.grad[:, rows] for x in whole)]
@@ -259,20 +224,11 @@ class Bench:
                 for tensor, value, true in zip(tensors, values, truth, strict=True):
                     if value is not None:
                         error = float((value.double() - true).norm() / true.norm())
-                        worst[name][tensor] = max(
-                            worst[name][tensor], error if error == error else float("inf")
-                        )
-        worst = {
-            name: {x: self.slowest(e * 1e3) / 1e3 for x, e in errors.items()}
-            for name, errors in worst.items()
-        }
+                        worst[name][tensor] = max(worst[name][tensor], error if error == error else float("inf"))
+        worst = {name: {x: self.slowest(e * 1e3) / 1e3 for x, e in errors.items()} for name, errors in worst.items()}
         budgets = {x: LSE_BUDGET if x == "lse" else BUDGET * worst["plain"][x] for x in tensors}
         return {
-            name: {
-                "errors": errors,
-                "budgets": budgets,
-                "checked": all(errors[x] <= budgets[x] for x in tensors),
-            }
+            name: {"errors": errors, "budgets": budgets, "checked": all(errors[x] <= budgets[x] for x in tensors)}
             for name, errors in worst.items()
             if name != "plain"
         }
@@ -281,20 +237,13 @@ class Bench:
 
     def report(self, section: str, rows: list[dict]) -> None:
         """Print a table and write the JSON; rank 0 only."""
-        columns = list(
-            dict.fromkeys(
-                c for row in rows for c, x in row.items() if not isinstance(x, (dict, list))
-            )
-        )
+        columns = list(dict.fromkeys(c for row in rows for c, x in row.items() if not isinstance(x, (dict, list))))
         table = Table(title=f"{section} on {self.ring.size} × {self.machine}", title_justify="left")
         for column in columns:
             table.add_column(column.replace("_", " "), justify="right")
         for row in rows:
             table.add_row(
-                *(
-                    f"{row.get(c):.4g}" if isinstance(row.get(c), float) else str(row.get(c, ""))
-                    for c in columns
-                )
+                *(f"{row.get(c):.4g}" if isinstance(row.get(c), float) else str(row.get(c, "")) for c in columns)
             )
         Console(width=180).print(table)
         slug = "-".join(self.machine.lower().removeprefix("nvidia ").split()[:2])
@@ -311,9 +260,7 @@ class Bench:
             "rows": rows,
         }
         self.args.data.mkdir(parents=True, exist_ok=True)
-        (self.args.data / f"{section}-{slug}-x{self.ring.size}.json").write_text(
-            json.dumps(record, indent=1) + "\n"
-        )
+        (self.args.data / f"{section}-{slug}-x{self.ring.size}.json").write_text(json.dumps(record, indent=1) + "\n")
         sys.stdout.flush()
 
 
@@ -328,19 +275,10 @@ def ring_section(bench: Bench) -> list[dict]:
     for s in args.tokens:
         shard = partition(s * ring.size, ring, "zigzag")
         for causal in (True, False):
-            whole = bench.measure(
-                bench.plain(causal), *bench.inputs(s * ring.size, args.heads, args.head_dim)
-            )
+            whole = bench.measure(bench.plain(causal), *bench.inputs(s * ring.size, args.heads, args.head_dim))
             ideal = {x: whole[f"{x}_ms"] / ring.size for x in ("forward", "both")}
             facts = {"tokens_per_gpu": s, "p": ring.size, "causal": causal}
-            rows.append(
-                {
-                    **facts,
-                    "method": "ideal",
-                    "forward_ms": ideal["forward"],
-                    "both_ms": ideal["both"],
-                }
-            )
+            rows.append({**facts, "method": "ideal", "forward_ms": ideal["forward"], "both_ms": ideal["both"]})
             inputs, dout = bench.inputs(s, args.heads, args.head_dim)
             ours = {name: partial(fn, causal=causal, shard=shard) for name, fn in METHODS.items()}
             verdicts = bench.judge(ours, shard, causal, inputs, dout)
@@ -350,23 +288,14 @@ def ring_section(bench: Bench) -> list[dict]:
                 try:
                     row = bench.measure(fn, inputs, dout, scope)
                 except (RuntimeError, TypeError) as error:
-                    rows.append(
-                        {**facts, "method": name, "failed": str(error).splitlines()[0][:100]}
-                    )
+                    rows.append({**facts, "method": name, "failed": str(error).splitlines()[0][:100]})
                     continue
                 share = {f"share_{x}": 100 * ideal[x] / row[f"{x}_ms"] for x in ideal}
                 rows.append({**facts, "method": name, **row, **share, **verdicts.get(name, {})})
             if ring.size > 1:  # the price of the ring's own code where nothing travels
                 alone = partial(_out, partial(ring_attention, causal=causal))
                 for name, fn in (("plain", bench.plain(causal)), ("ring", alone)):
-                    rows.append(
-                        {
-                            **facts,
-                            "p": 1,
-                            "method": f"{name}, one rank",
-                            **bench.measure(fn, inputs, dout),
-                        }
-                    )
+                    rows.append({**facts, "p": 1, "method": f"{name}, one rank", **bench.measure(fn, inputs, dout)})
     return rows
 
 
@@ -414,10 +343,7 @@ def overlap_section(bench: Bench) -> list[dict]:
     for s in args.tokens:
         inputs, dout = bench.inputs(s, args.heads, args.head_dim)
         row = {"tokens_per_gpu": s, "p": ring.size}
-        for name, kind in (
-            ("exposed_percent", ProcessRing),
-            ("exposed_percent_waits_first", Impatient),
-        ):
+        for name, kind in (("exposed_percent", ProcessRing), ("exposed_percent_waits_first", Impatient)):
             shard = partition(s * ring.size, kind(ring.group), "zigzag")
             for _ in range(3):
                 ring_attention(*inputs, causal=True, shard=shard).out.backward(dout)
@@ -426,9 +352,7 @@ def overlap_section(bench: Bench) -> list[dict]:
                 ring_attention(*inputs, causal=True, shard=shard).out.backward(dout)
                 torch.cuda.synchronize()
             kernels = sorted(
-                (e.time_range.start, e.time_range.end, e.name)
-                for e in trace.events()
-                if e.device_type.name == "CUDA"
+                (e.time_range.start, e.time_range.end, e.name) for e in trace.events() if e.device_type.name == "CUDA"
             )
             kernels = [k for k in kernels if not k[2].startswith(("Memcpy", "Memset"))]
             exposed, step = exposed_time(kernels)
@@ -466,9 +390,7 @@ def long_section(bench: Bench) -> list[dict]:
         return rows
     chunked = partial(ring_attention, q_chunk=8192)
     for name, fn in (
-        (*METHODS.items(), ("ring, q_chunk 8192", chunked))
-        if ring.size > 1
-        else (("ring", ring_attention),)
+        (*METHODS.items(), ("ring, q_chunk 8192", chunked)) if ring.size > 1 else (("ring", ring_attention),)
     ):
         n = 2**17
         while True:
@@ -544,36 +466,17 @@ def dilated_section(bench: Bench) -> list[dict]:
     rows, ring, p = [], bench.ring, bench.ring.size
     for n in bench.args.dilated_tokens:
         over_all = Dilation([*LONGNET.segment_lengths, n], [*LONGNET.dilation_rates, 64])
-        kinds = {
-            "LongNet": LONGNET,
-            "LongNet + w = n, r = 64": over_all if p > 1 and n // p >= 64 else None,
-        }
+        kinds = {"LongNet": LONGNET, "LongNet + w = n, r = 64": over_all if p > 1 and n // p >= 64 else None}
         grouped = Dilation(LONGNET.segment_lengths, LONGNET.dilation_rates, heads="grouped")
         kinds["grouped"] = grouped if n == max(bench.args.dilated_compared) and p == 1 else None
-        runs = {
-            x: partial(dilated_attention, causal=True, dilation=y)
-            for x, y in kinds.items()
-            if y is not None
-        }
+        runs = {x: partial(dilated_attention, causal=True, dilation=y) for x, y in kinds.items() if y is not None}
         for name, fn in runs.items():
             shard = partition(n, ring, "contiguous")
-            rows.append(
-                {
-                    "n": n,
-                    "p": p,
-                    "method": name,
-                    **_dilated(bench, n // p, partial(fn, shard=shard), name),
-                }
-            )
+            rows.append({"n": n, "p": p, "method": name, **_dilated(bench, n // p, partial(fn, shard=shard), name)})
         peer = _dilated_peer(grouped) if kinds["grouped"] else None
         if peer:
             rows.append(
-                {
-                    "n": n,
-                    "p": p,
-                    "method": "dilated-attention-pytorch",
-                    **_dilated(bench, n // p, peer, "peer"),
-                }
+                {"n": n, "p": p, "method": "dilated-attention-pytorch", **_dilated(bench, n // p, peer, "peer")}
             )
         if not all(row["fits"] for row in rows):
             break
@@ -606,10 +509,7 @@ def _dilated_peer(grouped: Dilation) -> Callable | None:
         from dilated_attention_pytorch.dilated_attention import DilatedAttention
     except ImportError:
         return None
-    return partial(
-        DilatedAttention(list(grouped.segment_lengths), list(grouped.dilation_rates)),
-        is_causal=True,
-    )
+    return partial(DilatedAttention(list(grouped.segment_lengths), list(grouped.dilation_rates)), is_causal=True)
 
 
 def _judge_windows(bench: Bench, fn: Callable, inputs: list[Tensor], dout: Tensor) -> dict:
@@ -634,27 +534,13 @@ def _judge_windows(bench: Bench, fn: Callable, inputs: list[Tensor], dout: Tenso
             truth = values if truth is None else truth
             for into, ours in ((worst, [x[:, rows] for x in given]), (plain, values)):
                 for name, value, true in zip(worst, ours, truth, strict=True):
-                    into[name] = max(
-                        into[name], float((value.double() - true).norm() / true.norm())
-                    )
+                    into[name] = max(into[name], float((value.double() - true).norm() / true.norm()))
     # `plain` is the definition in this dtype, whose products are float32: the dtype's own rounding,
     # no more
-    budgets = {
-        x: LSE_BUDGET if x == "lse" else BUDGET * max(plain[x], torch.finfo(bench.dtype).eps / 2)
-        for x in worst
-    }
+    budgets = {x: LSE_BUDGET if x == "lse" else BUDGET * max(plain[x], torch.finfo(bench.dtype).eps / 2) for x in worst}
     worst = {x: bench.slowest(e * 1e3) / 1e3 for x, e in worst.items()}
-    return {
-        "errors": worst,
-        "budgets": budgets,
-        "checked": all(worst[x] <= budgets[x] for x in worst),
-    }
+    return {"errors": worst, "budgets": budgets, "checked": all(worst[x] <= budgets[x] for x in worst)}
 
 
 METHODS = {"ring": ring_attention, "collective": collective_attention}
-SECTIONS = {
-    "ring": ring_section,
-    "overlap": overlap_section,
-    "dilated": dilated_section,
-    "long": long_section,
-}
+SECTIONS = {"ring": ring_section, "overlap": overlap_section, "dilated": dilated_section, "long": long_section}

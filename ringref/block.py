@@ -61,9 +61,7 @@ def _by_group(x: Tensor, g: int) -> Tensor:
 
 def _by_head(x: Tensor, like: Tensor) -> Tensor:
     """Back to `b m c (g e) d`, as many rows and heads as `like`."""
-    return rearrange(
-        x, "b m g (e c) d -> b m c (g e) d", c=like.shape[2], e=like.shape[3] // x.shape[2]
-    )
+    return rearrange(x, "b m g (e c) d -> b m c (g e) d", c=like.shape[2], e=like.shape[3] // x.shape[2])
 
 
 def _scores(q: Tensor, k: Tensor, scale: float, keep: Tensor | None) -> Tensor:
@@ -90,9 +88,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, scale: float, keep: Tensor | None =
     return Attended(_by_head(out, q), _by_head(top + total.log(), q)[..., 0])
 
 
-def backward(
-    dout, dlse, q, k, v, out, lse, scale: float, keep: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
+def backward(dout, dlse, q, k, v, out, lse, scale: float, keep: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """dQ, dK, dV of one block, from the merged `out` and `lse` (+inf for a query that saw no key at
     all); `dlse` may be None.
 

@@ -24,15 +24,7 @@ from torch import Tensor
 Message = Sequence[Tensor]
 log = logging.getLogger(__name__)  # at DEBUG: every hop, so that a survivor's log names its last
 _HEADER = 32  # integers in a header
-DTYPES = (
-    torch.float64,
-    torch.float32,
-    torch.bfloat16,
-    torch.float16,
-    torch.int64,
-    torch.int32,
-    torch.bool,
-)
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.bool)
 
 
 @dataclass
@@ -107,23 +99,16 @@ class Ring:
         short message.
         """
         mine = [len(row), *row, *[0] * (_HEADER - 1 - len(row))]
-        rows = [
-            x.tolist()
-            for x in self.share(torch.tensor(mine, dtype=torch.int64), [_HEADER] * self.size)
-        ]
+        rows = [x.tolist() for x in self.share(torch.tensor(mine, dtype=torch.int64), [_HEADER] * self.size)]
         if len({x[0] for x in rows}) > 1:
-            raise ValueError(
-                f"the ranks are not in the same call: they announce {[x[0] for x in rows]} integers"
-            )
+            raise ValueError(f"the ranks are not in the same call: they announce {[x[0] for x in rows]} integers")
         return [x[1 : 1 + len(row)] for x in rows]
 
     def _shapes(self, x: Tensor) -> list[tuple[int, ...]]:
         if x.dim() > 8:
             raise ValueError(f"x has {x.dim()} dimensions; at most 8 can be announced")
         if x.dtype not in DTYPES:
-            raise TypeError(
-                f"x: only {', '.join(map(str, DTYPES))} can be announced, got {x.dtype}"
-            )
+            raise TypeError(f"x: only {', '.join(map(str, DTYPES))} can be announced, got {x.dtype}")
         row = [DTYPES.index(x.dtype), x.dim(), *x.shape, *[0] * (8 - x.dim())]
         rows = self.announce(row)
         if len({r[0] for r in rows}) > 1:
@@ -174,12 +159,9 @@ class Ring:
 
     def among(self, members: Sequence[int]) -> Ring:
         """The smaller ring of these ranks, in this order; I must be one of them."""
-        if self.rank not in members or sorted(set(members) & set(range(self.size))) != sorted(
-            members
-        ):
+        if self.rank not in members or sorted(set(members) & set(range(self.size))) != sorted(members):
             raise ValueError(
-                f"members must be different ranks of {self.size}, {self.rank} among them, "
-                f"got {list(members)}"
+                f"members must be different ranks of {self.size}, {self.rank} among them, got {list(members)}"
             )
         return self if list(members) == list(range(self.size)) else SubRing(self, members)
 
@@ -189,16 +171,10 @@ class SubRing(Ring):
 
     def __init__(self, whole: Ring, members: Sequence[int]):
         self.whole, self.members = whole, list(members)
-        self.rank, self.size, self.traffic = (
-            self.members.index(whole.rank),
-            len(self.members),
-            whole.traffic,
-        )
+        self.rank, self.size, self.traffic = (self.members.index(whole.rank), len(self.members), whole.traffic)
 
     def _post(self, outgoing, into):
-        return self.whole._post(
-            *({self.members[r]: m for r, m in x.items()} for x in (outgoing, into))
-        )
+        return self.whole._post(*({self.members[r]: m for r, m in x.items()} for x in (outgoing, into)))
 
 
 def _solid(messages: dict[int, Message]) -> dict[int, Message]:
@@ -219,9 +195,7 @@ class ProcessRing(Ring):
             raise RuntimeError("ProcessRing needs torch.distributed.init_process_group() first")
         if hasattr(group_or_mesh, "get_group"):
             if group_or_mesh.ndim != 1:
-                raise ValueError(
-                    f"group_or_mesh: a ring is one-dimensional, this mesh has {group_or_mesh.ndim}"
-                )
+                raise ValueError(f"group_or_mesh: a ring is one-dimensional, this mesh has {group_or_mesh.ndim}")
             group_or_mesh = group_or_mesh.get_group()
         self.group = group_or_mesh if group_or_mesh is not None else dist.group.WORLD
         if self.group == dist.GroupMember.NON_GROUP_MEMBER:
@@ -235,11 +209,7 @@ class ProcessRing(Ring):
         hop, peers = self._hop, sorted({*outgoing, *into})
         sends = [(r, x.contiguous()) for r, message in outgoing.items() for x in message]
         ops = [dist.P2POp(dist.isend, x, self._world_ranks[r], self.group) for r, x in sends]
-        ops += [
-            dist.P2POp(dist.irecv, x, self._world_ranks[r], self.group)
-            for r, m in into.items()
-            for x in m
-        ]
+        ops += [dist.P2POp(dist.irecv, x, self._world_ranks[r], self.group) for r, m in into.items() for x in m]
         where = f"rank {self.rank}, hop {hop}: the exchange with ranks {peers}"
         log.debug("%s is posted", where)
         with _named(where):
@@ -310,9 +280,7 @@ class _World:
         adversarial.
         """
         turn = [(rank + i) % self.size for i in range(1, self.size + 1)]
-        can = [
-            r for r in turn if r in self.live and (r not in self.waiting or self.waiting[r][0]())
-        ]
+        can = [r for r in turn if r in self.live and (r not in self.waiting or self.waiting[r][0]())]
         if can:
             self.wake[self.dice.choice(can) if self.adversarial else can[0]].release()
         elif self.live:  # whoever wakes finds its own condition unmet and raises
@@ -341,14 +309,9 @@ class _World:
         if parcel.delivered:
             return
         source, to, hop = edge
-        sent, asked = (
-            [(tuple(x.shape), x.dtype) for x in side] for side in (parcel.tensors, parcel.buffers)
-        )
+        sent, asked = ([(tuple(x.shape), x.dtype) for x in side] for side in (parcel.tensors, parcel.buffers))
         if sent != asked:
-            raise ValueError(
-                f"rank {to}, message {hop} of rank {source}: "
-                f"{asked} was expected and {sent} was sent"
-            )
+            raise ValueError(f"rank {to}, message {hop} of rank {source}: {asked} was expected and {sent} was sent")
         for x, y in zip(parcel.buffers, parcel.tensors, strict=True):
             x.copy_(y)
         parcel.delivered, parcel.tensors, parcel.buffers = True, None, None
@@ -377,13 +340,7 @@ class ThreadRing(Ring):
             world.parcel((peer, rank, self._counts[peer, rank])).buffers = message
             if world.adversarial:  # whoever reads before the wait reads this
                 for x in message:
-                    x.fill_(
-                        float("nan")
-                        if x.is_floating_point()
-                        else True
-                        if x.dtype == torch.bool
-                        else -99
-                    )
+                    x.fill_(float("nan") if x.is_floating_point() else True if x.dtype == torch.bool else -99)
 
         def met(edge):
             parcel = world.parcels[edge]
@@ -422,10 +379,7 @@ def simulate(fn: Callable[[Ring], Any], p: int, adversarial: bool = False) -> li
     if not isinstance(p, int) or p < 1:
         raise ValueError(f"p must be a positive number of ranks, got {p!r}")
     world, results = _World(p, adversarial), [None] * p
-    grad, device = (
-        torch.is_grad_enabled(),
-        torch.cuda.current_device() if torch.cuda.is_initialized() else None,
-    )
+    grad, device = (torch.is_grad_enabled(), torch.cuda.current_device() if torch.cuda.is_initialized() else None)
 
     def live(rank: int) -> None:
         world.wake[rank].acquire()
@@ -440,17 +394,15 @@ def simulate(fn: Callable[[Ring], Any], p: int, adversarial: bool = False) -> li
         world.live.discard(rank)
         world.pass_on(rank)
 
-    threads = [
-        threading.Thread(target=live, args=(r,), daemon=True, name=f"rank {r}") for r in range(p)
-    ]
+    threads = [threading.Thread(target=live, args=(r,), daemon=True, name=f"rank {r}") for r in range(p)]
     for thread in threads:
         thread.start()
     world.wake[0].release()
     world.done.wait()
     if world.errors:
         # a rank that was only left waiting is not the cause
-        cause = [
-            e for e in world.errors.values() if not isinstance(e, (Deadlock, Elsewhere))
-        ] or list(world.errors.values())
+        cause = [e for e in world.errors.values() if not isinstance(e, (Deadlock, Elsewhere))] or list(
+            world.errors.values()
+        )
         raise cause[0]
     return results

@@ -67,9 +67,7 @@ def dense_attention(
     for rows in range(0, q.shape[1] or 1, q_chunk or q.shape[1] or 1):
         some = slice(rows, rows + (q_chunk or q.shape[1]))
         part = (q[:, some], k, v, q_idx[some], kv_idx, call)
-        out, lse = (
-            _define(*part) if q_chunk is None else checkpoint(_define, *part, use_reentrant=False)
-        )
+        out, lse = _define(*part) if q_chunk is None else checkpoint(_define, *part, use_reentrant=False)
         outs.append(out)
         lses.append(lse)
     out, lse = torch.cat(outs, 1).to(dtype), torch.cat(lses, 2)
@@ -78,9 +76,7 @@ def dense_attention(
 
 def _only_math(_q: Tensor, backend: str, *_) -> None:
     if backend not in ("auto", "math"):
-        raise NotImplementedError(
-            f"backend: dense attention is the definition and has only 'math', got {backend!r}"
-        )
+        raise NotImplementedError(f"backend: dense attention is the definition and has only 'math', got {backend!r}")
 
 
 @exactly
@@ -89,9 +85,7 @@ def _define(q: Tensor, k: Tensor, v: Tensor, q_idx: Tensor, kv_idx: Tensor, call
     g = k.shape[2]
     q = rearrange(q, "b q (g e) d -> b q g e d", g=g)
     scores = torch.einsum("bqged,bkgd->bgeqk", q, k) * call.scale
-    scores = rearrange(scores, "b g e q k -> b (g e) q k") + _log_times_seen(
-        q_idx, kv_idx, scores, call
-    )
+    scores = rearrange(scores, "b g e q k -> b (g e) q k") + _log_times_seen(q_idx, kv_idx, scores, call)
     blind = (scores == -math.inf).all(-1, keepdim=True)
     # before the softmax, whose gradient on a row of −inf is NaN
     scores = scores.masked_fill(blind, 0.0)
@@ -111,9 +105,7 @@ def _log_times_seen(q_idx: Tensor, kv_idx: Tensor, scores: Tensor, call: Call) -
     times = torch.ones((), dtype=scores.dtype, device=scores.device)
     if call.dilation is not None:
         times = 0
-        branches = list(
-            zip(call.dilation.segment_lengths, call.dilation.dilation_rates, strict=True)
-        )
+        branches = list(zip(call.dilation.segment_lengths, call.dilation.dilation_rates, strict=True))
         for i, (w, r) in enumerate(branches):
             offset = head % r
             if call.dilation.heads == "grouped":

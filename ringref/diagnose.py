@@ -21,10 +21,7 @@ from torch import Tensor
 from .layout import LAYOUTS
 
 UNKNOWN = "unknown signature"
-EARLY = (
-    "a receive buffer is read before its wait(): "
-    "the numbers are right once the oracle leaves the buffer alone"
-)
+EARLY = "a receive buffer is read before its wait(): the numbers are right once the oracle leaves the buffer alone"
 ENOUGH = 0.05  # a hypothesis may leave this share of the error unexplained
 MESSAGES = {
     "two-into-one": "two receives into one buffer",
@@ -34,10 +31,7 @@ MESSAGES = {
     "non-contiguous": "a non-contiguous buffer is sent or received",
     "unfinished": "unfinished work",
 }
-GROUP = (
-    "a rank, size or group of the world is used for the group's own "
-    "(group rank used as global rank?)"
-)
+GROUP = "a rank, size or group of the world is used for the group's own (group rank used as global rank?)"
 LARGE = "large scores overflow or underflow: exp without the maximum, or a maximum that starts at 0"
 BLIND = "the lse of a query that sees nothing is a finite number: a maximum or sum that starts at 0"
 VAGUE = (UNKNOWN, "NaN or inf", "it raises")  # what a finding says when it has nothing better
@@ -77,10 +71,7 @@ def mismatched(results: dict[int, dict]) -> list[tuple[str, str, int, Any]]:
                     f"rank {pair[1]} receives {got['sizes'][0]} {got['dtypes'][0]} "
                     f"({got['phase']}, hop {got['hop']})"
                 )
-                counts = {
-                    len([o for o in r.get("ops", ()) if o["kind"] == "recv"])
-                    for r in results.values()
-                }
+                counts = {len([o for o in r.get("ops", ()) if o["kind"] == "recv"]) for r in results.values()}
                 cause = "message of the wrong size" if len(counts) == 1 else "unequal hop counts"
                 found.append((cause, text, rank, op["line"]))
     return found[:1]
@@ -105,19 +96,12 @@ def hang(case: Any, results: dict[int, dict]) -> tuple[str, str, int, Any]:
     waits = {rank: r["waiting"] for rank, r in stuck.items() if r["waiting"]}
     if not waits:
         rank, r = next(iter(stuck.items()))
-        return (
-            "no answer",
-            f"after {r['hang']:.0f} s, and not waiting for a message",
-            rank,
-            r["line"],
-        )
+        return ("no answer", f"after {r['hang']:.0f} s, and not waiting for a message", rank, r["line"])
     rank, op = next(iter(waits.items()))
     line, at = op["line"] or stuck[rank]["line"], f"{op['phase']}, hop {op['hop']}"
     used = {tuple(op["members"]) for r in results.values() for op in r.get("ops", ())}
     text = (
-        f"rank {rank} waits in {op['kind']}"
-        + ("" if op["peer"] is None else f" with rank {op['peer']}")
-        + f" ({at})"
+        f"rank {rank} waits in {op['kind']}" + ("" if op["peer"] is None else f" with rank {op['peer']}") + f" ({at})"
     )
     if case.groups and any(list(m) not in case.teams for m in used):
         return GROUP, text, rank, line
@@ -166,10 +150,7 @@ class Scene:
         self.times, self.scale = case.times, case.d**-0.5
         self.unmasked = replace(case, causal=False).times if case.causal else case.times
         self.S = self.scores(self.K)
-        self.owner, self.loc = (
-            torch.zeros(case.n, dtype=torch.int64),
-            torch.zeros(case.n, dtype=torch.int64),
-        )
+        self.owner, self.loc = (torch.zeros(case.n, dtype=torch.int64), torch.zeros(case.n, dtype=torch.int64))
         for rank, mine in enumerate(case.shards):
             self.owner[mine], self.loc[mine] = rank, torch.arange(len(mine))
         self.lengths = [len(s) for s in case.shards]
@@ -189,9 +170,7 @@ class Scene:
     def branches(self) -> list[Tensor]:
         """The key sets of each branch of a dilation."""
         w, r = self.case.dilation
-        return [
-            replace(self.case, dilation=((wi,), (ri,))).times for wi, ri in zip(w, r, strict=True)
-        ]
+        return [replace(self.case, dilation=((wi,), (ri,))).times for wi, ri in zip(w, r, strict=True)]
 
     def rolled(self, x: Tensor, by: int) -> Tensor:
         """A rank's rows of `x` replaced by those of the rank `by` further on."""
@@ -214,11 +193,7 @@ def attend(S: Tensor, times: Tensor, V: Tensor) -> tuple[Tensor, Tensor, Tensor]
     """Weights, out and lse of scores S where each key counts `times`."""
     logits = S + times.double().log()
     L = logits.logsumexp(-1)
-    P = torch.where(
-        L[..., None] == -math.inf,
-        0.0,
-        (logits - L.masked_fill(L == -math.inf, 0.0)[..., None]).exp(),
-    )
+    P = torch.where(L[..., None] == -math.inf, 0.0, (logits - L.masked_fill(L == -math.inf, 0.0)[..., None]).exp())
     return P, torch.einsum("bhqk,bkhd->bqhd", P, V), L
 
 
@@ -252,13 +227,9 @@ def masks(s: Scene) -> Iterator[tuple[str, Tensor]]:
             assumed = torch.zeros(n, dtype=torch.int64)
             for mine, theirs in zip(case.shards, replace(case, layout=layout).shards, strict=True):
                 assumed[mine] = theirs
-            maps.append(
-                (f"for a {layout} layout", assumed[:, None] * square, assumed[None] * square)
-            )
+            maps.append((f"for a {layout} layout", assumed[:, None] * square, assumed[None] * square))
             maps.append((f"with keys as in a {layout} layout", i * square, assumed[None] * square))
-            maps.append(
-                (f"with queries as in a {layout} layout", assumed[:, None] * square, j * square)
-            )
+            maps.append((f"with queries as in a {layout} layout", assumed[:, None] * square, j * square))
     for text, qi, kj in maps:
         moved = s.unmasked[:, :, qi, kj] if what else s.unmasked
         if case.causal:
@@ -317,14 +288,8 @@ def masks(s: Scene) -> Iterator[tuple[str, Tensor]]:
     if case.window:
         left, right = case.window
         far, near = s.loc[:, None] - s.loc[None] <= left, s.loc[None] - s.loc[:, None] <= right
-        yield (
-            "window per block: its left edge in local coordinates",
-            replace(case, window=(n, right)).times * far,
-        )
-        yield (
-            "window per block: its right edge in local coordinates",
-            replace(case, window=(left, n)).times * near,
-        )
+        yield ("window per block: its left edge in local coordinates", replace(case, window=(n, right)).times * far)
+        yield ("window per block: its right edge in local coordinates", replace(case, window=(left, n)).times * near)
         for text, window in (
             ("window one too narrow on the left", (left - 1, right)),
             ("window one too wide on the left", (left + 1, right)),
@@ -365,14 +330,7 @@ def dilations(s: Scene, causal: Tensor) -> Iterator[tuple[str, Tensor]]:
     position, head = torch.arange(n), torch.arange(h)
     branches = list(zip(*case.dilation, strict=True))
 
-    def seen(
-        sel: Tensor,
-        seg: Tensor,
-        offset: Callable,
-        only: Any = None,
-        tail: bool = True,
-        q: Any = None,
-    ) -> Tensor:
+    def seen(sel: Tensor, seg: Tensor, offset: Callable, only: Any = None, tail: bool = True, q: Any = None) -> Tensor:
         """Multiplicities from coordinates that select and that cut segments; `q` are those of the
         queries, if others.
         """
@@ -382,9 +340,9 @@ def dilations(s: Scene, causal: Tensor) -> Iterator[tuple[str, Tensor]]:
             kept, kept_q = (x[None] % w % r == offset(m, r)[:, None] for x in (sel, q_sel))
             if not tail:
                 kept = kept & (seg[None] < n // w * w)
-            total += (
-                kept_q[:, :, None] & kept[:, None, :] & (q_seg[:, None] // w == seg[None] // w)
-            ) * (only in (None, m))
+            total += (kept_q[:, :, None] & kept[:, None, :] & (q_seg[:, None] // w == seg[None] // w)) * (
+                only in (None, m)
+            )
         return (total * causal).expand(case.b, -1, -1, -1)
 
     def usual(m: int, r: int) -> Tensor:
@@ -392,19 +350,10 @@ def dilations(s: Scene, causal: Tensor) -> Iterator[tuple[str, Tensor]]:
 
     for m, (w, r) in enumerate(branches):
         if len(branches) > 1:
-            yield (
-                f"branch {m} (w = {w}, r = {r}) is dropped",
-                s.times - seen(position, position, usual, m),
-            )
+            yield (f"branch {m} (w = {w}, r = {r}) is dropped", s.times - seen(position, position, usual, m))
             yield f"only branch {m} (w = {w}, r = {r}) is used", seen(position, position, usual, m)
-    yield (
-        "dilation offsets are counted from the shard, not the segment",
-        seen(s.loc, position, usual),
-    )
-    yield (
-        "dilation offsets are counted from the sequence, not the segment",
-        _global_offsets(s, causal),
-    )
+    yield ("dilation offsets are counted from the shard, not the segment", seen(s.loc, position, usual))
+    yield ("dilation offsets are counted from the sequence, not the segment", _global_offsets(s, causal))
     yield "segments are counted from the shard", seen(position, s.loc, usual) * s.same
     yield (
         "segments and offsets are counted from the shard, which sees only itself",
@@ -413,10 +362,7 @@ def dilations(s: Scene, causal: Tensor) -> Iterator[tuple[str, Tensor]]:
     yield "segments are cut at the shard's edges", s.times * s.same
     mine = [(s.loc, position), (position, s.loc), (s.loc, s.loc)]
     for text, q in zip(("offsets", "segments", "segments and offsets"), mine, strict=True):
-        yield (
-            f"dilation {text} of the queries are counted from the shard",
-            seen(position, position, usual, q=q),
-        )
+        yield (f"dilation {text} of the queries are counted from the shard", seen(position, position, usual, q=q))
     for text, offset in (
         ("every head has dilation offset 0", lambda m, r: head * 0),
         ("dilation offsets go by blocks of heads, not j mod r", lambda m, r: head * r // h),
@@ -426,10 +372,7 @@ def dilations(s: Scene, causal: Tensor) -> Iterator[tuple[str, Tensor]]:
         ("dilation offset taken from the branch, not the head", lambda m, r: head * 0 + m % r),
     ):
         yield text, seen(position, position, offset)
-    yield (
-        "the tail of the sequence that fills no segment is dropped",
-        seen(position, position, usual, tail=False),
-    )
+    yield ("the tail of the sequence that fills no segment is dropped", seen(position, position, usual, tail=False))
     few, more = divmod(h, len(branches))
     edges = [m * few + min(m, more) for m in range(len(branches) + 1)]
     grouped = torch.zeros_like(s.times)
@@ -453,10 +396,7 @@ def _global_offsets(s: Scene, causal: Tensor) -> Tensor:
     total = 0.0
     for w, r in zip(*s.case.dilation, strict=True):
         kept = at[None] % r == (head % r)[:, None]
-        total = (
-            total
-            + (kept[:, :, None] & kept[:, None, :] & (at[:, None] // w == at[None] // w)).double()
-        )
+        total = total + (kept[:, :, None] & kept[:, None, :] & (at[:, None] // w == at[None] // w)).double()
     return (total * causal).expand_as(s.times)
 
 
@@ -483,20 +423,13 @@ def forwards(s: Scene) -> Iterator[Guess]:
             yield told(f"{text} ({where_})", S=torch.where(only, s.S * factor, s.S))
     if s.e > 1:
         turned = [x.repeat(1, 1, s.e, 1) for x in (s.k, s.v)]
-        yield told(
-            "GQA heads interleaved: query head j uses kv head j mod g",
-            S=s.scores(turned[0]),
-            V=turned[1],
-        )
+        yield told("GQA heads interleaved: query head j uses kv head j mod g", S=s.scores(turned[0]), V=turned[1])
         first = [x[:, :, :1].expand(-1, -1, case.h, -1) for x in (s.k, s.v)]
         yield told("every query head uses kv head 0", S=s.scores(first[0]), V=first[1])
         yield told("GQA values interleaved, keys not", V=turned[1])
         yield told("GQA keys interleaved, values not", S=s.scores(turned[0]))
     if case.p > 1:
-        yield told(
-            "K and V received into one buffer: values are used as keys",
-            S=_remote(s, s.scores(s.V), s.S),
-        )
+        yield told("K and V received into one buffer: values are used as keys", S=_remote(s, s.scores(s.V), s.S))
         yield ("K and V received into one buffer: keys are used as values",
                {"out": torch.einsum("bhqk,bkhd->bqhd", s.P * s.same, s.V)
                 + torch.einsum("bhqk,bkhd->bqhd", s.P * ~s.same, s.K)})  # fmt: skip
@@ -505,27 +438,17 @@ def forwards(s: Scene) -> Iterator[Guess]:
             K, V = s.rolled(s.K, by), s.rolled(s.V, by)
             yield told("keys and values are one hop out of step: V of another rank", V=V)
             yield told("keys and values are one hop out of step: K of another rank", S=s.scores(K))
-            yield told(
-                "blocks are attributed to the wrong rank: K and V one hop off", S=s.scores(K), V=V
-            )
+            yield told("blocks are attributed to the wrong rank: K and V one hop off", S=s.scores(K), V=V)
     if case.p > 1 and s.even:
         whole = torch.stack([s.O[:, m] for m in s.case.shards])  # rank, batch, token
         order = torch.cat(s.case.shards).argsort()
         for text, mixed in (
             ("the batch is taken for the ranks", whole.transpose(0, 1).reshape(whole.shape)),
-            (
-                "the ranks are taken for the batch",
-                whole.reshape(case.b, s.p, *whole.shape[2:]).transpose(0, 1),
-            ),
+            ("the ranks are taken for the batch", whole.reshape(case.b, s.p, *whole.shape[2:]).transpose(0, 1)),
         ):
-            yield (
-                f"sequences of the batch are mixed: {text}",
-                {"out": torch.cat(list(mixed), 1)[:, order]},
-            )
+            yield (f"sequences of the batch are mixed: {text}", {"out": torch.cat(list(mixed), 1)[:, order]})
         q, K, V = (
-            torch.stack([x[:, m] for m in s.case.shards]).reshape(case.b, case.n, *x.shape[2:])[
-                :, order
-            ]
+            torch.stack([x[:, m] for m in s.case.shards]).reshape(case.b, case.n, *x.shape[2:])[:, order]
             for x in (s.q, s.K, s.V)
         )
         yield told("sequences of the batch are mixed: the ranks are taken for the batch", V=V,
@@ -551,24 +474,13 @@ def forwards(s: Scene) -> Iterator[Guess]:
             yield told(f"keys and values: {text}", S=s.scores(kv["k"]), V=kv["v"])
     top = (s.S + s.times.log()).amax(-1)
     for text, norm in (("exp(lse − max)", (s.L - top).exp()), ("exp(lse)", s.L.exp())):
-        yield (
-            f"out is divided by lse instead of {text}",
-            {"out": s.O * (norm / s.L).transpose(1, 2)[..., None]},
-        )
+        yield (f"out is divided by lse instead of {text}", {"out": s.O * (norm / s.L).transpose(1, 2)[..., None]})
     for count in sorted({1, case.n // case.p, 2 * case.p, case.p * max(s.lengths) - case.n} - {0}):
         share = (s.L.exp() / (s.L.exp() + count)).transpose(1, 2)[..., None]
         text = (
-            "a zero key is attended: the running sum starts at 1, or padding"
-            if count == 1
-            else "padding is attended"
+            "a zero key is attended: the running sum starts at 1, or padding" if count == 1 else "padding is attended"
         )
-        yield (
-            text,
-            {
-                "out": s.O * share.nan_to_num(),
-                "lse": torch.logaddexp(s.L, torch.tensor(math.log(count))),
-            },
-        )
+        yield (text, {"out": s.O * share.nan_to_num(), "lse": torch.logaddexp(s.L, torch.tensor(math.log(count)))})
     yield "out is not normalised", {"out": s.O * s.L.exp().transpose(1, 2)[..., None]}
     yield "out is zero", {"out": s.O * 0}
 
@@ -588,11 +500,7 @@ def misplaced(s: Scene, tensors: dict[str, Tensor], heads_only: bool = False) ->
         if all(x.shape[1 if n == "lse" else 2] % s.p == 0 for n, x in tensors.items()):
             yield (
                 text,
-                each(
-                    lambda x, f=first: (
-                        x.unflatten(2, (f, s.p) if f < 0 else (f, -1)).transpose(2, 3).flatten(2, 3)
-                    )
-                ),
+                each(lambda x, f=first: x.unflatten(2, (f, s.p) if f < 0 else (f, -1)).transpose(2, 3).flatten(2, 3)),
             )
     yield "heads come back rolled by one", each(lambda x: x.roll(1, 2))
     yield "heads come back reversed", each(lambda x: x.flip(2))
@@ -610,17 +518,14 @@ def misplaced(s: Scene, tensors: dict[str, Tensor], heads_only: bool = False) ->
             ("interleaved", table.T.reshape(-1)),
             ("block by block", table.reshape(-1, s.p).T.reshape(-1)),
         ):
-            yield (
-                f"tokens of different ranks come back {text}",
-                each(lambda x, w=swap: x[:, w[order]]),
-            )
+            yield (f"tokens of different ranks come back {text}", each(lambda x, w=swap: x[:, w[order]]))
     if not heads_only:
         yield (
             "heads and tokens are reshaped where they should be transposed",
             each(
-                lambda x: torch.cat(
-                    [x[:, m].transpose(1, 2).reshape(x[:, m].shape) for m in s.case.shards], 1
-                )[:, torch.cat(s.case.shards).argsort()]
+                lambda x: torch.cat([x[:, m].transpose(1, 2).reshape(x[:, m].shape) for m in s.case.shards], 1)[
+                    :, torch.cat(s.case.shards).argsort()
+                ]
             ),
         )
 
@@ -663,10 +568,7 @@ def merges(s: Scene, parts: list[Tensor], what: str) -> Iterator[Guess]:
     kept = torch.stack([(part > 0).expand_as(s.S) for part in parts])
     top = sums.masked_fill(~kept, -math.inf).amax(-1)
     unshifted = (rows - top.masked_fill(~top.isfinite(), 0.0)).exp() * there
-    yield (
-        f"{what} are merged without rescaling to a common maximum",
-        {"out": mix(unshifted / unshifted.sum(0))},
-    )
+    yield (f"{what} are merged without rescaling to a common maximum", {"out": mix(unshifted / unshifted.sum(0))})
 
     nobody = (~there).sum(0)
     share = torch.where(s.L.isfinite(), s.L.exp() / (s.L.exp() + nobody), 0.0)
@@ -720,9 +622,7 @@ def rescaling(s: Scene) -> Iterator[Guess]:
     for order in (s.hop, -s.hop % s.p, s.owner[None].expand_as(s.hop)):
         blocks = [order == t for t in range(s.p)]
         done = [attend(s.S, s.times * block, s.V) for block in blocks]
-        top = torch.stack(
-            [logits.masked_fill(~block, -math.inf).amax(-1) for block in blocks]
-        ).cummax(0)[0]
+        top = torch.stack([logits.masked_fill(~block, -math.inf).amax(-1) for block in blocks]).cummax(0)[0]
         top = top.masked_fill(top == -math.inf, 0.0)
         outs, weight = torch.stack([d[1] for d in done]), torch.stack([d[2] for d in done])
         right, late = (weight - top[-1]).exp(), (weight - top).exp()
@@ -738,16 +638,9 @@ def only_lse(s: Scene, got: list[Tensor], truth: Any) -> Iterator[Guess]:
     gap = (mine - s.L)[seen]
     if gap.numel() and gap.isfinite().all():
         constant = gap.mean().item()
-        known = {
-            "log 2": math.log(2),
-            "log p": math.log(s.p),
-            "log n": math.log(s.case.n),
-            "log d": math.log(s.case.d),
-        }
+        known = {"log 2": math.log(2), "log p": math.log(s.p), "log n": math.log(s.case.n), "log d": math.log(s.case.d)}
         known |= {f"−{name}": -value for name, value in known.items()}
-        label = next(
-            (f" ({name})" for name, value in known.items() if abs(value - constant) < 1e-4), ""
-        )
+        label = next((f" ({name})" for name, value in known.items() if abs(value - constant) < 1e-4), "")
         yield f"lse is off by a constant {constant:.3f}{label}", {"lse": s.L + constant}
         factor = ((mine * s.L)[seen].sum() / (s.L[seen] ** 2).sum()).item()
         label = " (base 2 for natural)" if abs(factor - math.log2(math.e)) < 1e-3 else ""
@@ -764,13 +657,7 @@ def only_lse(s: Scene, got: list[Tensor], truth: Any) -> Iterator[Guess]:
 
 
 def backward(
-    s: Scene,
-    P: Tensor,
-    Pv: Tensor,
-    dS: Tensor,
-    K: Tensor | None = None,
-    keep: Any = 1,
-    dkeep: Any = 1,
+    s: Scene, P: Tensor, Pv: Tensor, dS: Tensor, K: Tensor | None = None, keep: Any = 1, dkeep: Any = 1
 ) -> dict:
     """dq, dk, dv from weights and dS; `keep` says which pairs count in dk and dv, `dkeep` in dq."""
     dq = torch.einsum("bhqk,bkhd->bqhd", dS * dkeep, s.K if K is None else K) * s.scale
@@ -787,26 +674,18 @@ def backwards(s: Scene, got: dict, truth: Any) -> Iterator[Guess]:
     dlse = s.dlse[..., None]
     dS = s.P * (dP - D + dlse)
 
-    def told(
-        text: str, P: Tensor = s.P, dS: Tensor = dS, Pv: Tensor | None = None, **how: Any
-    ) -> Guess:
+    def told(text: str, P: Tensor = s.P, dS: Tensor = dS, Pv: Tensor | None = None, **how: Any) -> Guess:
         return text, backward(s, P, P if Pv is None else Pv, dS, **how)
 
     true = backward(s, s.P, s.P, dS)
     if s.dlse.any():
         yield told("the gradient of lse is ignored", dS=s.P * (dP - D))
         yield told("the gradient of lse has the wrong sign", dS=s.P * (dP - D - dlse))
-    base = (
-        s.S - s.L.masked_fill(~s.L.isfinite(), math.inf)[..., None] * math.log2(math.e)
-    ).exp() * s.times
-    yield told(
-        "a base-2 lse is taken for a natural one in the backward", P=base, dS=base * (dP - D + dlse)
-    )
+    base = (s.S - s.L.masked_fill(~s.L.isfinite(), math.inf)[..., None] * math.log2(math.e)).exp() * s.times
+    yield told("a base-2 lse is taken for a natural one in the backward", P=base, dS=base * (dP - D + dlse))
     for other in (dlse * math.log2(math.e), dlse * math.log(2)):
         yield told(
-            "a base-2 lse is taken for a natural one in the backward (dlse too)",
-            P=base,
-            dS=base * (dP - D + other),
+            "a base-2 lse is taken for a natural one in the backward (dlse too)", P=base, dS=base * (dP - D + other)
         )
     yield told("softmax's backward lacks the row sum D = Σ dO·O", dS=s.P * (dP + dlse))
     yield told("D = Σ dO·O has the wrong sign", dS=s.P * (dP + D + dlse))
@@ -829,10 +708,7 @@ def backwards(s: Scene, got: dict, truth: Any) -> Iterator[Guess]:
             if p > 2:
                 for ahead in (1, 2):
                     near = (s.hop == 0) | (s.hop == t) if ahead == 1 else (s.hop <= t)
-                    yield told(
-                        f"dk, dv count hops {'0 and ' if ahead == 1 else '0 to '}{t} only",
-                        keep=near,
-                    )
+                    yield told(f"dk, dv count hops {'0 and ' if ahead == 1 else '0 to '}{t} only", keep=near)
         yield from local_softmax(s, s.hops(), dP, D, dlse, told, "blocks", "")
     if case.dilation and len(case.dilation[0]) > 1:
         yield from local_softmax(s, s.branches(), dP, D, dlse, told, "branches", "mixing ")
@@ -844,28 +720,17 @@ def backwards(s: Scene, got: dict, truth: Any) -> Iterator[Guess]:
             moved = {name: s.rolled(true[name], by) for name in ("dk", "dv")}
             way = f"rank r has that of rank r{by:+d}"
             yield f"dk, dv end on the wrong rank: {way}", true | moved
-            yield (
-                f"dk, dv are added to those of another rank: {way}",
-                true | {n: true[n] + moved[n] for n in moved},
-            )
+            yield (f"dk, dv are added to those of another rank: {way}", true | {n: true[n] + moved[n] for n in moved})
             yield f"dk ends on the wrong rank: {way}", true | {"dk": moved["dk"]}
             yield f"dv ends on the wrong rank: {way}", true | {"dv": moved["dv"]}
             yield told(f"dq uses the keys of another rank ({way})", K=s.rolled(s.K, by))
             V = s.rolled(s.V, by)
             wrong = torch.einsum("bqhd,bkhd->bhqk", s.do, V)
-            yield told(
-                f"the backward uses the values of another rank ({way})", dS=s.P * (wrong - D + dlse)
-            )
+            yield told(f"the backward uses the values of another rank ({way})", dS=s.P * (wrong - D + dlse))
             do = s.rolled(s.do, by)
-            yield (
-                f"the backward uses dO of another rank ({way})",
-                backward(_with(s, do=do), s.P, s.P, dS),
-            )
+            yield (f"the backward uses dO of another rank ({way})", backward(_with(s, do=do), s.P, s.P, dS))
         for rest in (1, 2):
-            total = {
-                n: sum(s.rolled(true[n], by) for by in range(p)) / (1 if rest == 1 else p)
-                for n in ("dk", "dv")
-            }
+            total = {n: sum(s.rolled(true[n], by) for by in range(p)) / (1 if rest == 1 else p) for n in ("dk", "dv")}
             yield "dk, dv are summed over ranks that hold different keys", true | total
     if p > 1:
         for names in (("dq",), ("dk", "dv"), ("dq", "dk", "dv")):
@@ -895,24 +760,16 @@ def backwards(s: Scene, got: dict, truth: Any) -> Iterator[Guess]:
         )  # fmt: skip
     factor = {}
     for n in ("dq", "dk", "dv"):
-        factor[n] = (
-            (_joined(s, got[n], n) * true[n]).sum() / (true[n] ** 2).sum().clamp_min(1e-300)
-        ).item()
+        factor[n] = ((_joined(s, got[n], n) * true[n]).sum() / (true[n] ** 2).sum().clamp_min(1e-300)).item()
     for names in (("dq",), ("dk",), ("dv",), ("dk", "dv"), ("dq", "dk"), ("dq", "dk", "dv")):
         verb = "is" if len(names) == 1 else "are"
         if len({_ratio(factor[n], s) for n in names}) == 1:
             yield (f"{', '.join(names)} {verb} wrong by a factor {_ratio(factor[names[0]], s)}",
                    true | {n: true[n] * factor[n] for n in names})  # fmt: skip
     each = ", ".join(f"{n} by {_ratio(f, s)}" for n, f in factor.items() if abs(f - 1) > 1e-3)
-    yield (
-        f"gradients are wrong by a factor: {each}",
-        true | {n: true[n] * f for n, f in factor.items()},
-    )
+    yield (f"gradients are wrong by a factor: {each}", true | {n: true[n] * f for n, f in factor.items()})
     for names in (("dq",), ("dk",), ("dv",), ("dk", "dv"), ("dq", "dk"), ("dq", "dk", "dv")):
-        yield (
-            f"{', '.join(names)} {'is' if len(names) == 1 else 'are'} zero",
-            true | {n: true[n] * 0 for n in names},
-        )
+        yield (f"{', '.join(names)} {'is' if len(names) == 1 else 'are'} zero", true | {n: true[n] * 0 for n in names})
 
 
 def right_backward(s: Scene, keep: Any = 1) -> dict[str, Tensor]:
@@ -952,42 +809,28 @@ def local_softmax(
     merged = [P * w for P, w in zip(Ps, share, strict=True)]
     detached = sum(P * (dP - d) for P, d in zip(merged, Ds, strict=True))
     if what == "blocks":
-        yield told(
-            "the merge's weights are detached: out of the block for merged out in D", dS=detached
-        )
+        yield told("the merge's weights are detached: out of the block for merged out in D", dS=detached)
         yield told(
             "the merge's weights are detached: out of the block for merged out in D (dlse kept)",
             dS=detached + s.P * dlse,
         )
     else:
         yield told("the mixing weights of the branches are detached", dS=detached)
-        yield told(
-            "the mixing weights of the branches are detached (dlse kept)", dS=detached + s.P * dlse
-        )
+        yield told("the mixing weights of the branches are detached (dlse kept)", dS=detached + s.P * dlse)
     alone = sum(P * (dP - w * d) for P, w, d in zip(merged, share, Ds, strict=True))
     for text, dS in (("", alone), (" (dlse kept)", alone + s.P * dlse)):
         yield told(f"D = Σ P·dP is summed over one of the {what} alone{text}", dS=dS)
     both = sum(P * (dP - d) for P, d in zip(Ps, Ds, strict=True))
-    yield told(
-        f"the backward uses the lse of {what} for the merged lse",
-        P=local,
-        dS=local * (dP - D + dlse),
-    )
+    yield told(f"the backward uses the lse of {what} for the merged lse", P=local, dS=local * (dP - D + dlse))
     yield told(f"the backward uses lse and out of {what} for the merged ones", P=local, dS=both)
     yield told(
-        f"the backward uses lse and out of {what} for the merged ones (dlse kept)",
-        P=local,
-        dS=both + local * dlse,
+        f"the backward uses lse and out of {what} for the merged ones (dlse kept)", P=local, dS=both + local * dlse
     )
     last = done[-1][2]
-    P = sum(
-        (s.S - last.masked_fill(~last.isfinite(), math.inf)[..., None]).exp() * b for b in blocks
-    )
+    P = sum((s.S - last.masked_fill(~last.isfinite(), math.inf)[..., None]).exp() * b for b in blocks)
     yield told(f"the backward uses the lse of the last of the {what}", P=P, dS=P * (dP - D + dlse))
     first = done[0][2]
-    P = sum(
-        (s.S - first.masked_fill(~first.isfinite(), math.inf)[..., None]).exp() * b for b in blocks
-    )
+    P = sum((s.S - first.masked_fill(~first.isfinite(), math.inf)[..., None]).exp() * b for b in blocks)
     yield told(f"the backward uses the lse of the first of the {what}", P=P, dS=P * (dP - D + dlse))
 
 
@@ -1001,9 +844,7 @@ def _joined(s: Any, pieces: list[Tensor], name: str) -> Tensor:
     return torch.cat([x.double() for x in pieces], dim).index_select(dim, order)
 
 
-def name(
-    case: Any, truth: Any, got: dict[str, list[Tensor]], wrong: list[str], others: list
-) -> list[str]:
+def name(case: Any, truth: Any, got: dict[str, list[Tensor]], wrong: list[str], others: list) -> list[str]:
     """What explains the wrong tensors, the best first; where the error lives, when nothing does."""
     s = Scene(case, truth)
     whole = {n: _joined(s, got[n], n) for n in got}
@@ -1011,9 +852,7 @@ def name(
         guesses, about = forwards(s), ["out"]
     elif "lse" in wrong:
         guesses, about = (
-            itertools.chain(
-                only_lse(s, got["lse"], truth), merges(s, s.hops(), "blocks"), forwards(s)
-            ),
+            itertools.chain(only_lse(s, got["lse"], truth), merges(s, s.hops(), "blocks"), forwards(s)),
             ["lse"],
         )
     else:
@@ -1023,9 +862,7 @@ def name(
         saved = Scene(case, other)
         saved.do, saved.dlse = s.do, s.dlse
         foreign = right_backward(saved)
-        if all(
-            n in foreign and _left(whole[n], foreign[n], truth.whole[n]) < ENOUGH for n in about
-        ):
+        if all(n in foreign and _left(whole[n], foreign[n], truth.whole[n]) < ENOUGH for n in about):
             return [calls + "what one forward saved is overwritten by the next"]
         if all(_left(whole[n], other.whole[n], truth.whole[n]) < ENOUGH for n in about):
             return [calls + "it is the other's"]
@@ -1033,14 +870,9 @@ def name(
             continue
         saved = Scene(case, other)
         left_behind = [other.whole, right_backward(saved, keep=saved.same)]
-        left_behind += [
-            {n: s.rolled(other.whole[n], by) for n in about} for by in range(s.p) if s.even
-        ]
+        left_behind += [{n: s.rolled(other.whole[n], by) for n in about} for by in range(s.p) if s.even]
         for old in left_behind:
-            if all(
-                n in old and _left(whole[n], truth.whole[n] + old[n], truth.whole[n]) < ENOUGH
-                for n in about
-            ):
+            if all(n in old and _left(whole[n], truth.whole[n] + old[n], truth.whole[n]) < ENOUGH for n in about):
                 return [calls + "a buffer is not cleared, results add up"]
     left = {}
     for told, guess in guesses:
@@ -1060,9 +892,7 @@ def precision(whole: dict[str, Tensor], truth: Any, about: list[str]) -> str | N
     share = []
     for n in about:
         seen = truth.whole[n].isfinite()
-        share.append(
-            ((whole[n] - truth.whole[n])[seen].norm() / truth.whole[n][seen].norm()).item()
-        )
+        share.append(((whole[n] - truth.whole[n])[seen].norm() / truth.whole[n][seen].norm()).item())
     # sums that cancel show what they lost many times over
     if max(share) > (0.3 if truth.case.offset else 0.02):
         return None

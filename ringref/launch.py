@@ -69,18 +69,12 @@ def launch(fn, p, backend="gloo", *, timeout=600.0):
     """
     _check(fn, p, backend, timeout)
     # a notebook cell is in no file: with its lines along, a rank's traceback can quote it
-    typed = {
-        name: entry
-        for name, entry in linecache.cache.items()
-        if len(entry) == 4 and not os.path.exists(name)
-    }
+    typed = {name: entry for name, entry in linecache.cache.items() if len(entry) == 4 and not os.path.exists(name)}
     environ = {k: v for k, v in os.environ.items() if not k.startswith(ELASTIC_ENV)}
     threads = int(os.environ.get("OMP_NUM_THREADS") or max(1, _cores() // p))
     job = cloudpickle.dumps((fn, backend, timeout, threads))
 
-    start_method = (
-        "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
-    )
+    start_method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
     if start_method == "forkserver":
         multiprocessing.set_forkserver_preload(PRELOAD)  # no effect on a server that runs already
     with tempfile.TemporaryDirectory(prefix="ringref_") as folder, _undisturbed_caller():
@@ -111,9 +105,7 @@ def from_env(backend=None):
     """
     if not dist.is_initialized():
         if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
-            raise RuntimeError(
-                "from_env: RANK, WORLD_SIZE: not set; use torchrun, or launch(fn, p)"
-            )
+            raise RuntimeError("from_env: RANK, WORLD_SIZE: not set; use torchrun, or launch(fn, p)")
         local_world = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
         backend = backend or ("nccl" if torch.cuda.device_count() >= local_world else "gloo")
         _check(from_env, local_world, backend, 600.0)
@@ -123,9 +115,7 @@ def from_env(backend=None):
 
 def _check(fn, p, backend, timeout):
     if not callable(fn):
-        raise TypeError(
-            f"fn: expected a function of one argument, the ring, got {type(fn).__name__}"
-        )
+        raise TypeError(f"fn: expected a function of one argument, the ring, got {type(fn).__name__}")
     if not isinstance(p, int) or isinstance(p, bool) or p < 1:
         raise ValueError(f"p: expected a number of ranks of at least 1, got {p!r}")
     if backend not in BACKENDS:
@@ -186,10 +176,7 @@ def _undisturbed_caller():
 
 def _first_failure(error, p, folder):
     rank, failure = error.get_first_failure()
-    reports = {
-        int(file.suffix[1:]): pickle.loads(file.read_bytes())
-        for file in Path(folder).glob("failed.*")
-    }
+    reports = {int(file.suffix[1:]): pickle.loads(file.read_bytes()) for file in Path(folder).glob("failed.*")}
     if rank in reports:
         rank = min(reports, key=lambda r: reports[r][0])
         left = sorted(int(file.suffix[1:]) for file in Path(folder).glob("left.*"))

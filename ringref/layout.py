@@ -76,9 +76,7 @@ class Positions:
 
     def __init__(self, index: Tensor):
         self.index = index
-        self.digest = int.from_bytes(
-            hashlib.blake2b(index.numpy().tobytes(), digest_size=7).digest(), "big"
-        )
+        self.digest = int.from_bytes(hashlib.blake2b(index.numpy().tobytes(), digest_size=7).digest(), "big")
 
     def __len__(self):
         return len(self.index)
@@ -100,17 +98,8 @@ def counted(n: int) -> Positions:
 
 
 def _positions(name: str, index: Any) -> Positions:
-    if (
-        not isinstance(index, Tensor)
-        or index.dim() != 1
-        or index.dtype != torch.int64
-        or not index.is_cpu
-    ):
-        got = (
-            f"{tuple(index.shape)} {index.dtype} {index.device}"
-            if isinstance(index, Tensor)
-            else repr(index)
-        )
+    if not isinstance(index, Tensor) or index.dim() != 1 or index.dtype != torch.int64 or not index.is_cpu:
+        got = f"{tuple(index.shape)} {index.dtype} {index.device}" if isinstance(index, Tensor) else repr(index)
         raise TypeError(f"{name} must be a 1-D int64 CPU tensor of global positions, got {got}")
     if len(index) and int(index.min()) < 0:
         raise ValueError(f"{name}: positions count from 0, got {int(index.min())}")
@@ -119,9 +108,7 @@ def _positions(name: str, index: Any) -> Positions:
 
 def _a_ring(ring: Any) -> Ring:
     if not all(hasattr(ring, a) for a in ("rank", "size", "exchange")):
-        raise TypeError(
-            f"ring must be a ring (simulate's, launch's or a ProcessRing), got {ring!r}"
-        )
+        raise TypeError(f"ring must be a ring (simulate's, launch's or a ProcessRing), got {ring!r}")
     return ring
 
 
@@ -147,24 +134,16 @@ class Shard:
     def __init__(self, positions: Tensor, ring: Ring | None, kv_positions: Tensor | None = None):
         self.ring = alone() if ring is None else _a_ring(ring)
         self.queries = _positions("positions", positions)
-        self.keys = (
-            self.queries if kv_positions is None else _positions("kv_positions", kv_positions)
-        )
+        self.keys = self.queries if kv_positions is None else _positions("kv_positions", kv_positions)
         self.positions, self.kv_positions = self.queries.index, self.keys.index
 
     def __repr__(self):
-        return (
-            f"Shard(rank {self.ring.rank} of {self.ring.size}, "
-            f"{len(self.queries)} queries, {len(self.keys)} keys)"
-        )
+        return f"Shard(rank {self.ring.rank} of {self.ring.size}, {len(self.queries)} queries, {len(self.keys)} keys)"
 
     def take(self, x: Tensor, dim: int = 1) -> Tensor:
         """My rows of a whole tensor: `b n …` → `b s …` along `dim`."""
         if len(self.queries) and int(self.positions.max()) >= x.shape[dim]:
-            raise ValueError(
-                f"x has {x.shape[dim]} rows along dim {dim}; "
-                f"my last position is {self.positions.max()}"
-            )
+            raise ValueError(f"x has {x.shape[dim]} rows along dim {dim}; my last position is {self.positions.max()}")
         return x.index_select(dim, self.positions.to(x.device))
 
     def gather(self, x: Tensor, dim: int = 1) -> Tensor:
@@ -178,18 +157,9 @@ class Shard:
                 raise TypeError(f"x must be a tensor that has dim {dim}, got {got}")
             if x.shape[dim] != len(self.queries):
                 held = len(self.queries)
-                raise ValueError(
-                    f"x has {x.shape[dim]} rows along dim {dim}; this shard has {held} positions"
-                )
+                raise ValueError(f"x has {x.shape[dim]} rows along dim {dim}; this shard has {held} positions")
             others = tuple(size for i, size in enumerate(x.shape) if i != dim % x.dim())
-            words = [
-                "gather",
-                str(x.dtype),
-                x.device.type,
-                dim % x.dim(),
-                others,
-                torch.is_grad_enabled(),
-            ]
+            words = ["gather", str(x.dtype), x.device.type, dim % x.dim(), others, torch.is_grad_enabled()]
             return words, torch.is_grad_enabled() and x.requires_grad
 
         names = ("method", "dtype of x", "device of x", "dim", "shape of x", "grad mode")
@@ -258,9 +228,7 @@ _tables: WeakKeyDictionary = WeakKeyDictionary()  # ring -> the tables that it k
 _KNOWN = 4
 
 
-def meet(
-    shard: Shard, names: Sequence[str], say: Callable[[], tuple[list, bool]]
-) -> tuple[bool, Table]:
+def meet(shard: Shard, names: Sequence[str], say: Callable[[], tuple[list, bool]]) -> tuple[bool, Table]:
     """One fixed-size header from every rank, and its positions only when new: what a call begins
     with.
 
@@ -289,27 +257,19 @@ def meet(
         raise mistake
     wrong = [r for r, said in enumerate(rows) if not said[0]]
     if wrong:
-        raise Elsewhere(
-            f"rank {wrong[0]} rejected its own arguments (its error says which); no rank goes on"
-        )
+        raise Elsewhere(f"rank {wrong[0]} rejected its own arguments (its error says which); no rank goes on")
     needs = any(said[1] for said in rows)
     for name, word, *column in zip(names, words, *(said[2:] for said in rows), strict=False):
         if (name != "grad mode" or needs) and len(set(column)) > 1:
             alike = [r for r, x in enumerate(column) if x == column[ring.rank]]
-            shown = (
-                column if all(abs(x) < 2**31 for x in column) else f"{word!r} only on ranks {alike}"
-            )
+            shown = column if all(abs(x) < 2**31 for x in column) else f"{word!r} only on ranks {alike}"
             raise ValueError(f"{name} differs between ranks: {shown}")
     sizes = [r[len(row) :] for r in rows]
     name = hash(tuple(tuple(s[:4]) for s in sizes)) & (2**62 - 1)
     if not all(name in s[4:] for s in sizes):
-        every = ring.share(
-            torch.cat([shard.positions, shard.kv_positions]), [s[0] + s[1] for s in sizes]
-        )
+        every = ring.share(torch.cat([shard.positions, shard.kv_positions]), [s[0] + s[1] for s in sizes])
         cut = [x.split([s[0], s[1]]) for x, s in zip(every, sizes, strict=True)]
-        table = Table(
-            *(tuple(Positions(x.clone()) for x in side) for side in zip(*cut, strict=True))
-        )
+        table = Table(*(tuple(Positions(x.clone()) for x in side) for side in zip(*cut, strict=True)))
         _check_cover(table)
         known[name] = table
     table = known[name] = known.pop(name)
@@ -325,20 +285,10 @@ def _check_cover(table: Table) -> None:
     for name, every in (("positions", table.queries), ("kv_positions", table.keys)):
         index, times = torch.cat([one.index for one in every]).unique(return_counts=True)
         if bool((times > 1).any()):
-            raise ValueError(
-                f"{name} overlap between or within ranks: "
-                f"{described(index[times > 1])} are held twice"
-            )
+            raise ValueError(f"{name} overlap between or within ranks: {described(index[times > 1])} are held twice")
         if every is table.keys and len(index) and int(index[-1]) != len(index) - 1:
-            gaps = (
-                torch.ones(int(index[-1]) + 1, dtype=torch.bool)
-                .index_fill_(0, index, False)
-                .nonzero()[:, 0]
-            )
-            raise ValueError(
-                f"{name} leave gaps: no rank holds the keys {described(gaps)}; "
-                f"they must cover 0 … n−1"
-            )
+            gaps = torch.ones(int(index[-1]) + 1, dtype=torch.bool).index_fill_(0, index, False).nonzero()[:, 0]
+            raise ValueError(f"{name} leave gaps: no rank holds the keys {described(gaps)}; they must cover 0 … n−1")
 
 
 @dataclass(frozen=True)
@@ -360,9 +310,7 @@ class Dilation:
         for name in ("segment_lengths", "dilation_rates"):
             values = getattr(self, name)
             if isinstance(values, str) or not isinstance(values, Sequence) or not values:
-                raise ValueError(
-                    f"{name} must be a non-empty list of positive integers, got {values!r}"
-                )
+                raise ValueError(f"{name} must be a non-empty list of positive integers, got {values!r}")
             if not all(isinstance(x, int) and not isinstance(x, bool) and x > 0 for x in values):
                 raise ValueError(f"{name} must be positive integers, got {list(values)}")
             object.__setattr__(self, name, tuple(values))
@@ -374,9 +322,7 @@ class Dilation:
             )
         for w, r in zip(self.segment_lengths, self.dilation_rates, strict=True):
             if r > w:
-                raise ValueError(
-                    f"dilation_rates: r = {r} is larger than its segment length w = {w}"
-                )
+                raise ValueError(f"dilation_rates: r = {r} is larger than its segment length w = {w}")
         if self.heads not in ("all", "grouped"):
             raise ValueError(f'heads must be "all" or "grouped", got {self.heads!r}')
 
@@ -392,9 +338,7 @@ class Call(NamedTuple):
     backend: str
     ring: Ring
     table: Table
-    anchor: (
-        Tensor | None
-    )  # makes autograd visit this rank's backward when only its neighbours need a gradient
+    anchor: Tensor | None  # makes autograd visit this rank's backward when only its neighbours need a gradient
 
     def keep(self, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         """What `mask_mod` says of these indices: booleans of four dimensions that broadcast to b h
@@ -402,43 +346,25 @@ class Call(NamedTuple):
         """
         keep = torch.as_tensor(self.mask_mod(b, h, q_idx, kv_idx), device=q_idx.device)
         if keep.dtype != torch.bool:
-            raise TypeError(
-                f"mask_mod must return booleans (True: the key is seen), got {keep.dtype}"
-            )
+            raise TypeError(f"mask_mod must return booleans (True: the key is seen), got {keep.dtype}")
         full = (len(b), h.shape[1], q_idx.shape[2], kv_idx.shape[3])
-        if keep.dim() > 4 or any(
-            x not in (1, y) for x, y in zip(keep.shape[::-1], full[::-1], strict=False)
-        ):
-            raise ValueError(
-                f"mask_mod must return what broadcasts to b h q k = {full}, "
-                f"got shape {tuple(keep.shape)}"
-            )
+        if keep.dim() > 4 or any(x not in (1, y) for x, y in zip(keep.shape[::-1], full[::-1], strict=False)):
+            raise ValueError(f"mask_mod must return what broadcasts to b h q k = {full}, got shape {tuple(keep.shape)}")
         return keep[(None,) * (4 - keep.dim())]
 
 
-_WORDS = (
-    "method",
-    "batch (dim 0 of q)",
-    "heads (dim 2 of q)",
-    "key/value heads (dim 2 of k)",
-    "head dim",
-    "dtype",
-)
+_WORDS = ("method", "batch (dim 0 of q)", "heads (dim 2 of q)", "key/value heads (dim 2 of k)", "head dim", "dtype")
 _WORDS += ("device", "causal", "scale", "dilation", "mask_mod", "backend", "grad mode")
 
 
-def agree(
-    method: str, q, k, v, *, able, causal, dilation, mask_mod, scale, shard, q_chunk, backend
-) -> Call:
+def agree(method: str, q, k, v, *, able, causal, dilation, mask_mod, scale, shard, q_chunk, backend) -> Call:
     """Check the arguments here and against every other rank's; any rank's mistake is an error on
     all of them.
 
     `able(q, backend, masked, scale)` raises where the backend cannot do it.
     """
     if shard is not None and not isinstance(shard, Shard):
-        raise TypeError(
-            f"shard must be a Shard (see partition) or None, got {type(shard).__name__}"
-        )
+        raise TypeError(f"shard must be a Shard (see partition) or None, got {type(shard).__name__}")
 
     def factor() -> float:
         return q.shape[-1] ** -0.5 if scale is None else float(scale)
@@ -447,17 +373,7 @@ def agree(
         _check(q, k, v, causal, dilation, mask_mod, scale, shard, q_chunk, backend)
         able(q, backend, mask_mod is not None, factor())
         shape = q.shape[0], q.shape[2], k.shape[2], q.shape[3]
-        words = [
-            method,
-            *shape,
-            str(q.dtype),
-            q.device.type,
-            causal,
-            factor(),
-            dilation,
-            mask_mod is not None,
-            backend,
-        ]
+        words = [method, *shape, str(q.dtype), q.device.type, causal, factor(), dilation, mask_mod is not None, backend]
         grad = torch.is_grad_enabled()
         return [*words, grad], grad and any(x.requires_grad for x in (q, k, v))
 
@@ -475,9 +391,7 @@ def _number(word: Any) -> int:
     """An integer that stands for a word of the header: itself if it is one, else a digest."""
     if isinstance(word, int):
         return int(word)
-    return 2**40 + int.from_bytes(
-        hashlib.blake2b(repr(word).encode(), digest_size=6).digest(), "big"
-    )
+    return 2**40 + int.from_bytes(hashlib.blake2b(repr(word).encode(), digest_size=6).digest(), "big")
 
 
 def _check(q, k, v, causal, dilation, mask_mod, scale, shard, q_chunk, backend) -> None:
@@ -485,27 +399,19 @@ def _check(q, k, v, causal, dilation, mask_mod, scale, shard, q_chunk, backend) 
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a tensor b s h d, got {type(x).__name__}")
         if x.dim() != 4:
-            raise ValueError(
-                f"{name} must have the four dimensions b s h d, got shape {tuple(x.shape)}"
-            )
+            raise ValueError(f"{name} must have the four dimensions b s h d, got shape {tuple(x.shape)}")
         if x.dtype not in FLOATS:
             raise TypeError(f"{name} must be float64, float32, bfloat16 or float16, got {x.dtype}")
         if x.dtype != q.dtype or x.device != q.device:
-            raise ValueError(
-                f"{name} is {x.dtype} on {x.device} and q is {q.dtype} on {q.device}; "
-                f"they must be alike"
-            )
+            raise ValueError(f"{name} is {x.dtype} on {x.device} and q is {q.dtype} on {q.device}; they must be alike")
     if k.shape != v.shape:
-        raise ValueError(
-            f"k and v must have the same shape, got {tuple(k.shape)} and {tuple(v.shape)}"
-        )
+        raise ValueError(f"k and v must have the same shape, got {tuple(k.shape)} and {tuple(v.shape)}")
     (b, s, h, d), (kb, ks, g, kd) = q.shape, k.shape
     if b != kb or d != kd:
         raise ValueError(f"k: batch and head dim must be q's, {b} and {d}, got {kb} and {kd}")
     if not (h and g and d) or h % g:
         raise ValueError(
-            f"k has {g} heads and q {h}: the key/value heads must divide the query heads, "
-            f"and d = {d} be ≥ 1"
+            f"k has {g} heads and q {h}: the key/value heads must divide the query heads, and d = {d} be ≥ 1"
         )
     if shard is not None and (s, ks) != (len(shard.queries), len(shard.keys)):
         held = f"{len(shard.queries)} query and {len(shard.keys)} key positions"
@@ -515,20 +421,13 @@ def _check(q, k, v, causal, dilation, mask_mod, scale, shard, q_chunk, backend) 
     if dilation is not None and not isinstance(dilation, Dilation):
         raise TypeError(f"dilation must be a Dilation or None, got {type(dilation).__name__}")
     if mask_mod is not None and not callable(mask_mod):
-        raise TypeError(
-            f"mask_mod must be a function (b, h, q_idx, kv_idx) -> keep, "
-            f"got {type(mask_mod).__name__}"
-        )
+        raise TypeError(f"mask_mod must be a function (b, h, q_idx, kv_idx) -> keep, got {type(mask_mod).__name__}")
     if scale is not None and (
         isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale)
     ):
         raise ValueError(f"scale must be a finite number or None (1/√d), got {scale!r}")
-    if q_chunk is not None and (
-        isinstance(q_chunk, bool) or not isinstance(q_chunk, int) or q_chunk < 1
-    ):
-        raise ValueError(
-            f"q_chunk must be a positive number of query rows or None, got {q_chunk!r}"
-        )
+    if q_chunk is not None and (isinstance(q_chunk, bool) or not isinstance(q_chunk, int) or q_chunk < 1):
+        raise ValueError(f"q_chunk must be a positive number of query rows or None, got {q_chunk!r}")
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
 
@@ -554,9 +453,7 @@ class Strand(NamedTuple):
 @lru_cache(maxsize=256)  # of n rows each; what is kept for long is plans, which are small
 def _kept(positions: Positions, w: int, r: int, offset: int) -> Tensor:
     index = positions.index
-    order = (
-        index.argsort(stable=True) if len(index) > 1 and bool((index.diff() < 0).any()) else None
-    )
+    order = index.argsort(stable=True) if len(index) > 1 and bool((index.diff() < 0).any()) else None
     rows = ((index if order is None else index[order]) % w % r == offset).nonzero()[:, 0]
     return rows if order is None else order[rows]
 
@@ -569,18 +466,10 @@ def strands(dilation: Dilation | None, h: int) -> list[Strand]:
         return [Strand(EVERYTHING, 1, 0, range(h))]
     branches = list(zip(dilation.segment_lengths, dilation.dilation_rates, strict=True))
     if dilation.heads == "grouped":
-        groups = [
-            range(x[0], x[-1] + 1) if len(x := part.tolist()) else range(0)
-            for part in _runs(h, len(branches))
-        ]
-        found = [
-            Strand(w, r, i % r, heads)
-            for i, ((w, r), heads) in enumerate(zip(branches, groups, strict=True))
-        ]
+        groups = [range(x[0], x[-1] + 1) if len(x := part.tolist()) else range(0) for part in _runs(h, len(branches))]
+        found = [Strand(w, r, i % r, heads) for i, ((w, r), heads) in enumerate(zip(branches, groups, strict=True))]
     else:
-        found = [
-            Strand(w, r, offset, range(offset, h, r)) for w, r in branches for offset in range(r)
-        ]
+        found = [Strand(w, r, offset, range(offset, h, r)) for w, r in branches for offset in range(r)]
     return [strand for strand in found if strand.heads]
 
 
@@ -641,9 +530,7 @@ class Rows:
 
     def of(self, x: Tensor, heads: slice) -> Tensor:
         if not self.strided:
-            return (
-                x[:, :, heads].index_select(1, self.flat(x.device)).unflatten(1, (self.m, self.c))
-            )
+            return x[:, :, heads].index_select(1, self.flat(x.device)).unflatten(1, (self.m, self.c))
         (b, row, head, *rest), shape = x.stride(), x.shape
         first, stop, every = heads.indices(shape[2])
         return x.as_strided(
@@ -738,14 +625,7 @@ def visits(strand: Strand, *meeting) -> list[Visit]:
 
 
 @lru_cache(maxsize=2048)
-def _visits(
-    strand: Strand,
-    queries: Positions,
-    keys: Positions,
-    causal: bool,
-    masked: bool,
-    q_chunk: int | None,
-):
+def _visits(strand: Strand, queries: Positions, keys: Positions, causal: bool, masked: bool, q_chunk: int | None):
     found: list[Visit] = []
     q_rows, k_rows = strand.rows(queries), strand.rows(keys)
     q_at, k_at = queries.index[q_rows], keys.index[k_rows]
@@ -803,9 +683,7 @@ class Route(NamedTuple):
 
 
 @lru_cache(maxsize=8)  # asked for twice in a row
-def _shared(
-    strand: Strand, table: Table
-) -> tuple[list[Tensor], list[Tensor], dict[tuple[int, int], Tensor]]:
+def _shared(strand: Strand, table: Table) -> tuple[list[Tensor], list[Tensor], dict[tuple[int, int], Tensor]]:
     """Of every rank: the positions of its queries and the rows of its keys in a strand; of every
     two, which of the rows of the second lie in a segment of the first.
     """

@@ -99,12 +99,7 @@ def predicted(
         block += 2 * keys * wide
     own = b * s * (h + 2 * g) * d * (wide + narrow * size)
     returning = travelling + (0 if p == 1 else keys)
-    return {
-        **held,
-        "block in work": block,
-        "dQ, dK, dV": own,
-        "dK, dV of others": (returning + keys) * wide,
-    }
+    return {**held, "block in work": block, "dQ, dK, dV": own, "dK, dV of others": (returning + keys) * wide}
 
 
 @dataclass

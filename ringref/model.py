@@ -58,16 +58,12 @@ class Layer(nn.Module):
         self.to_qkv = nn.Linear(width, (heads + 2 * kv_heads) * self.head_dim, bias=False)
         self.from_heads = nn.Linear(width, width, bias=False)
         self.mlp = nn.Sequential(
-            nn.Linear(width, 4 * width, bias=False),
-            nn.GELU(),
-            nn.Linear(4 * width, width, bias=False),
+            nn.Linear(width, 4 * width, bias=False), nn.GELU(), nn.Linear(4 * width, width, bias=False)
         )
 
     def qkv(self, x, positions):
         """x (b s m) -> q (b s h d), k (b s g d), v (b s g d), q and k turned by RoPE."""
-        together = rearrange(
-            self.to_qkv(self.before_attention(x)), "b s (head d) -> b s head d", d=self.head_dim
-        )
+        together = rearrange(self.to_qkv(self.before_attention(x)), "b s (head d) -> b s head d", d=self.head_dim)
         q, k, v = together.split((self.heads, self.kv_heads, self.kv_heads), dim=2)
         return rotate_by_position(q, positions), rotate_by_position(k, positions), v
 

@@ -177,17 +177,13 @@ class Case:
         q = torch.zeros(self.b, self.n, self.h, self.n, dtype=torch.float64)
         v = torch.eye(self.n, dtype=torch.float64)[None, :, None, :].expand(self.b, -1, self.h, -1)
         dilation = Dilation(*self.dilation) if self.dilation else None
-        out, lse = dense_attention(
-            q, q, v, causal=self.causal, dilation=dilation, mask_mod=self.mask_mod
-        )
+        out, lse = dense_attention(q, q, v, causal=self.causal, dilation=dilation, mask_mod=self.mask_mod)
         return (out.transpose(1, 2) * lse.exp()[..., None]).round()
 
     def data(self, team: int = 0, step: int = 0) -> dict[str, Tensor]:
         """The whole problem's q, k, v, dO and dlse in the case's dtype, by the seed."""
         # a bytes sum, because hash() of a string changes from run to run
-        gen = torch.Generator().manual_seed(
-            sum(self.name.encode()) * 1009 + self.seed * 101 + team * 11 + step
-        )
+        gen = torch.Generator().manual_seed(sum(self.name.encode()) * 1009 + self.seed * 101 + team * 11 + step)
         b, n, h, g, d = self.b, self.n, self.h, self.g, self.d
 
         def normal(*shape: int) -> Tensor:
@@ -206,9 +202,7 @@ class Case:
             q[:, :: max(1, n // 3)] = 0.0  # lse is 0 exactly where such a query sees one key
         dtype = DTYPES[self.dtype]
         data = {"q": q.to(dtype), "k": k.to(dtype), "v": v.to(dtype), "do": do.to(dtype)}
-        return data | {
-            "dlse": normal(b, h, n).to(torch.float64 if dtype == torch.float64 else torch.float32)
-        }
+        return data | {"dlse": normal(b, h, n).to(torch.float64 if dtype == torch.float64 else torch.float32)}
 
     def steps(self, team: int = 0) -> list[tuple[str, dict[str, Tensor]]]:
         """The named inputs that the plan runs on."""
@@ -304,9 +298,7 @@ def cases(
     """The cases of a sweep, smallest first; see `check` for the arguments."""
     features = set(features)
     if unknown := features - set(FEATURES):
-        raise ValueError(
-            f"features: {', '.join(sorted(unknown))} unknown; choose from {', '.join(FEATURES)}"
-        )
+        raise ValueError(f"features: {', '.join(sorted(unknown))} unknown; choose from {', '.join(FEATURES)}")
     if claims not in (None, "ring"):
         raise ValueError(f"claims must be None or 'ring', got {claims!r}")
     made: list[tuple[Case, bool]] = []
@@ -351,69 +343,27 @@ def cases(
         add("eight ranks", 8, causal=True)
     last = causal and True
     if "mask" in features:
-        for kind, c, p in itertools.product(
-            ("documents", "heads", "blind", "stored"), both, (1, 2, 3)
-        ):
+        for kind, c, p in itertools.product(("documents", "heads", "blind", "stored"), both, (1, 2, 3)):
             plan = "steps" if kind == "stored" else "train"
-            add(
-                f"mask {kind}{' causal' if c else ''}",
-                p,
-                mask=kind,
-                causal=c,
-                fast=p == 2,
-                plan=plan,
-            )
+            add(f"mask {kind}{' causal' if c else ''}", p, mask=kind, causal=c, fast=p == 2, plan=plan)
     if "window" in features:
-        for (left, right), c, p in itertools.product(
-            ((3, 2), (8, 0), (0, 7), (1, 1)), both, (1, 2, 3, 4)
-        ):
+        for (left, right), c, p in itertools.product(((3, 2), (8, 0), (0, 7), (1, 1)), both, (1, 2, 3, 4)):
             if p < 4 or left == 3:
-                add(
-                    f"window {left},{right}{' causal' if c else ''}",
-                    p,
-                    window=(left, right),
-                    causal=c,
-                    fast=p == 2,
-                )
+                add(f"window {left},{right}{' causal' if c else ''}", p, window=(left, right), causal=c, fast=p == 2)
     if "dilation" in features:
         awkward = (((4, 8, 64), (1, 2, 4)), ((5, 7), (2, 3)), ((6,), (3,)), ((3, 12), (1, 5)))
         for (w, r), c, p in itertools.product(awkward, both, (1, 2, 3)):
-            told = (
-                {"n": 7 * p, "h": 5, "g": 5}
-                if "uneven" in features
-                else {"n": 8 * p, "h": 5, "g": 5}
-            )
+            told = {"n": 7 * p, "h": 5, "g": 5} if "uneven" in features else {"n": 8 * p, "h": 5, "g": 5}
             if "gqa" in features and p != 2:
                 told |= {"h": 6, "g": 2}
-            add(
-                f"dilation {w} {r}{' causal' if c else ''}",
-                p,
-                dilation=(w, r),
-                causal=c,
-                fast=p == 2,
-                **told,
-            )
-    for feature, sizes in (
-        ("uneven", ((3, 6), (7, 2, 5), (1, 6, 3, 4))),
-        ("empty", ((5, 0), (0, 4, 6), (3, 0, 0, 5))),
-    ):
+            add(f"dilation {w} {r}{' causal' if c else ''}", p, dilation=(w, r), causal=c, fast=p == 2, **told)
+    for feature, sizes in (("uneven", ((3, 6), (7, 2, 5), (1, 6, 3, 4))), ("empty", ((5, 0), (0, 4, 6), (3, 0, 0, 5)))):
         for lengths, c in itertools.product(sizes if feature in features else (), both):
             p = len(lengths)
-            cut = (
-                {"lengths": lengths, "n": sum(lengths)}
-                if layout == "contiguous"
-                else {"n": 4 * p + 1}
-            )
+            cut = {"lengths": lengths, "n": sum(lengths)} if layout == "contiguous" else {"n": 4 * p + 1}
             if feature == "empty" and layout != "contiguous":
                 cut = {"n": p - 1}
-            add(
-                f"{feature}{' causal' if c else ''}",
-                p,
-                causal=c,
-                positions=True,
-                fast=p == 3,
-                **cut,
-            )
+            add(f"{feature}{' causal' if c else ''}", p, causal=c, positions=True, fast=p == 3, **cut)
     if "subgroup" in features:
         add("subgroup", 2, causal=last, groups=((0, 2), (1, 3)), fast=True)
         add("subgroup", 2, causal=last, groups=((1, 2),))
@@ -425,9 +375,7 @@ def cases(
     if "uneven" in features or "empty" in features:
         made = [(dataclasses.replace(case, positions=True), fast) for case, fast in made]
     widest = {4: 8}.get(ranks, ranks)
-    chosen = [
-        case for case, fast in made if (fast or not quick) and case.world <= max(widest, ranks)
-    ]
+    chosen = [case for case, fast in made if (fast or not quick) and case.world <= max(widest, ranks)]
     # among equals the plain case first: it says best what is wrong
     odd = ("train", "stacked", "properties", "steps", "growth")
 
@@ -496,9 +444,7 @@ class Report:
 
     def to_json(self) -> str:
         """Everything in the report, for machines."""
-        return json.dumps(
-            {"ok": bool(self), "diagnosis": self.diagnosis} | dataclasses.asdict(self), indent=1
-        )
+        return json.dumps({"ok": bool(self), "diagnosis": self.diagnosis} | dataclasses.asdict(self), indent=1)
 
     def __rich_console__(self, console: Console, _: Any) -> Iterator[Any]:
         failed = len({(f.case, f.p) for f in self.findings})
@@ -509,28 +455,13 @@ class Report:
         if self.findings:
             yield f"most likely: {self.diagnosis}"
             table = Table(expand=False, show_lines=False, pad_edge=False)
-            for head, style in (
-                ("case", {}),
-                ("p", {}),
-                ("where", {}),
-                ("error/budget", {}),
-                ("finding", {}),
-            ):
+            for head, style in (("case", {}), ("p", {}), ("where", {}), ("error/budget", {}), ("finding", {})):
                 table.add_column(head, overflow="fold", **style)
             shown = self.findings[:12]
             for f in shown:
-                place = (
-                    f"{f.tensor or ''}{f' rank {f.rank}' if f.rank is not None else ''}".strip()
-                    or "-"
-                )
+                place = f"{f.tensor or ''}{f' rank {f.rank}' if f.rank is not None else ''}".strip() or "-"
                 size = "-" if f.error is None else f"{f.error:.1e}/{f.budget:.1e}"
-                table.add_row(
-                    f.case,
-                    str(f.p),
-                    place,
-                    size,
-                    f.diagnosis + (f" at {f.where}" if f.where else ""),
-                )
+                table.add_row(f.case, str(f.p), place, size, f.diagnosis + (f" at {f.where}" if f.where else ""))
             yield table
             if len(self.findings) > len(shown):
                 yield f"and {len(self.findings) - len(shown)} more in report.findings"
@@ -547,9 +478,7 @@ class Report:
             yield "not judged: " + "; ".join(self.not_judged)
 
     def __str__(self) -> str:
-        console = Console(
-            width=80, file=io.StringIO(), highlight=False, markup=False, force_jupyter=False
-        )
+        console = Console(width=80, file=io.StringIO(), highlight=False, markup=False, force_jupyter=False)
         console.print(self)
         return console.file.getvalue()
 
@@ -600,31 +529,17 @@ def check(
     Raises:
         ValueError: an unknown feature, layout or claim.
     """
-    todo = cases(
-        features=features, layout=layout, ranks=ranks, quick=quick, claims=claims, seed=seed
-    )
+    todo = cases(features=features, layout=layout, ranks=ranks, quick=quick, claims=claims, seed=seed)
     missing = [name for name in FEATURES if name not in set(features)]
-    unwatched = (
-        ["messages, which NCCL carries itself (run on gloo to watch them)"]
-        if backend == "nccl"
-        else []
-    )
+    unwatched = ["messages, which NCCL carries itself (run on gloo to watch them)"] if backend == "nccl" else []
     with _workers(pool, todo, backend) as workers:
         # torchrun's processes have one world size for life; the pool has processes for each
-        fits = [
-            c
-            for c in todo
-            if (c.world == workers.size if isinstance(workers, Ranks) else c.world <= workers.size)
-        ]
-        report = _sweep(
-            fn, fits, pool=workers, deadline=deadline, stop_after=stop_after, progress=progress
-        )
+        fits = [c for c in todo if (c.world == workers.size if isinstance(workers, Ranks) else c.world <= workers.size)]
+        report = _sweep(fn, fits, pool=workers, deadline=deadline, stop_after=stop_after, progress=progress)
     report.layout = layout
     report.not_judged = [f"feature {name}" for name in missing] + unwatched + report.not_judged
     if len(fits) < len(todo):
-        report.not_judged.append(
-            f"{len(todo) - len(fits)} cases for other world sizes than can be had here"
-        )
+        report.not_judged.append(f"{len(todo) - len(fits)} cases for other world sizes than can be had here")
     return report
 
 
@@ -678,11 +593,7 @@ def _sweep(
             hangs += any(f.kind == "hang" for f in report.findings[before:])
             if (failing >= stop_after or hangs >= 3) and i + 1 < len(todo):
                 # two ranks leave many causes alike, three tell them apart
-                wider = (
-                    []
-                    if hangs or case.p > 2
-                    else [c for c in todo[i + 1 :] if c.p == 3 and c.name in failed][:2]
-                )
+                wider = [] if hangs or case.p > 2 else [c for c in todo[i + 1 :] if c.p == 3 and c.name in failed][:2]
                 for extra in wider:
                     judge.judge(extra)
                 left = len(todo) - i - 1 - len(wider)
@@ -690,9 +601,7 @@ def _sweep(
                 break
     judge.growth()
     for why, names in judge.refused.items():
-        report.not_judged.append(
-            f"{names[0] if len(names) == 1 else f'{len(names)} cases'}, refused: {why}"
-        )
+        report.not_judged.append(f"{names[0] if len(names) == 1 else f'{len(names)} cases'}, refused: {why}")
     report.agree()
     report.seconds = time.monotonic() - began
     return report
@@ -716,16 +625,12 @@ class Judge:
         broken = any(r["error"] or "hang" in r or "crash" in r for r in results.values())
         # any exception may refuse heads that p does not divide (as an all-to-all over heads does),
         # and float64
-        lenient = "odd heads" in case.name and not any(
-            "odd heads" in name for name in self.report.passed
-        )
+        lenient = "odd heads" in case.name and not any("odd heads" in name for name in self.report.passed)
         strict = not lenient and case.dtype != "float64"
         refused = [r["error"]["refused"] or not strict for r in results.values() if r["error"]]
         if refused and all(refused) and len(refused) == case.p * len(case.teams):
             text = next(r["error"]["text"] for r in results.values() if r["error"])
-            self.refused.setdefault(
-                (text.splitlines() or ["NotImplementedError"])[0][:70], []
-            ).append(str(case))
+            self.refused.setdefault((text.splitlines() or ["NotImplementedError"])[0][:70], []).append(str(case))
             return
         if not broken and all(f.causes[0] in diagnose.HARMLESS for f in found):
             for team, members in enumerate(case.teams):
@@ -743,18 +648,8 @@ class Judge:
         jobs = {}
         call = cloudpickle.dumps(case.call())
         for rank in range(case.world):
-            jobs[rank] = {
-                "world": case.world,
-                "groups": case.teams,
-                "steps": [],
-                "program": [],
-                "call": call,
-            }
-            jobs[rank] |= {
-                "measure": case.plan == "growth",
-                "poison": poison,
-                "packed": case.packed,
-            }
+            jobs[rank] = {"world": case.world, "groups": case.teams, "steps": [], "program": [], "call": call}
+            jobs[rank] |= {"measure": case.plan == "growth", "poison": poison, "packed": case.packed}
         for team, members in enumerate(case.teams):
             for rank, mine in zip(members, case.shards, strict=True):
                 jobs[rank]["program"] = case.program
@@ -784,13 +679,7 @@ class Judge:
                 if raised and f["kind"] == "unfinished":
                     continue
                 if case.groups and f["kind"] == "self-send":
-                    tell(
-                        "message",
-                        diagnose.GROUP,
-                        f"{f['text']} ({f['phase']}, hop {f['hop']})",
-                        rank,
-                        f["line"],
-                    )
+                    tell("message", diagnose.GROUP, f"{f['text']} ({f['phase']}, hop {f['hop']})", rank, f["line"])
                     continue
                 tell(
                     "message",
@@ -840,11 +729,7 @@ class Judge:
         shown = []
         for i, (_, data) in enumerate(steps):
             mine = [r["steps"][i] for r in results]
-            used = (
-                data
-                if any(m.get("dlse_used") for m in mine)
-                else data | {"dlse": torch.zeros_like(data["dlse"])}
-            )
+            used = data if any(m.get("dlse_used") for m in mine) else data | {"dlse": torch.zeros_like(data["dlse"])}
             truth = Truth(case, used)
             if self.base_two(truth, mine):
                 truth = Truth(case, used | {"dlse": used["dlse"] * math.log2(math.e)})
@@ -857,9 +742,7 @@ class Judge:
             found += self.properties(case, results, truths)
         return found
 
-    def step(
-        self, case: Case, truth: Truth, mine: list[dict], truths: list[Truth], index: int
-    ) -> list[Finding]:
+    def step(self, case: Case, truth: Truth, mine: list[dict], truths: list[Truth], index: int) -> list[Finding]:
         """The first wrong tensor of one step, in the order in which errors spread, with a
         diagnosis.
         """
@@ -874,18 +757,14 @@ class Judge:
                 error, budget = (math.inf, 0.0) if why else truth.error(name, rank, piece)
                 pieces.append(piece)
                 share = error / budget if budget else (math.inf if error else 0.0)
-                self.report.margin[name] = max(
-                    self.report.margin.get(name, 0.0), share if share <= 1 else 0.0
-                )
+                self.report.margin[name] = max(self.report.margin.get(name, 0.0), share if share <= 1 else 0.0)
                 if share > 1 and share >= worst[0]:
                     worst = (share, error, rank, why) if share > worst[0] else worst
                     budgets = budget
             got[name] = pieces
             if worst[0] > 1:
                 if worst[3]:
-                    told = Finding(
-                        "value", worst[3], case.name, case.p, worst[2], name, math.inf, 0.0
-                    )
+                    told = Finding("value", worst[3], case.name, case.p, worst[2], name, math.inf, 0.0)
                     return [dataclasses.replace(told, causes=[worst[3]])]
                 wrong[name] = (worst[1], budgets, worst[2])
         if not wrong:
@@ -893,22 +772,14 @@ class Judge:
         first = next(name for name in TENSORS if name in wrong)
         causes = self.why(case, truth, got, list(wrong), truths, index)
         error, budget, rank = wrong[first]
-        return [
-            Finding(
-                "value", causes[0], case.name, case.p, rank, first, error, budget, causes=causes
-            )
-        ]
+        return [Finding("value", causes[0], case.name, case.p, rank, first, error, budget, causes=causes)]
 
-    def why(
-        self, case: Case, truth: Truth, got: dict, wrong: list[str], truths: list, index: int
-    ) -> list[str]:
+    def why(self, case: Case, truth: Truth, got: dict, wrong: list[str], truths: list, index: int) -> list[str]:
         """Causes that explain it, the best first; NaN is first asked whether it changes with what
         the oracle planted.
         """
         lost = [(x, truth.part(name, r)) for name in wrong for r, x in enumerate(got[name])]
-        if wrong[0] == "lse" and any(
-            (x[want == -math.inf].abs() < 1e4).any() for x, want in lost[: case.p]
-        ):
+        if wrong[0] == "lse" and any((x[want == -math.inf].abs() < 1e4).any() for x, want in lost[: case.p]):
             return [diagnose.BLIND]
         if any((x.isnan() & ~want.isnan()).any() for x, want in lost):
             calm = [r["steps"][index] for r in self.run(case, poison=0.0).values() if r["steps"]]
@@ -916,21 +787,15 @@ class Judge:
             if case.world > 1 and all(x is not None and not x.isnan().any() for x in now):
                 return [diagnose.EARLY]
             return [diagnose.not_finite(case)]
-        causes = diagnose.name(
-            case, truth, got, wrong, [t for i, t in enumerate(truths) if i != index]
-        )
-        if causes[0].startswith(diagnose.UNKNOWN) and any(
-            (x.isinf() & ~want.isinf()).any() for x, want in lost
-        ):
+        causes = diagnose.name(case, truth, got, wrong, [t for i, t in enumerate(truths) if i != index])
+        if causes[0].startswith(diagnose.UNKNOWN) and any((x.isinf() & ~want.isinf()).any() for x, want in lost):
             causes = [diagnose.not_finite(case)]
         vague = causes[0].startswith(diagnose.VAGUE) or causes[0] == "out is zero"
         unnamed = any(f.causes[0].startswith(diagnose.UNKNOWN) for f in self.report.findings)
         if case.shift and vague and not unnamed:
             return [diagnose.LARGE]
         # the same case in the whole world passed before this one came
-        plain = {
-            str(dataclasses.replace(case, groups=None, name=word)) for word in ("causal", "full")
-        }
+        plain = {str(dataclasses.replace(case, groups=None, name=word)) for word in ("causal", "full")}
         return [diagnose.GROUP] if case.groups and plain & set(self.report.passed) else causes
 
     def shaped(self, case: Case, name: str, x: Tensor | None, truth: Tensor) -> tuple[Any, str]:
@@ -981,49 +846,22 @@ class Judge:
         """What must hold whatever the reference says."""
         found = []
         names = [name for name, _ in case.steps()]
-        outs = {
-            name: [r["steps"][i]["out"].double() for r in results] for i, name in enumerate(names)
-        }
+        outs = {name: [r["steps"][i]["out"].double() for r in results] for i, name in enumerate(names)}
         allowed = 2 * max(truths[0].error("out", r, x)[1] for r, x in enumerate(outs["first"]))
 
         def same(a: Tensor, b: Tensor, text: str, rank: int) -> None:
             error = ((a - b).norm() / b.norm().clamp_min(1e-30)).item() if b.numel() else 0.0
             if error > allowed or math.isnan(error):
-                found.append(
-                    Finding(
-                        "property",
-                        text,
-                        case.name,
-                        case.p,
-                        rank,
-                        "out",
-                        error,
-                        allowed,
-                        causes=[text],
-                    )
-                )
+                found.append(Finding("property", text, case.name, case.p, rank, "out", error, allowed, causes=[text]))
 
         for rank, mine in enumerate(case.shards):
             if "again" in outs:
-                same(
-                    outs["again"][rank],
-                    outs["first"][rank],
-                    "two runs on the same inputs differ",
-                    rank,
-                )
+                same(outs["again"][rank], outs["first"][rank], "two runs on the same inputs differ", rank)
             if "batch" in outs:
-                same(
-                    outs["batch"][rank][:1],
-                    outs["first"][rank][:1],
-                    "another sequence of the batch matters",
-                    rank,
-                )
+                same(outs["batch"][rank][:1], outs["first"][rank][:1], "another sequence of the batch matters", rank)
                 sees = torch.full_like(outs["constant"][rank], 0.75)
                 same(
-                    outs["constant"][rank],
-                    sees,
-                    "constant v does not give constant out: weights do not sum to 1",
-                    rank,
+                    outs["constant"][rank], sees, "constant v does not give constant out: weights do not sum to 1", rank
                 )
             if "future" in outs:
                 early = mine < case.n // 2
@@ -1051,19 +889,13 @@ class Judge:
         slope = facts["exponent of the peak in p (n/p fixed)"]
         if slope > 0.4:
             text = f"claims a ring, holds O(n): with n/p fixed the peak grows as p^{slope:.2f}"
-            self.report.findings.append(
-                Finding("growth", text, "growth", 8, None, "bytes", slope, 0.4, causes=[text])
-            )
+            self.report.findings.append(Finding("growth", text, "growth", 8, None, "bytes", slope, 0.4, causes=[text]))
 
 
 def _snippet(fn: Callable, case: Case) -> str:
     module, name = getattr(fn, "__module__", None), getattr(fn, "__qualname__", "")
     known = module not in (None, "__main__") and name.isidentifier()
-    source = (
-        f"from {module} import {name} as candidate"
-        if known
-        else f"candidate = {name or '...'}  # yours"
-    )
+    source = f"from {module} import {name} as candidate" if known else f"candidate = {name or '...'}  # yours"
     return f"from ringref.oracle import Case\n{source}\n{case!r}.check(candidate)"
 
 
@@ -1087,10 +919,7 @@ class Truth:
 
     def error(self, name: str, rank: int, got: Tensor) -> tuple[float, float]:
         """The candidate's error on one rank, and its budget."""
-        want, roughs = (
-            self.part(name, rank),
-            [self.part(name, rank, whole).double() for whole in self.plain],
-        )
+        want, roughs = (self.part(name, rank), [self.part(name, rank, whole).double() for whole in self.plain])
         if not want.numel():
             return 0.0, 1.0
         if name == "lse":
@@ -1100,9 +929,7 @@ class Truth:
                 return math.inf, 1.0
             want, got, *roughs = (x.masked_fill(blind, 0.0) for x in (want, got, *roughs))
         # a rank whose own share is zero by structure is measured against the others' typical norm
-        typical = self.whole[name].masked_fill(
-            self.whole[name] == -math.inf, 0.0
-        ).norm() / math.sqrt(self.case.p)
+        typical = self.whole[name].masked_fill(self.whole[name] == -math.inf, 0.0).norm() / math.sqrt(self.case.p)
         norm = max(want.norm().item(), 0.05 * typical.item(), 1e-30)
         error = (got - want).norm().item() / norm
         rough = max((rough - want).norm().item() / norm for rough in roughs)
@@ -1126,15 +953,7 @@ def plain(case: Case, data: dict[str, Tensor]) -> list[dict[str, Tensor]]:
     lse = scores.to(data["dlse"].dtype).logsumexp(-1)
     dlse = data["dlse"].masked_fill(blind[..., 0], 0.0)
     torch.autograd.backward([out, lse], [data["do"], dlse])
-    found = [
-        {
-            "out": out,
-            "lse": lse.masked_fill(blind[..., 0], -math.inf),
-            "dq": q.grad,
-            "dk": k.grad,
-            "dv": v.grad,
-        }
-    ]
+    found = [{"out": out, "lse": lse.masked_fill(blind[..., 0], -math.inf), "dq": q.grad, "dk": k.grad, "dv": v.grad}]
     found.append(found[0] | _in_parts(case, data))
     return [{name: x.detach() for name, x in one.items()} for one in found]
 
@@ -1155,9 +974,7 @@ def _in_parts(case: Case, data: dict[str, Tensor]) -> dict[str, Tensor]:
     lse = scores.logsumexp(-1, keepdim=True).nan_to_num(neginf=math.inf)
     P = (scores - lse).exp()
     out = torch.einsum("bhqk,bkhd->bqhd", P, wide_v)
-    D = (do * out).sum(-1).transpose(1, 2) - data["dlse"].float().masked_fill(
-        lse[..., 0] == math.inf, 0.0
-    )
+    D = (do * out).sum(-1).transpose(1, 2) - data["dlse"].float().masked_fill(lse[..., 0] == math.inf, 0.0)
     dS = P * (torch.einsum("bqhd,bkhd->bhqk", do, wide_v) - D[..., None]) * case.d**-0.5
 
     def rounded(x: Tensor) -> Tensor:
@@ -1166,9 +983,7 @@ def _in_parts(case: Case, data: dict[str, Tensor]) -> dict[str, Tensor]:
     parts = {name: torch.zeros_like(x) for name, x in (("out", q), ("dq", q), ("dk", k), ("dv", v))}
     for mine in case.shards:
         weight = P[..., mine].sum(-1).transpose(1, 2)[..., None]
-        part = torch.einsum("bhqk,bkhd->bqhd", P[..., mine], wide_v[:, mine]) / weight.clamp_min(
-            1e-30
-        )
+        part = torch.einsum("bhqk,bkhd->bqhd", P[..., mine], wide_v[:, mine]) / weight.clamp_min(1e-30)
         parts["out"] += weight * rounded(part)
         parts["dq"] += rounded(torch.einsum("bhqk,bkhd->bqhd", dS[..., mine], wide_k[:, mine]))
         for name, pairs, x in (("dk", dS, q), ("dv", P, do)):
@@ -1187,9 +1002,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("ringref check", description="Judge an attention over ranks.")
     parser.add_argument("candidate", help="mypkg.module:function, or path/to/file.py:function")
     parser.add_argument("--ranks", type=int, default=4)
-    parser.add_argument(
-        "--layout", default="contiguous", choices=("contiguous", "zigzag", "striped")
-    )
+    parser.add_argument("--layout", default="contiguous", choices=("contiguous", "zigzag", "striped"))
     parser.add_argument("--features", default="", help=f"comma-separated, of {', '.join(FEATURES)}")
     parser.add_argument("--claims", choices=("ring",))
     parser.add_argument("--backend", default="gloo", choices=("gloo", "nccl"))

@@ -48,11 +48,7 @@ def rotating(trip: Trip):
     """
     ring, p = trip.ring, trip.ring.size
     source = ring.rank
-    arriving = (
-        ring.rotate(trip.pack(trip.load(source)), trip.space(trip.load(source - 1)))
-        if p > 1
-        else None
-    )
+    arriving = ring.rotate(trip.pack(trip.load(source)), trip.space(trip.load(source - 1))) if p > 1 else None
     yield trip.own
     returning = None
     for hop in range(1, p):

@@ -60,11 +60,7 @@ DTYPES = (
 )
 FOREVER = timedelta(hours=1)  # the pool's own deadline is shorter and says more than gloo's
 HERE = os.path.dirname(os.path.abspath(__file__))
-SKIPPED = (
-    os.path.dirname(torch.__file__),
-    os.path.join(HERE, "sanitizer.py"),
-    os.path.join(HERE, "oracle.py"),
-)
+SKIPPED = (os.path.dirname(torch.__file__), os.path.join(HERE, "sanitizer.py"), os.path.join(HERE, "oracle.py"))
 
 
 def candidate_line(frame: FrameType | None) -> tuple[str, int, str] | None:
@@ -72,9 +68,7 @@ def candidate_line(frame: FrameType | None) -> tuple[str, int, str] | None:
     while frame is not None:
         code = frame.f_code
         name = code.co_filename
-        inside = (
-            name.startswith(SKIPPED) or name.startswith("<frozen") or "/multiprocessing/" in name
-        )
+        inside = name.startswith(SKIPPED) or name.startswith("<frozen") or "/multiprocessing/" in name
         if not inside and name != "<string>" and "/threading.py" not in name:
             return name, frame.f_lineno, code.co_name
         frame = frame.f_back
@@ -111,9 +105,7 @@ class Ledger:
         """
         line = line or post.line
         if not any(f["kind"] == kind and f["line"] == line for f in self.findings):
-            self.findings.append(
-                {"kind": kind, "text": text, "line": line, "phase": post.phase, "hop": post.hop}
-            )
+            self.findings.append({"kind": kind, "text": text, "line": line, "phase": post.phase, "hop": post.hop})
 
     def post(self, op: Post) -> Post:
         """A new operation: name its hop, compare its buffers with those still in use, queue it."""
@@ -134,15 +126,9 @@ class Ledger:
             for theirs, it_writes in other.spans:
                 if mine[0] < theirs[1] and theirs[0] < mine[1] and (i_write or it_writes):
                     if i_write and it_writes:
-                        kind, text = (
-                            "two-into-one",
-                            f"{op.kind} writes into the buffer of an unfinished {other.kind}",
-                        )
+                        kind, text = ("two-into-one", f"{op.kind} writes into the buffer of an unfinished {other.kind}")
                     else:
-                        kind, text = (
-                            "receive-into-send",
-                            f"{op.kind} and an unfinished {other.kind} share a buffer",
-                        )
+                        kind, text = ("receive-into-send", f"{op.kind} and an unfinished {other.kind} share a buffer")
                     self.note(kind, f"{text} (posted at {where(other.line)})", op)
 
     def flush(self) -> None:
@@ -190,11 +176,7 @@ LEDGER = Ledger()
 
 def where(line: Any) -> str:
     """`file.py:12` for a recorded line."""
-    return (
-        f"{os.path.basename(line[0])}:{line[1]}"
-        if line
-        else "no line of the candidate (torch itself)"
-    )
+    return f"{os.path.basename(line[0])}:{line[1]}" if line else "no line of the candidate (torch itself)"
 
 
 def as_bytes(x: Tensor) -> Tensor:
@@ -218,9 +200,7 @@ class Post(dist.Work):
 
     is_message = False
 
-    def __init__(
-        self, group: Watched, kind: str, reads: list[Tensor], writes: list[Tensor], args: Any = None
-    ):
+    def __init__(self, group: Watched, kind: str, reads: list[Tensor], writes: list[Tensor], args: Any = None):
         super().__init__()
         frame = sys._getframe(1)
         self.group, self.kind, self.reads, self.writes, self.args = group, kind, reads, writes, args
@@ -329,18 +309,13 @@ class Send(Post):
         with _disable_current_modes():
             self.before = as_bytes(x).clone()
             header = torch.tensor([x.numel(), DTYPES.index(x.dtype)])
-            self.real, self.header = (
-                group.real.send([header], peer, group.wire(tag, self.seq)),
-                header,
-            )
+            self.real, self.header = (group.real.send([header], peer, group.wire(tag, self.seq)), header)
 
     def launch(self) -> None:
         with _disable_current_modes():
             self.payload = self.reads[0].detach().clone()
         if self.payload.numel():
-            self.leaving = self.group.real.send(
-                [self.payload], self.to, self.group.wire(self.tag, self.seq) + 1
-            )
+            self.leaving = self.group.real.send([self.payload], self.to, self.group.wire(self.tag, self.seq) + 1)
 
     def block(self) -> None:
         self.real.wait()
@@ -372,9 +347,7 @@ class Recv(Post):
             numel, dtype = self.header.tolist()
             self.payload = torch.empty(numel, dtype=DTYPES[dtype])
             if numel:
-                self.group.real.recv(
-                    [self.payload], self.source, self.group.wire(self.tag, self.seq) + 1
-                ).wait()
+                self.group.real.recv([self.payload], self.source, self.group.wire(self.tag, self.seq) + 1).wait()
 
     def settle(self) -> None:
         # a wrong size or dtype is named by the parent, which sees both sides; here only nothing may
@@ -393,25 +366,13 @@ class Recv(Post):
 class Collective(Post):
     """Any collective: inputs are read when this rank blocks, outputs hold NaN until `wait`."""
 
-    def __init__(
-        self,
-        group: Watched,
-        kind: str,
-        args: tuple,
-        options: dict,
-        outs: Any,
-        ins: Any,
-        in_place: bool,
-    ):
+    def __init__(self, group: Watched, kind: str, args: tuple, options: dict, outs: Any, ins: Any, in_place: bool):
         writes, reads = _tensors(outs), _tensors(ins)
         self.in_place = in_place
         super().__init__(group, kind, [] if in_place else reads, writes, (args, options))
         self.seq = group.next("collective", 0, 0)
         size = sum(x.numel() * x.element_size() for x in reads)
-        self.sent = int(
-            size
-            * _SHARE.get(kind.strip("_").split("_")[0], lambda p: (p - 1) / p)(len(group.members))
-        )
+        self.sent = int(size * _SHARE.get(kind.strip("_").split("_")[0], lambda p: (p - 1) / p)(len(group.members)))
         with _disable_current_modes():
             self.given = [x.detach().clone() for x in reads] if in_place else None
         for x in writes:
@@ -423,18 +384,11 @@ class Collective(Post):
         with _disable_current_modes():
             copies = {
                 id(x): y
-                for x, y in zip(
-                    self.writes,
-                    self.given or [torch.empty_like(x) for x in self.writes],
-                    strict=False,
-                )
+                for x, y in zip(self.writes, self.given or [torch.empty_like(x) for x in self.writes], strict=False)
             }
             if not self.in_place:
                 copies |= {id(x): x.detach().clone() for x in self.reads}
-            mine = [
-                tree_map(lambda x: copies.get(id(x), x) if isinstance(x, Tensor) else x, a)
-                for a in args
-            ]
+            mine = [tree_map(lambda x: copies.get(id(x), x) if isinstance(x, Tensor) else x, a) for a in args]
             self.results = [copies[id(x)] for x in self.writes]
             self.real = getattr(self.group.real, self.kind)(*mine, **options)
 
@@ -495,19 +449,13 @@ class Watched(dist.ProcessGroup):
         return LEDGER.post(Recv(self, tensors[0], source, tag))
 
     def recv_anysource(self, tensors: list[Tensor], tag: int = 0) -> Post:
-        raise NotImplementedError(
-            "ringref's sanitizer cannot watch a receive from any source: name the source"
-        )
+        raise NotImplementedError("ringref's sanitizer cannot watch a receive from any source: name the source")
 
     def _usable(self, peer: int, kind: str, x: Tensor) -> None:
         """What gloo and NCCL refuse, refused by name."""
         for wrong, name, text in (
             (peer == self.me, "self-send", f"{kind} with rank {peer}, which is this rank"),
-            (
-                not x.is_contiguous(),
-                "non-contiguous",
-                f"{kind} of a tensor with strides {tuple(x.stride())}",
-            ),
+            (not x.is_contiguous(), "non-contiguous", f"{kind} of a tensor with strides {tuple(x.stride())}"),
         ):
             if wrong:
                 op = Post(self, kind, [], [])
@@ -556,11 +504,7 @@ for _name in _IN_PLACE.split():
 
 def _create(options: Any, _: Any = None) -> Watched:
     return Watched(
-        options.store,
-        options.group_rank,
-        options.group_size,
-        list(options.global_ranks_in_group),
-        options.group_id,
+        options.store, options.group_rank, options.group_size, list(options.global_ranks_in_group), options.group_id
     )
 
 
@@ -613,20 +557,12 @@ class Runner:
     """
 
     def __init__(self, rank: int, store: Any, backend: str = "gloo"):
-        self.rank, self.store, self.backend, self.key, self.device = (
-            rank,
-            store,
-            backend,
-            None,
-            "cpu",
-        )
+        self.rank, self.store, self.backend, self.key, self.device = (rank, store, backend, None, "cpu")
         self.retired: list[Any] = []
         if backend == "gloo" and "WATCHED" not in dist.Backend._plugins:
             dist.Backend.register_backend("watched", _create, extended_api=True, devices=["cpu"])
         if backend == "nccl":
-            self.device = (
-                f"cuda:{int(os.environ.get('LOCAL_RANK', rank)) % torch.cuda.device_count()}"
-            )
+            self.device = f"cuda:{int(os.environ.get('LOCAL_RANK', rank)) % torch.cuda.device_count()}"
             torch.cuda.set_device(self.device)
 
     def groups(self, world: int, groups: list[list[int]], epoch: int) -> Any:
@@ -680,9 +616,7 @@ class Runner:
     def program(self, fn: Any, job: dict, group: Any, steps: list, result: dict) -> None:
         """Forward and backward passes in the order that the case asks for."""
         before = _versions(job["call"].get("mask_mod"))
-        call = job["call"] | (
-            {} if job.get("positions") is None else {"positions": job["positions"]}
-        )
+        call = job["call"] | ({} if job.get("positions") is None else {"positions": job["positions"]})
         for what, i in job["program"]:
             given, done = job["steps"][i], steps[i]
             LEDGER.enter(what)
@@ -694,35 +628,20 @@ class Runner:
                     x.requires_grad_(what == "forward")
                 with torch.set_grad_enabled(what == "forward"):
                     handed = (
-                        torch.cat(leaves, 2).split([x.shape[2] for x in leaves], 2)
-                        if job.get("packed")
-                        else leaves
+                        torch.cat(leaves, 2).split([x.shape[2] for x in leaves], 2) if job.get("packed") else leaves
                     )
                     returned = fn(*handed, group=group, **call)
                 out, lse = returned if isinstance(returned, (tuple, list)) else (returned, None)
                 if not isinstance(out, Tensor):
-                    raise TypeError(
-                        f"the candidate returned {type(out).__name__}, not a tensor or (out, lse)"
-                    )
-                done.update(
-                    live=(leaves, out, lse),
-                    out=_plain(out),
-                    lse=_plain(lse),
-                    differentiable=out.requires_grad,
-                )
+                    raise TypeError(f"the candidate returned {type(out).__name__}, not a tensor or (out, lse)")
+                done.update(live=(leaves, out, lse), out=_plain(out), lse=_plain(lse), differentiable=out.requires_grad)
             leaves = done["live"][0]
             for name, x in zip("qkv", leaves, strict=True):
-                if (
-                    not torch.equal(as_bytes(x.cpu()), as_bytes(given[name]))
-                    and name not in result["written"]
-                ):
+                if not torch.equal(as_bytes(x.cpu()), as_bytes(given[name])) and name not in result["written"]:
                     result["written"].append(name)
         after = _versions(job["call"].get("mask_mod"))
         # a tensor that the mask made during the call is new: any write to it came from outside
-        if any(
-            version != (before[key][1] if key in before else 0)
-            for key, (_, version) in after.items()
-        ):
+        if any(version != (before[key][1] if key in before else 0) for key, (_, version) in after.items()):
             result["written"].append("mask")
 
     def backward(self, given: dict, done: dict) -> None:
@@ -739,9 +658,7 @@ class Runner:
                 grads.append(dlse if lse.shape == (b, h, s) else dlse.transpose(1, 2))
                 done["dlse_used"] = True
         if out.requires_grad:
-            torch.autograd.backward(
-                roots, [g.expand_as(x) for g, x in zip(grads, roots, strict=True)]
-            )
+            torch.autograd.backward(roots, [g.expand_as(x) for g, x in zip(grads, roots, strict=True)])
         done.update({f"d{name}": _plain(x.grad) for name, x in zip("qkv", leaves, strict=True)})
 
 
@@ -760,11 +677,7 @@ def _versions(mask: Any) -> dict[int, tuple[Tensor, int]]:
 def _describe(error: BaseException) -> dict[str, Any]:
     at, tb = None, error.__traceback__
     while tb is not None:
-        at = candidate_line(tb.tb_frame) and (
-            tb.tb_frame.f_code.co_filename,
-            tb.tb_lineno,
-            tb.tb_frame.f_code.co_name,
-        )
+        at = candidate_line(tb.tb_frame) and (tb.tb_frame.f_code.co_filename, tb.tb_lineno, tb.tb_frame.f_code.co_name)
         if at and not at[0].startswith(SKIPPED):
             line = at
         tb = tb.tb_next
@@ -806,11 +719,7 @@ def _fork(line: str) -> None:
     if _nursery is None or _nursery.poll() is not None:
         env = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
         _nursery = subprocess.Popen(
-            [sys.executable, "-c", NURSERY],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env=env,
-            cwd="/",
+            [sys.executable, "-c", NURSERY], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env, cwd="/"
         )
         atexit.register(_nursery.kill)
         _nursery.stdout.readline()
@@ -843,9 +752,7 @@ def serve(port: int, key: str, rank: int) -> None:
     os.environ.update({"RANK": str(rank), "WORLD_SIZE": str(setup["size"])})
     if os.path.isdir(setup["cwd"]):
         os.chdir(setup["cwd"])
-    runner = Runner(
-        rank, dist.TCPStore("127.0.0.1", setup["store"], is_master=False), setup["backend"]
-    )
+    runner = Runner(rank, dist.TCPStore("127.0.0.1", setup["store"], is_master=False), setup["backend"])
     candidates: dict[int, Any] = {}
     while True:
         try:
@@ -864,12 +771,7 @@ def _run_job(runner: Runner, job: dict, candidates: dict[int, Any]) -> dict[str,
         if isinstance(job["call"], bytes):
             job["call"] = cloudpickle.loads(job["call"])
     except Exception as error:
-        return {
-            "steps": [],
-            "error": _describe(error),
-            "written": [],
-            "clean": True,
-        } | Ledger().dump()
+        return {"steps": [], "error": _describe(error), "written": [], "clean": True} | Ledger().dump()
     return runner.run(candidates[job["fn_id"]], job)
 
 
@@ -909,9 +811,7 @@ class Crew:
             try:
                 self.talk[rank].send(True)
                 silent = not self.talk[rank].poll(5.0)
-                answers[rank] = (
-                    Ledger().dump() if silent else pickle.loads(self.talk[rank].recv_bytes())
-                )
+                answers[rank] = Ledger().dump() if silent else pickle.loads(self.talk[rank].recv_bytes())
             except (EOFError, OSError):
                 answers[rank] = Ledger().dump()
         return answers
@@ -944,9 +844,7 @@ class Pool:
         while self.crews:
             self.crews.popitem()[1].close()
 
-    def run(
-        self, fn: bytes, jobs: dict[int, dict], deadline: float = 30.0
-    ) -> dict[int, dict[str, Any]]:
+    def run(self, fn: bytes, jobs: dict[int, dict], deadline: float = 30.0) -> dict[int, dict[str, Any]]:
         """Run one case on ranks 0 … len(jobs)−1; every rank's result, or what it was waiting for
         when it hung.
         """
@@ -968,9 +866,7 @@ class Pool:
         if any("hang" in r or "crash" in r for r in results.values()):
             self.crews.pop(world).close()
         elif not all(r["clean"] for r in results.values()):
-            crew.groups = (
-                None  # the groups hold messages that nobody took: the next case gets new ones
-            )
+            crew.groups = None  # the groups hold messages that nobody took: the next case gets new ones
         return dict(sorted(results.items()))
 
     def _collect(self, crew: Crew, ranks: list[int], deadline: float) -> dict[int, dict[str, Any]]:
@@ -982,13 +878,7 @@ class Pool:
                 try:
                     results[lines[line]] = pickle.loads(line.recv_bytes())
                 except (EOFError, OSError):
-                    results[lines[line]] = {
-                        "steps": [],
-                        "crash": True,
-                        "error": None,
-                        "ops": [],
-                        "written": [],
-                    }
+                    results[lines[line]] = {"steps": [], "crash": True, "error": None, "ops": [], "written": []}
                 seen = time.monotonic()
             if len(results) < len(ranks) and time.monotonic() - seen > 0.5:
                 seconds = time.monotonic() - started
@@ -1014,14 +904,7 @@ def stuck(now: dict[int, dict], before: dict[int, dict], done: dict[int, dict]) 
 
 def _index(ops: list[dict]) -> set[tuple]:
     return {
-        (
-            op["group"],
-            op["kind"] if op["peer"] is not None else "all",
-            op["peer"],
-            op["tag"],
-            op["seq"],
-        )
-        for op in ops
+        (op["group"], op["kind"] if op["peer"] is not None else "all", op["peer"], op["tag"], op["seq"]) for op in ops
     }
 
 
@@ -1067,18 +950,13 @@ class Ranks:
             self.turn += 1
         self.store.set(f"bye/{self.rank}", b"1")
 
-    def run(
-        self, fn: bytes, jobs: dict[int, dict], deadline: float = 30.0
-    ) -> dict[int, dict[str, Any]]:
+    def run(self, fn: bytes, jobs: dict[int, dict], deadline: float = 30.0) -> dict[int, dict[str, Any]]:
         """As `Pool.run`. A hang ends the job, because only the launcher could start these processes
         again.
         """
         if self.shape != (jobs[0]["world"], jobs[0]["groups"]):
             self.shape, self.epoch = (jobs[0]["world"], jobs[0]["groups"]), self.epoch + 1
-        jobs = {
-            r: jobs[r] | {"fn": fn, "fn_id": 0, "epoch": self.epoch, "deadline": deadline}
-            for r in jobs
-        }
+        jobs = {r: jobs[r] | {"fn": fn, "fn_id": 0, "epoch": self.epoch, "deadline": deadline} for r in jobs}
         for rank in range(1, self.size):
             idle = {"idle": True}
             self.store.set(f"job/{self.turn}/{rank}", cloudpickle.dumps(jobs.get(rank, idle)))
@@ -1102,9 +980,7 @@ class Ranks:
             op = facts["waiting"]
             doing = f"waiting in {op['kind']} with rank {op['peer']}" if op else "computing"
             print(
-                f"ringref check: rank {self.rank} hung, {doing}, at {where(facts['line'])}",
-                file=sys.stderr,
-                flush=True,
+                f"ringref check: rank {self.rank} hung, {doing}, at {where(facts['line'])}", file=sys.stderr, flush=True
             )
             os._exit(1)
 

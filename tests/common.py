@@ -9,15 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ringref import (
-    Dilation,
-    Shard,
-    collective_attention,
-    dense_attention,
-    dilated_attention,
-    ring_attention,
-    simulate,
-)
+from ringref import Dilation, Shard, collective_attention, dense_attention, dilated_attention, ring_attention, simulate
 
 METHODS = {
     "dense": dense_attention,
@@ -85,9 +77,7 @@ def error(one: Tensor, true: Tensor) -> float:
 
 def assert_close(one: Results, true: Results, where: object = "", tolerance=TOLERANCE) -> None:
     wrong = {
-        name: found
-        for name, found in zip(true._fields, map(error, one, true), strict=True)
-        if not found < tolerance
+        name: found for name, found in zip(true._fields, map(error, one, true), strict=True) if not found < tolerance
     }
     assert not wrong, f"{where}: relative errors {wrong}"
 
@@ -128,9 +118,7 @@ def layout(name: str, n: int, p: int) -> list[tuple[Tensor, Tensor]]:
     if name == "decoding":  # few queries, on the last rank; the keys on all the others
         held = [*runs(n, [1 + i % 2 for i in range(p - 1)]), torch.arange(0)] if p > 1 else [None]
         queries = [torch.arange(0)] * (p - 1) + [torch.tensor([n - 3, n - 1, n, n + 4])]
-        return [
-            (q, torch.arange(n) if k is None else k) for q, k in zip(queries, held, strict=True)
-        ]
+        return [(q, torch.arange(n) if k is None else k) for q, k in zip(queries, held, strict=True)]
     raise ValueError(name)
 
 
@@ -163,9 +151,7 @@ class Split(NamedTuple):
         """What each rank must find, by dense attention on one rank."""
         whole = both_ways(dense_attention, given, shard=self.whole, **arguments)
         return [
-            Results(
-                whole.out[:, q], whole.lse[:, :, q], whole.dq[:, q], whole.dk[:, k], whole.dv[:, k]
-            )
+            Results(whole.out[:, q], whole.lse[:, :, q], whole.dq[:, q], whole.dk[:, k], whole.dv[:, k])
             for q, k in self.rows
         ]
 
@@ -183,9 +169,7 @@ def swap(given: Inputs, split: Split, methods=METHODS, **arguments) -> None:
     """Every method, on every rank, finds what dense attention finds on one."""
     true = split.true(given, **arguments)
     for name, method in methods.items():
-        for rank, (one, other) in enumerate(
-            zip(split.found(method, given, **arguments), true, strict=True)
-        ):
+        for rank, (one, other) in enumerate(zip(split.found(method, given, **arguments), true, strict=True)):
             assert_close(one, other, f"{name}, rank {rank} of {len(true)}, {arguments}")
 
 

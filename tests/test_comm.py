@@ -89,14 +89,7 @@ def test_exchange(adversarial):
     """Any pattern, messages to oneself and empty ones included; all that was asked for comes."""
 
     def on(ring):
-        wanted = {
-            (0, 2): 3,
-            (2, 0): 1,
-            (1, 1): 2,
-            (0, 0): 0,
-            (2, 1): 0,
-            (1, 0): 4,
-        }  # from, to: size
+        wanted = {(0, 2): 3, (2, 0): 1, (1, 1): 2, (0, 0): 0, (2, 1): 0, (1, 0): 4}  # from, to: size
         mine = {t: (numbered(f, n),) for (f, t), n in wanted.items() if f == ring.rank}
         into = {f: (torch.empty(n).double(),) for (f, t), n in wanted.items() if t == ring.rank}
         got = ring.exchange(mine, into).wait()
@@ -123,9 +116,7 @@ def test_among(adversarial):
         assert [x[0] for x in small.announce([ring.rank])] == mine
         if len(mine) == 3:
             least = small.among([2, 1]) if small.rank else small.among([0])
-            assert (
-                least.rotate(numbered(ring.rank, 1)).wait().item() == {0: 0, 4: 2, 2: 4}[ring.rank]
-            )
+            assert least.rotate(numbered(ring.rank, 1)).wait().item() == {0: 0, 4: 2, 2: 4}[ring.rank]
         assert ring.traffic.messages == {0: 1, 4: 2, 2: 2}.get(ring.rank, 1)
         assert ring.among(range(5)) is ring
         for bad in ([], [(ring.rank + 1) % 5], [ring.rank, 7], [ring.rank] * 2):
@@ -136,9 +127,7 @@ def test_among(adversarial):
 
 
 def test_results_come_in_rank_order():
-    assert simulate(lambda ring: (ring.rank, ring.size), 6, adversarial=True) == [
-        (r, 6) for r in range(6)
-    ]
+    assert simulate(lambda ring: (ring.rank, ring.size), 6, adversarial=True) == [(r, 6) for r in range(6)]
 
 
 def test_the_callers_grad_mode():
@@ -210,9 +199,7 @@ def test_receiving_into_what_is_being_sent():
 def test_receiving_k_and_v_into_one_buffer():
     def on(ring):
         buffer = torch.zeros(2).double()
-        k, v = ring.rotate(
-            (numbered(ring.rank, 2), numbered(ring.rank + 10, 2)), (buffer,) * 2
-        ).wait()
+        k, v = ring.rotate((numbered(ring.rank, 2), numbered(ring.rank + 10, 2)), (buffer,) * 2).wait()
         return k.clone(), v.clone()
 
     assert all(k.equal(v) for k, v in simulate(on, 2, adversarial=True))
@@ -342,9 +329,7 @@ def test_what_cannot_be_announced():
         with pytest.raises((TypeError, ValueError), match=word):
             simulate(lambda ring, x=x: ring.rotate(x), 2)
     with pytest.raises(ValueError, match="dtypes differ"):
-        simulate(
-            lambda ring: ring.rotate(torch.zeros(2, dtype=(torch.half, torch.float)[ring.rank])), 2
-        )
+        simulate(lambda ring: ring.rotate(torch.zeros(2, dtype=(torch.half, torch.float)[ring.rank])), 2)
 
 
 # ------------------------------------------------------------------------------------------ traffic
@@ -392,19 +377,7 @@ def test_dilated_fetches_nothing_after_the_last_query():
     assert [forward for forward, _ in found] == [0, 2 * 4 * 2 * 4 * 8, 2 * 4 * 2 * 8 * 8]
 
 
-BRANCHES = [
-    (4, 1),
-    (4, 2),
-    (8, 1),
-    (8, 2),
-    (8, 4),
-    (8, 3),
-    (16, 4),
-    (16, 16),
-    (32, 5),
-    (64, 8),
-    (99, 7),
-]
+BRANCHES = [(4, 1), (4, 2), (8, 1), (8, 2), (8, 4), (8, 3), (16, 4), (16, 16), (32, 5), (64, 8), (99, 7)]
 
 
 @pytest.mark.parametrize("method", OTHERS)

@@ -4,17 +4,7 @@ import math
 
 import pytest
 import torch
-from common import (
-    DILATIONS,
-    Split,
-    assert_close,
-    both_ways,
-    documents,
-    error,
-    inputs,
-    layout,
-    window,
-)
+from common import DILATIONS, Split, assert_close, both_ways, documents, error, inputs, layout, window
 from torch.nn.functional import scaled_dot_product_attention
 
 from ringref import Dilation, Shard, dense_attention
@@ -90,18 +80,13 @@ def test_pytorch(causal, q_chunk):
     """Forward and backward of the plain cases."""
     given = inputs(12, h=6, g=2, d=5)
     found = both_ways(
-        dense_attention,
-        given._replace(dlse=torch.zeros_like(given.dlse)),
-        causal=causal,
-        q_chunk=q_chunk,
+        dense_attention, given._replace(dlse=torch.zeros_like(given.dlse)), causal=causal, q_chunk=q_chunk
     )
     leaves = [x.clone().requires_grad_() for x in given[:3]]
     q, k, v = (x.transpose(1, 2) for x in leaves)
     out = scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True).transpose(1, 2)
     out.backward(given.dout)
-    for one, other in zip(
-        found._replace(lse=found.out), (out, out, *(x.grad for x in leaves)), strict=True
-    ):
+    for one, other in zip(found._replace(lse=found.out), (out, out, *(x.grad for x in leaves)), strict=True):
         assert error(one, other.detach()) < 1e-13
 
 

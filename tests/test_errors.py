@@ -32,9 +32,7 @@ def shards(ring, n=N):
 
 def everywhere(found, *words, kinds=(ValueError, TypeError, NotImplementedError)):
     for rank, error in enumerate(found):
-        assert isinstance(error, kinds) and not isinstance(error, Deadlock), (
-            f"rank {rank}: {error!r}"
-        )
+        assert isinstance(error, kinds) and not isinstance(error, Deadlock), f"rank {rank}: {error!r}"
     assert any(all(word in str(error) for word in words) for error in found), found
 
 
@@ -271,14 +269,7 @@ def test_a_shard_that_one_rank_changed():
 
 @pytest.mark.parametrize(
     "positions",
-    [
-        [0, 1],
-        torch.arange(3.0),
-        torch.arange(3).int(),
-        torch.arange(4).view(2, 2),
-        None,
-        torch.arange(2).to("meta"),
-    ],
+    [[0, 1], torch.arange(3.0), torch.arange(3).int(), torch.arange(4).view(2, 2), None, torch.arange(2).to("meta")],
     ids=str,
 )
 def test_positions_of_another_kind(positions):
@@ -420,10 +411,7 @@ def test_gather_and_take():
 
 def test_merge():
     good = Attended(torch.zeros(1, 4, 2, 3), torch.zeros(1, 2, 4))
-    for bad in (
-        Attended(good.out[:, :3], good.lse[..., :3]),
-        Attended(good.out, good.lse.transpose(1, 2)),
-    ):
+    for bad in (Attended(good.out[:, :3], good.lse[..., :3]), Attended(good.out, good.lse.transpose(1, 2))):
         with pytest.raises(ValueError, match="a and b must be results for the same queries"):
             merge(good, bad)
 

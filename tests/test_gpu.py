@@ -9,10 +9,7 @@ import ringref
 from ringref import backends, block
 from ringref.layout import Call, Table, alone, counted
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 METHODS = [ringref.dilated_attention, ringref.collective_attention, ringref.ring_attention]
 LONGNET = ringref.Dilation([64, 256, 1024], [1, 3, 8])
 BUDGET = 5.0  # times the error of attention written out, in the same dtype on the same inputs
@@ -45,9 +42,7 @@ def kernels():
     for kernel in backends.KERNELS:
         for dtype in (torch.bfloat16, torch.float16, torch.float32):
             for d in (64, 128):
-                every.append(
-                    pytest.param(kernel, dtype, d, id=f"{kernel.name}-{str(dtype)[6:]}-{d}")
-                )
+                every.append(pytest.param(kernel, dtype, d, id=f"{kernel.name}-{str(dtype)[6:]}-{d}"))
     return every
 
 
@@ -141,18 +136,14 @@ def test_one_rank_takes_what_the_kernel_takes():
     theirs = torch.nn.functional.scaled_dot_product_attention
     ours = peak(lambda: ringref.ring_attention(q, k, v, causal=True))
     # the lse, kept for the backward, is what is more
-    assert (
-        ours <= peak(lambda: theirs(*heads_first, is_causal=True)) + 4 * 4 * q.shape[1] * q.shape[2]
-    )
+    assert ours <= peak(lambda: theirs(*heads_first, is_causal=True)) + 4 * 4 * q.shape[1] * q.shape[2]
 
 
 def _nccl(ring):
     torch.manual_seed(0)
     n, p = 300, ring.size
     q, k, v, dout = torch.randn(4, 1, n, 4, 64, dtype=torch.float64).cuda()
-    cuts = sorted(
-        torch.randperm(n - 1, generator=torch.Generator().manual_seed(1))[: p - 1].add(1).tolist()
-    )
+    cuts = sorted(torch.randperm(n - 1, generator=torch.Generator().manual_seed(1))[: p - 1].add(1).tolist())
     mine = torch.arange(n).tensor_split(cuts)[ring.rank]
     errors = []
     for shard in (ringref.Shard(mine, ring), ringref.partition(n, ring, "zigzag")):
@@ -160,12 +151,8 @@ def _nccl(ring):
         ringref.dense_attention(*inputs, causal=True, dilation=LONGNET).out.backward(dout)
         for method in METHODS:
             local = [shard.take(x).requires_grad_() for x in (q, k, v)]
-            method(*local, causal=True, dilation=LONGNET, shard=shard).out.backward(
-                shard.take(dout)
-            )
-            errors += [
-                relative(x.grad, shard.take(y.grad)) for x, y in zip(local, inputs, strict=True)
-            ]
+            method(*local, causal=True, dilation=LONGNET, shard=shard).out.backward(shard.take(dout))
+            errors += [relative(x.grad, shard.take(y.grad)) for x, y in zip(local, inputs, strict=True)]
     return max(errors)
 
 

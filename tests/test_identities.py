@@ -7,19 +7,7 @@ from functools import partial
 import hypothesis.strategies as st
 import pytest
 import torch
-from common import (
-    DILATIONS,
-    METHODS,
-    OTHERS,
-    Inputs,
-    Results,
-    Split,
-    assert_close,
-    both_ways,
-    error,
-    inputs,
-    layout,
-)
+from common import DILATIONS, METHODS, OTHERS, Inputs, Results, Split, assert_close, both_ways, error, inputs, layout
 from hypothesis import given as drawn
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -43,9 +31,7 @@ def test_the_same_branch_twice_is_one(method):
     """Each key counts twice, and so does the sum that divides: only lse knows, by log 2."""
     given, split = inputs(15), Split(layout("striped", 15, 2))
     given = given._replace(dlse=torch.zeros_like(given.dlse))
-    once, twice = (
-        split.found(METHODS[method], given, dilation=Dilation([6] * i, [1] * i)) for i in (1, 2)
-    )
+    once, twice = (split.found(METHODS[method], given, dilation=Dilation([6] * i, [1] * i)) for i in (1, 2))
     for one, two in zip(once, twice, strict=True):
         assert_close(two._replace(lse=two.lse - math.log(2)), one)
 
@@ -87,9 +73,7 @@ def test_later_queries_send_no_gradient_to_the_future(method):
     split = Split(layout("striped", n, 3))
     rows = torch.cat([x for x, _ in split.positions])
     given = inputs(n)
-    given = given._replace(
-        dout=given.dout * (rows == t)[:, None, None], dlse=given.dlse * (rows == t)
-    )
+    given = given._replace(dout=given.dout * (rows == t)[:, None, None], dlse=given.dlse * (rows == t))
     found = split.found(METHODS[method], given, causal=True)
     for grads in ([x.dk for x in found], [x.dv for x in found]):
         whole = torch.cat(grads, 1)
@@ -124,9 +108,7 @@ lses = st.lists(st.sampled_from([-math.inf, -700.0, -1.0, 0.0, 2.5, 600.0]), min
 
 
 def attended(lse, seed) -> Attended:
-    out = torch.randn(
-        1, 4, 1, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
-    )
+    out = torch.randn(1, 4, 1, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     lse = torch.tensor(lse, dtype=torch.float64).view(1, 1, 4)
     return Attended(out.masked_fill((lse == -math.inf).view(1, 4, 1, 1), 0.0), lse)
 
@@ -153,9 +135,9 @@ def test_merge_has_no_nan_gradients(x, y):
         assert leaf.grad.isfinite().all()
     saw_nothing = (leaves[1] == -math.inf) & (leaves[3] == -math.inf)
     share = leaves[1].grad + leaves[3].grad
-    assert torch.allclose(
-        share.masked_fill(saw_nothing, 1.0), torch.ones_like(share), atol=1e-9
-    ) or ((out.detach() != 0).any())
+    assert torch.allclose(share.masked_fill(saw_nothing, 1.0), torch.ones_like(share), atol=1e-9) or (
+        (out.detach() != 0).any()
+    )
 
 
 def test_merge_is_attention_over_the_union():
@@ -171,9 +153,7 @@ def test_merge_is_attention_over_the_union():
 
 
 def test_merge_in_low_precision_keeps_float32():
-    a, b = (
-        Attended(x.out.bfloat16(), x.lse.float()) for x in (attended([0.0] * 4, i) for i in (0, 1))
-    )
+    a, b = (Attended(x.out.bfloat16(), x.lse.float()) for x in (attended([0.0] * 4, i) for i in (0, 1)))
     assert merge(a, b).out.dtype == merge(a, b).lse.dtype == torch.float32
 
 
@@ -276,22 +256,11 @@ def test_error_budget(method, backend, dtype):
         whole = plain(*given.cut(order, order), causal)
         for rank, one in enumerate(split.found(attention, given, causal=causal)):
             mine = rows[split.rows[rank][0]]
-            yardstick = Results(
-                *(x.index_select(2 if i == 1 else 1, mine) for i, x in enumerate(whole))
-            )
-            for what, ours, theirs, true in zip(
-                Results._fields, one, yardstick, exact[rank], strict=True
-            ):
+            yardstick = Results(*(x.index_select(2 if i == 1 else 1, mine) for i, x in enumerate(whole)))
+            for what, ours, theirs, true in zip(Results._fields, one, yardstick, exact[rank], strict=True):
                 assert ours.dtype == (torch.float32 if what == "lse" else dtype)
                 budget = 3 * error(theirs, true)
-                assert error(ours, true) <= budget, (
-                    what,
-                    rank,
-                    name,
-                    causal,
-                    error(ours, true),
-                    budget,
-                )
+                assert error(ours, true) <= budget, (what, rank, name, causal, error(ours, true), budget)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -307,8 +276,4 @@ def test_many_branches_do_not_lose_bits(method, dtype):
     found = split.found(OTHERS[method], given, backend="math", **arguments)
     for one, theirs, true in zip(found, yardstick, exact, strict=True):
         for what, x, y, z in zip(Results._fields, one, theirs, true, strict=True):
-            assert error(x, z) <= 3 * error(y, z) + torch.finfo(x.dtype).eps, (
-                what,
-                error(x, z),
-                error(y, z),
-            )
+            assert error(x, z) <= 3 * error(y, z) + torch.finfo(x.dtype).eps, (what, error(x, z), error(y, z))

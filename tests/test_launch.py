@@ -34,10 +34,7 @@ def test_uneven_tensors_rotate():
 
 def test_a_function_that_no_module_holds():
     cell = {}
-    exec(
-        compile("factor = 3\ndef fn(ring):\n    return ring.rank * factor\n", "<cell>", "exec"),
-        cell,
-    )
+    exec(compile("factor = 3\ndef fn(ring):\n    return ring.rank * factor\n", "<cell>", "exec"), cell)
     assert launch(cell["fn"], 2) == [0, 3]
 
 
@@ -53,9 +50,7 @@ def test_a_ring_of_some_ranks_counts_its_own_ranks():
 
 
 def test_one_rank_and_the_threads_it_may_use(monkeypatch):
-    assert launch(lambda ring: torch.get_num_threads(), 1) == [
-        int(os.environ.get("OMP_NUM_THREADS", os.cpu_count()))
-    ]
+    assert launch(lambda ring: torch.get_num_threads(), 1) == [int(os.environ.get("OMP_NUM_THREADS", os.cpu_count()))]
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     monkeypatch.setenv("RINGREF_TEST", "set after the fork server started")
     assert (
@@ -70,9 +65,7 @@ def test_the_rank_that_raised_first_is_the_one_shown():
 
     def fn(ring):
         if ring.rank == 2:
-            time.sleep(
-                0.3
-            )  # the neighbours are waiting by now, and will complain about a closed connection
+            time.sleep(0.3)  # the neighbours are waiting by now, and will complain about a closed connection
             helper(ring)
         return ring.rotate(torch.zeros(3)).wait()
 
@@ -88,12 +81,7 @@ def test_a_cells_own_lines_are_quoted():
     import linecache
 
     source = "def fn(ring):\n    wrong = 1 / (ring.rank - 1)\n    return wrong\n"
-    linecache.cache["<cell 7>"] = (
-        len(source),
-        None,
-        source.splitlines(True),
-        "<cell 7>",
-    )  # as IPython does
+    linecache.cache["<cell 7>"] = (len(source), None, source.splitlines(True), "<cell 7>")  # as IPython does
     cell = {}
     exec(compile(source, "<cell 7>", "exec"), cell)
     with pytest.raises(RankError, match=r"wrong = 1 / \(ring.rank - 1\)"):
@@ -145,10 +133,7 @@ def test_the_callers_signal_handlers_and_environment_stay(fails):
                 launch(lambda ring: 1 / 0, 2)
         else:
             launch(lambda ring: None, 2)
-        assert (
-            signal.getsignal(signal.SIGTERM) is mine
-            and signal.getsignal(signal.SIGINT) is interrupt
-        )
+        assert signal.getsignal(signal.SIGTERM) is mine and signal.getsignal(signal.SIGINT) is interrupt
         assert dict(os.environ) == environ and sys.modules["__main__"] is main
     finally:
         signal.signal(signal.SIGTERM, before)
@@ -177,11 +162,7 @@ def test_failures_are_quiet(capfd):
         ((print, 0), ValueError, "p: expected a number of ranks of at least 1, got 0"),
         ((print, 1.5), ValueError, "p: .* got 1.5"),
         ((print, 2, "mpi"), ValueError, "backend: expected one of gloo, nccl, got 'mpi'"),
-        (
-            (print, 1000, "nccl"),
-            ValueError,
-            "(p: nccl needs a CUDA device per rank|backend: 'nccl' is not part)",
-        ),
+        ((print, 1000, "nccl"), ValueError, "(p: nccl needs a CUDA device per rank|backend: 'nccl' is not part)"),
     ],
 )
 def test_bad_arguments_are_named(arguments, error, match):
@@ -190,14 +171,8 @@ def test_bad_arguments_are_named(arguments, error, match):
 
 
 def run(*command, cwd):
-    env = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
-    }
-    done = subprocess.run(
-        [sys.executable, *command], cwd=cwd, env=env, capture_output=True, text=True, timeout=60
-    )
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    done = subprocess.run([sys.executable, *command], cwd=cwd, env=env, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -213,15 +188,7 @@ def test_the_same_function_under_torchrun(tmp_path):
         torch.distributed.destroy_process_group()
     """
     (tmp_path / "job.py").write_text(textwrap.dedent(script))
-    out = run(
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        "job.py",
-        cwd=tmp_path,
-    )
+    out = run("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "job.py", cwd=tmp_path)
     assert sorted(out.splitlines()) == ["rank 0 of 2 got 1", "rank 1 of 2 got 0"]
 
 

@@ -79,9 +79,7 @@ def test_the_prediction_bounds_the_measurement(method, backend):
             seen[p, dtype, c, dilation is not None, backward] = peak / sum(parts.values())
     wrong = {case: ratio for case, ratio in seen.items() if not 0.3 <= ratio <= 1.05}
     assert not wrong
-    plain = [
-        r for (_, dtype, _, dilated, _), r in seen.items() if not dilated and dtype.itemsize > 2
-    ]
+    plain = [r for (_, dtype, _, dilated, _), r in seen.items() if not dilated and dtype.itemsize > 2]
     assert min(plain) > 0.45  # and not by being generous
 
 

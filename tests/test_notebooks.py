@@ -99,10 +99,7 @@ def change(output):
         (lambda cells: cells[-1].update(execution_count=None), "not executed from top to bottom"),
         (lambda cells: cells[-1].update(source="x = 1\n" * 19), "19 lines of code"),
         (lambda cells: cells[-1].update(outputs=[{"output_type": "error"}]), "an error is saved"),
-        (
-            lambda cells: cells[-1]["outputs"][0].update(text="took 3.1 ms"),
-            "depends on the machine and is not ignored",
-        ),
+        (lambda cells: cells[-1]["outputs"][0].update(text="took 3.1 ms"), "depends on the machine and is not ignored"),
         (lambda cells: cells[-2].update(source="word " * 101), "101 words without code"),
         (lambda cells: cells[-1].update(id=cells[0]["id"]), "cells have no ids of their own"),
     ],

@@ -22,18 +22,15 @@ def keys_of(rank, p, s, layout):
         return torch.arange(rank, p * s, p)
     half = s // 2
     return torch.cat(
-        [
-            torch.arange(rank * half, (rank + 1) * half),
-            torch.arange((2 * p - 1 - rank) * half, (2 * p - rank) * half),
-        ]
+        [torch.arange(rank * half, (rank + 1) * half), torch.arange((2 * p - 1 - rank) * half, (2 * p - rank) * half)]
     )
 
 
 def scores_of(q, k, qpos, kpos, causal):
     k = k.repeat_interleave(q.shape[2] // k.shape[2], 2)
-    scores = torch.einsum("bqhd,bkhd->bhqk", q, k).to(
-        torch.promote_types(q.dtype, torch.float32)
-    ) / math.sqrt(q.shape[-1])
+    scores = torch.einsum("bqhd,bkhd->bhqk", q, k).to(torch.promote_types(q.dtype, torch.float32)) / math.sqrt(
+        q.shape[-1]
+    )
     return scores.masked_fill(kpos > qpos[:, None], -math.inf) if causal else scores
 
 
@@ -60,9 +57,7 @@ def gathering(q, k, v, *, causal, group, layout="contiguous", wrap=Gather):
     kpos = torch.cat([keys_of(r, p, s, layout) for r in range(p)])
     scores = scores_of(q, k, keys_of(rank, p, s, layout), kpos, causal)
     out = torch.einsum(
-        "bhqk,bkhd->bqhd",
-        scores.softmax(-1),
-        v.repeat_interleave(q.shape[2] // v.shape[2], 2).to(scores.dtype),
+        "bhqk,bkhd->bqhd", scores.softmax(-1), v.repeat_interleave(q.shape[2] // v.shape[2], 2).to(scores.dtype)
     )
     return out.to(q.dtype), scores.logsumexp(-1)
 
@@ -139,21 +134,11 @@ class Ring(torch.autograd.Function):
         dq, block = torch.zeros_like(q, dtype=wide), (k.contiguous(), v.contiguous())
         grads = (torch.zeros_like(k, dtype=wide), torch.zeros_like(v, dtype=wide))
         for t in range(p):
-            scores = scores_of(
-                q,
-                block[0],
-                keys_of(rank, p, s, layout),
-                keys_of((rank - t) % p, p, s, layout),
-                causal,
-            )
+            scores = scores_of(q, block[0], keys_of(rank, p, s, layout), keys_of((rank - t) % p, p, s, layout), causal)
             mine = scores.logsumexp(-1) if bug == "block lse" else lse
             P = (scores - mine.masked_fill(mine == -math.inf, math.inf)[..., None]).exp()
             wide_k, wide_v = (x.repeat_interleave(q.shape[2] // g, 2).to(wide) for x in block)
-            dS = (
-                P
-                * (torch.einsum("bqhd,bkhd->bhqk", do, wide_v) - D[..., None])
-                / math.sqrt(q.shape[-1])
-            )
+            dS = P * (torch.einsum("bqhd,bkhd->bhqk", do, wide_v) - D[..., None]) / math.sqrt(q.shape[-1])
             dq = dq + torch.einsum("bhqk,bkhd->bqhd", dS, wide_k)
             dk = torch.einsum("bhqk,bqhd->bkhd", dS, q.to(wide)).unflatten(2, (g, -1)).sum(3)
             dv = torch.einsum("bhqk,bqhd->bkhd", P, do).unflatten(2, (g, -1)).sum(3)
@@ -185,18 +170,10 @@ class Sliced(Gather):
 DECLARED = {"causal", "gqa", "lse", "subgroup"}
 
 
-@pytest.mark.parametrize(
-    "layout", ["contiguous", pytest.param("zigzag", marks=pytest.mark.slow), "striped"]
-)
+@pytest.mark.parametrize("layout", ["contiguous", pytest.param("zigzag", marks=pytest.mark.slow), "striped"])
 @pytest.mark.parametrize("fn", [gathering, ring])
 def test_correct_code_passes(fn, layout, pool):
-    report = check(
-        functools.partial(fn, layout=layout),
-        layout=layout,
-        features=DECLARED,
-        quick=True,
-        pool=pool,
-    )
+    report = check(functools.partial(fn, layout=layout), layout=layout, features=DECLARED, quick=True, pool=pool)
     assert report, str(report)
     assert len(report.passed) > 8
 
@@ -205,9 +182,7 @@ def test_correct_code_passes(fn, layout, pool):
 @pytest.mark.parametrize("layout", ["contiguous", "zigzag", "striped"])
 @pytest.mark.parametrize("fn", [gathering, ring])
 def test_correct_code_passes_every_case(fn, layout, pool):
-    report = check(
-        functools.partial(fn, layout=layout), layout=layout, features=DECLARED, pool=pool
-    )
+    report = check(functools.partial(fn, layout=layout), layout=layout, features=DECLARED, pool=pool)
     assert report, str(report)
     assert report.seconds < 120
 
@@ -239,9 +214,7 @@ MISTAKES = {
 @pytest.mark.parametrize("bug", MISTAKES)
 def test_mistakes_are_named(bug, pool):
     features = {"causal", "subgroup"} if bug == "global rank" else {"causal"}
-    report = check(
-        functools.partial(ring, bug=bug), features=features, quick=True, pool=pool, stop_after=4
-    )
+    report = check(functools.partial(ring, bug=bug), features=features, quick=True, pool=pool, stop_after=4)
     assert not report
     assert MISTAKES[bug] in report.diagnosis, str(report)
     assert max(map(len, str(report).splitlines())) <= 80
@@ -256,11 +229,5 @@ def test_only_a_ring_holds_what_a_ring_holds(fn, holds, pool):
 
 
 def test_a_gather_that_slices_is_named(pool):
-    report = check(
-        functools.partial(gathering, wrap=Sliced),
-        features={"causal"},
-        quick=True,
-        pool=pool,
-        stop_after=2,
-    )
+    report = check(functools.partial(gathering, wrap=Sliced), features={"causal"}, quick=True, pool=pool, stop_after=2)
     assert "zero but for the own block" in report.diagnosis, str(report)

@@ -5,16 +5,7 @@ import itertools
 import pytest
 import torch
 import torch.distributed as dist
-from common import (
-    DILATIONS,
-    METHODS,
-    Split,
-    assert_close,
-    both_ways,
-    documents,
-    inputs,
-    layout,
-)
+from common import DILATIONS, METHODS, Split, assert_close, both_ways, documents, inputs, layout
 
 from ringref import ProcessRing, Shard, partition, simulate
 from ringref.launch import launch

@@ -26,15 +26,7 @@ UNSPOKEN = {  # whole identifiers that a room has no use for
 }
 DISTRIBUTED = {"comm", "launch", "sanitizer", "bench"}
 METHODS = {"attend", "backends", "block", "collective", "dilated", "ring"}
-DEFINITION = {
-    "Attended",
-    "Call",
-    "Dilation",
-    "Shard",
-    "agree",
-    "exactly",
-    "wide",
-}  # vocabulary, no arithmetic
+DEFINITION = {"Attended", "Call", "Dilation", "Shard", "agree", "exactly", "wide"}  # vocabulary, no arithmetic
 OPTIONAL = {"backends": {"xformers"}, "bench": {"dilated_attention_pytorch"}}
 
 

@@ -15,12 +15,7 @@ from ringref.sanitizer import Pool
 def jobs(p, groups=None):
     tensors = {name: torch.randn(1, 4, 2, 3) for name in ("q", "k", "v", "do")}
     step = tensors | {"dlse": torch.zeros(1, 2, 4), "use_dlse": False}
-    one = {
-        "world": p,
-        "groups": groups or [list(range(p))],
-        "steps": [step],
-        "program": [("forward", 0)],
-    }
+    one = {"world": p, "groups": groups or [list(range(p))], "steps": [step], "program": [("forward", 0)]}
     return {rank: one | {"call": cloudpickle.dumps({"causal": False})} for rank in range(p)}
 
 
@@ -107,9 +102,7 @@ def test_a_receive_holds_nan_until_its_wait_and_a_send_is_read_late(pool):
     results = run(pool, fn, 2)
     assert [r["error"] for r in results.values()] == [None, None]
     assert kinds(results) == {"send-overwritten"}
-    assert all(
-        f["line"][0].endswith("test_sanitizer.py") for r in results.values() for f in r["findings"]
-    )
+    assert all(f["line"][0].endswith("test_sanitizer.py") for r in results.values() for f in r["findings"])
 
 
 @pytest.mark.parametrize(
@@ -131,10 +124,7 @@ def test_misuse_is_named(pool, bug, kind):
             dist.batch_isend_irecv([dist.P2POp(dist.isend, x, me), dist.P2POp(dist.irecv, y, me)])
         if bug == "strided":
             x = x.t()[:2]
-        works = [
-            dist.isend(x, to, group=group),
-            dist.irecv(x if bug == "same" else y, source, group=group),
-        ]
+        works = [dist.isend(x, to, group=group), dist.irecv(x if bug == "same" else y, source, group=group)]
         if bug == "two":
             works += [dist.isend(x, to, group=group), dist.irecv(y, source, group=group)]
         for work in works[1 if bug == "forget" else 0 :]:

@@ -33,10 +33,7 @@ def drift(project, conda):
     python = re.search(r"^ +- python(.*)$", conda, re.M)
     if not python or python[1] != project["requires-python"]:
         wrong.append(f"python is not {project['requires-python']}")
-    arriving = [
-        *project["dependencies"],
-        *(r for name in asked & set(extras) for r in extras[name]),
-    ]
+    arriving = [*project["dependencies"], *(r for name in asked & set(extras) for r in extras[name])]
     for name in ("torch", "jupyterlab", "nbval", "matplotlib", "einops", "xformers"):
         if name not in map(package, arriving):
             wrong.append(f"{name} does not arrive")

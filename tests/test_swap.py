@@ -103,45 +103,21 @@ CASES = {
         {},
     ),
     "queries beyond the keys": lambda: (split_of([[100], [7, 40]], [[2, 0], [1]]), {}),
-    "more queries than keys": lambda: (
-        split_of([list(range(9)), list(range(9, 13))], [[0], [1, 2]]),
-        {},
-    ),
+    "more queries than keys": lambda: (split_of([list(range(9)), list(range(9, 13))], [[0], [1, 2]]), {}),
     "tail": lambda: (Split(layout("contiguous", 22, 3)), {"dilation": Dilation([8], [2])}),
-    "segments longer than all": lambda: (
-        Split(layout("striped", 11, 3)),
-        {"dilation": Dilation([99, 1000], [3, 5])},
-    ),
-    "r does not divide w": lambda: (
-        Split(layout("zigzag", 26, 4)),
-        {"dilation": Dilation([7, 11], [3, 4])},
-    ),
+    "segments longer than all": lambda: (Split(layout("striped", 11, 3)), {"dilation": Dilation([99, 1000], [3, 5])}),
+    "r does not divide w": lambda: (Split(layout("zigzag", 26, 4)), {"dilation": Dilation([7, 11], [3, 4])}),
     "r = w": lambda: (Split(layout("uneven", 19, 3)), {"dilation": Dilation([3, 7], [3, 7])}),
-    "more rates than heads": lambda: (
-        Split(layout("contiguous", 24, 3)),
-        {"dilation": Dilation([16, 24], [8, 12])},
-    ),
-    "the same branch twice": lambda: (
-        Split(layout("contiguous", 12, 2)),
-        {"dilation": Dilation([6, 6], [2, 2])},
-    ),
+    "more rates than heads": lambda: (Split(layout("contiguous", 24, 3)), {"dilation": Dilation([16, 24], [8, 12])}),
+    "the same branch twice": lambda: (Split(layout("contiguous", 12, 2)), {"dilation": Dilation([6, 6], [2, 2])}),
     "more groups than heads": lambda: (
         Split(layout("contiguous", 20, 3)),
         {"dilation": Dilation([4, 6, 8, 10, 12, 14, 20], [1, 2, 3, 1, 2, 1, 4], heads="grouped")},
     ),
     "uneven documents": lambda: (Split(layout("zigzag", 29, 3)), {"mask_mod": documents}),
-    "nobody sees anything": lambda: (
-        Split(layout("zigzag", 9, 2)),
-        {"mask_mod": lambda b, h, q, k: (q < 0) & (k < 0)},
-    ),
-    "a mask of the keys only": lambda: (
-        Split(layout("zigzag", 9, 2)),
-        {"mask_mod": lambda b, h, q, k: k % 3 > 0},
-    ),
-    "a mask that is a constant": lambda: (
-        Split(layout("zigzag", 9, 2)),
-        {"mask_mod": lambda b, h, q, k: True},
-    ),
+    "nobody sees anything": lambda: (Split(layout("zigzag", 9, 2)), {"mask_mod": lambda b, h, q, k: (q < 0) & (k < 0)}),
+    "a mask of the keys only": lambda: (Split(layout("zigzag", 9, 2)), {"mask_mod": lambda b, h, q, k: k % 3 > 0}),
+    "a mask that is a constant": lambda: (Split(layout("zigzag", 9, 2)), {"mask_mod": lambda b, h, q, k: True}),
     "a mask without all dimensions": lambda: (
         Split(layout("zigzag", 9, 2)),
         {"mask_mod": lambda b, h, q, k: (q >= k)[0, 0]},
@@ -198,10 +174,7 @@ def test_large_logits(size):
 @pytest.mark.parametrize("method", METHODS)
 def test_two_forwards_before_two_backwards(method):
     split, attention = Split(layout("zigzag", 14, 3)), METHODS[method]
-    cases = [
-        (inputs(14, seed=1), {"causal": True}),
-        (inputs(14, seed=2), {"dilation": DILATIONS["odd"]}),
-    ]
+    cases = [(inputs(14, seed=1), {"causal": True}), (inputs(14, seed=2), {"dilation": DILATIONS["odd"]})]
 
     def on(ring):
         mine, leaves, results = [], [], []
@@ -281,12 +254,7 @@ def test_strides(name, method, dilation):
 
     found = simulate(on, 2, adversarial=True)
     dims = (1, 1, 1, 1, 2)
-    given = Inputs(
-        *(
-            torch.cat(x, i)
-            for i, x in zip(dims, zip(*(x for x, _ in found), strict=True), strict=True)
-        )
-    )
+    given = Inputs(*(torch.cat(x, i) for i, x in zip(dims, zip(*(x for x, _ in found), strict=True), strict=True)))
     for rank, true in enumerate(split.true(given, **arguments)):
         assert_close(found[rank][1], true, f"rank {rank}")
 
@@ -299,10 +267,7 @@ def test_who_needs_gradients(method):
 
     def on(ring):
         mine = given.cut(*split.rows[ring.rank])
-        leaves = [
-            x.clone().requires_grad_(want)
-            for x, want in zip(mine[:3], wants[ring.rank], strict=True)
-        ]
+        leaves = [x.clone().requires_grad_(want) for x, want in zip(mine[:3], wants[ring.rank], strict=True)]
         result = METHODS[method](*leaves, shard=split.shard(ring), causal=True)
         torch.autograd.backward(result, mine[3:])
         return [x.grad for x in leaves]
@@ -359,9 +324,7 @@ def test_autocast_changes_nothing(method):
             return attention(*args, **kwargs)
 
     for backend in ("auto", "math"):
-        plain, mixed = (
-            split.found(f, given, causal=True, backend=backend) for f in (attention, cast)
-        )
+        plain, mixed = (split.found(f, given, causal=True, backend=backend) for f in (attention, cast))
         for one, other in zip(mixed, plain, strict=True):
             assert all(map(torch.equal, one, other))
 

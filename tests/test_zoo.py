@@ -104,14 +104,7 @@ SAYS = {
 def judged(name, pool, **told):
     facts = zoo.info(name)
     ranks = 4 if facts.ranks > 1 else 1
-    return check(
-        zoo.build(name),
-        layout=facts.layout,
-        features=facts.features,
-        ranks=ranks,
-        pool=pool,
-        **told,
-    )
+    return check(zoo.build(name), layout=facts.layout, features=facts.features, ranks=ranks, pool=pool, **told)
 
 
 def named(name, report):

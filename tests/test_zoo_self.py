@@ -344,11 +344,7 @@ MORE = [
 
 def applies(case, source):
     declared = source.features
-    return (
-        case.needs <= declared
-        and case.p <= source.ranks
-        and (case.causal <= ("causal" in declared))
-    )
+    return case.needs <= declared and case.p <= source.ranks and (case.causal <= ("causal" in declared))
 
 
 def distance(a, b):

@@ -38,20 +38,10 @@ def _source(name, layout, features, family, ranks=8):
 CORRECT = {
     source.name: source
     for source in (
-        _source(
-            "rotating",
-            "contiguous",
-            "causal gqa mask window uneven empty lse subgroup",
-            "ring",
-        ),
+        _source("rotating", "contiguous", "causal gqa mask window uneven empty lse subgroup", "ring"),
         _source("zigzag", "zigzag", "causal gqa lse subgroup", "ring"),
         _source("striped", "striped", "causal gqa subgroup", "ring"),
-        _source(
-            "gathering",
-            "contiguous",
-            "causal gqa mask window uneven empty lse subgroup",
-            "ring",
-        ),
+        _source("gathering", "contiguous", "causal gqa mask window uneven empty lse subgroup", "ring"),
         _source("collective", "zigzag", "causal gqa mask subgroup", "collective"),
         _source("ulysses", "contiguous", "causal gqa window lse subgroup", "ulysses"),
         _source("dilated_local", "contiguous", "causal gqa dilation lse", "dilated", ranks=1),

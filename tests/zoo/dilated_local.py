@@ -60,9 +60,7 @@ def attention(q, k, v, *, causal, group=None, dilation=None):
         k, v = (x.repeat_interleave(h // x.shape[2], dim=2) for x in (k, v))
         out, lse = sparse_attention(q, k, v, causal)
         return out.to(dtype), lse
-    branches = [
-        branch_attention(q, k, v, dilation, i, causal) for i in range(len(dilation.segment_lengths))
-    ]
+    branches = [branch_attention(q, k, v, dilation, i, causal) for i in range(len(dilation.segment_lengths))]
     outs = torch.stack([out for out, _ in branches])
     lses = torch.stack([lse for _, lse in branches])
     # a row that no branch selected has only the floor: its output and gradient are zero

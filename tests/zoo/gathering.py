@@ -114,9 +114,7 @@ class GatheringRing(torch.autograd.Function):
                 continue
             block_k = all_k[source][:, :length].to(full)
             block_v = all_v[source][:, :length].to(full)
-            keep = make_mask(
-                positions, ctx.all_pos[source], batch, heads, ctx.causal, ctx.window, ctx.mask_mod
-            )
+            keep = make_mask(positions, ctx.all_pos[source], batch, heads, ctx.causal, ctx.window, ctx.mask_mod)
             logits = logits_of(q.to(full), block_k, keep, ctx.scale)
             p = torch.exp(logits - lse[..., None])
             wide_k = block_k.repeat_interleave(heads // kv_heads, dim=2)

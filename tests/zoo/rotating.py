@@ -158,9 +158,7 @@ class RotatingRing(torch.autograd.Function):
             dk = torch.zeros(kv[0].shape, dtype=acc, device=q.device)
             dv = torch.zeros(kv[1].shape, dtype=acc, device=q.device)
             if where[source].numel():
-                keep = visible(
-                    where[rank], where[source], b, h, ctx.causal, ctx.window, ctx.mask_mod
-                )
+                keep = visible(where[rank], where[source], b, h, ctx.causal, ctx.window, ctx.mask_mod)
                 block_dq, dk, dv = block_backward(
                     q.to(acc), kv[0].to(acc), kv[1].to(acc), dout, delta, lse, keep, ctx.scale
                 )
