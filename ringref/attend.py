@@ -5,9 +5,9 @@ here, and is sent that block's dK and dV in the backward (None in the forward); 
 are left it yields None, and once resumed it returns what came home. It decides in which order keys
 travel and nothing else.
 
-The work is done part by part: a part is a contiguous range of key/value heads with their query
-heads, so what is in flight and what accumulates is a part's share. Running out, lse and gradients
-are float32 (float64 for float64); K and V travel in their own dtype, dK and dV in the accumulating
+A backward, and a forward of many strands, works part by part: a part is a contiguous range of
+key/value heads with their query heads, so what is in flight and what accumulates is a part's share.
+Running out, lse and gradients are float32 (float64 for float64); K and V travel in their own dtype, dK and dV in the accumulating
 one.
 """
 
@@ -238,16 +238,17 @@ _PART_BYTES, _PART_BYTES_ALONE, _MOST_PARTS = 10 * 2**20, 256 * 2**20, 4
 
 @lru_cache(maxsize=64)
 def _plan(
-    dilation: Dilation | None, h: int, g: int, row_bytes: int, table: Table, rank: int, causal: bool
+    dilation: Dilation | None, h: int, g: int, row_bytes: int, table: Table, rank: int, causal: bool, forward: bool
 ) -> tuple[Part, ...]:
     """As many parts as keep what is in flight small while a part still fills a GPU; alike on every
     rank.
     """
     group, alone = h // g, len(table.keys) == 1
     longest = max(map(len, (*table.queries, *table.keys)))
-    # on one rank nothing travels and one strand accumulates nothing
     size = _PART_BYTES_ALONE if alone else _PART_BYTES
-    count = 1 if alone and dilation is None else max(1, min(longest * row_bytes // size, g, _MOST_PARTS))
+    # one strand has nothing to accumulate on one rank, and in a forward holds less whole than a backward in parts
+    whole = dilation is None and (alone or forward)
+    count = 1 if whole else max(1, min(longest * row_bytes // size, g, _MOST_PARTS))
     # the widest strand first, which may cover all rows; then the narrow ones, for the last is the
     # cheapest to add
     order = strands(dilation, h)
@@ -400,7 +401,8 @@ class Job(NamedTuple):
 
     call: Call
     conduct: Conductor | None
-    parts: tuple[Part, ...]
+    forward: tuple[Part, ...]
+    backward: tuple[Part, ...]
     group: int  # query heads per key/value head
 
     def meetings(self, part: Part, leg: Leg, keys: Positions) -> tuple[Meeting, ...]:
@@ -433,10 +435,10 @@ class _Attend(torch.autograd.Function):
     @staticmethod
     @exactly
     def forward(ctx, q, k, v, anchor, job: Job):
-        whole = len(job.parts) == 1
+        whole = len(job.forward) == 1
         out = None if whole else torch.empty_like(q, memory_format=torch.contiguous_format)
         lse = None if whole else q.new_empty(q.shape[:3], dtype=wide(q.dtype))
-        for part in job.parts:
+        for part in job.forward:
             running = Running(q, len(part.heads))
             for leg in part.legs:
                 walk = job.conduct(Trip(job.call, leg, k, v))
@@ -470,7 +472,7 @@ class _Attend(torch.autograd.Function):
         lse = lse.masked_fill(lse == -torch.inf, torch.inf).transpose(1, 2)
         dlse = None if dlse is None else dlse.transpose(1, 2)  # b s h
         wholes, travelling = [None, None, None], None
-        for part in job.parts:
+        for part in job.backward:
             sums = [
                 Sum(x, x.shape[1], len(heads))
                 for x, heads in zip((q, k, v), (part.heads, *[part.kv_heads] * 2), strict=True)
@@ -543,8 +545,8 @@ def attend(conduct: Conductor, method: str, q: Tensor, k: Tensor, v: Tensor, **a
 
 def _job(call: Call, conduct: Conductor | None, q: Tensor, k: Tensor) -> Job:
     (b, _, h, d), g = q.shape, k.shape[2]
-    row_bytes = b * h * d * q.element_size()
-    return Job(call, conduct, _plan(call.dilation, h, g, row_bytes, call.table, call.ring.rank, call.causal), h // g)
+    plan = call.dilation, h, g, b * h * d * q.element_size(), call.table, call.ring.rank, call.causal
+    return Job(call, conduct, _plan(*plan, forward=True), _plan(*plan, forward=False), h // g)
 
 
 def paths(q: Tensor, k: Tensor, **arguments) -> list[str]:
@@ -553,7 +555,7 @@ def paths(q: Tensor, k: Tensor, **arguments) -> list[str]:
     """
     call = agree("explain", q, k, k, able=lambda *_: None, **arguments)
     job, lines = _job(call, None, q, k), []
-    for part in job.parts:
+    for part in job.forward:
         for leg in part.legs:
             branches = sorted({(x.w, x.r) for x in leg.strands})
             named = ", ".join("all keys" if w == EVERYTHING else f"w={w} r={r}" for w, r in branches)
