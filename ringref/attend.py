@@ -7,8 +7,8 @@ travel and nothing else.
 
 A backward, and a forward of many strands, works part by part: a part is a contiguous range of
 key/value heads with their query heads, so what is in flight and what accumulates is a part's share.
-Running out, lse and gradients are float32 (float64 for float64); K and V travel in their own dtype, dK and dV in the accumulating
-one.
+Running out, lse and gradients are float32 (float64 for float64); K and V travel in their own dtype,
+dK and dV in the accumulating one.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class Running:
         *some, last = self.waiting
         if some:
             kept = share(self.before, self.lse)[..., None]
-            self.out = self.out.mul_(kept) if self.out.dtype == kept.dtype else self.out * kept
+            self.out = _scaled(self.out, kept)
             self.before = self.lse.clone()
         for rows, heads, out, lse in some:
             weight = share(lse, rows.of(self.lse, heads))[..., None]
@@ -99,19 +99,24 @@ class Running:
         """out and lse (b s h), written into these if they are given."""
         if self.out is None:
             self._start()
-        if out is None and not self.waiting:
-            return self.out.to(self.like.dtype), self.lse
-        out = self.like.new_empty(self.shape) if out is None else out
         if self.waiting:
             self._settle()
-        if not (self.waiting and _covers(*self.waiting[0][:3:2], self.shape)):
+        if out is None and (not self.waiting or self.out.dtype == self.like.dtype):
+            out = self.out = self.out.to(self.like.dtype)
+        out = self.like.new_empty(self.shape) if out is None else out
+        if out is not self.out and not (self.waiting and _covers(*self.waiting[0][:3:2], self.shape)):
             out.copy_(self.out)
         for rows, heads, x, its in self.waiting:
             merged = rows.of(self.lse, heads)
             kept, weight = (share(a, merged)[..., None] for a in (rows.of(self.before, heads), its))
-            kept = rows.of(self.out, heads) * kept
+            kept = _scaled(rows.of(self.out, heads), kept)
             rows.change(out, heads, lambda part, a=kept, b=x, c=weight: torch.addcmul(a, b, c, out=part))
         return out, self.lse if lse is None else lse.copy_(self.lse)
+
+
+def _scaled(x: Tensor, factor: Tensor) -> Tensor:
+    """x · factor in the factor's dtype, in place where that is x's own."""
+    return x.mul_(factor) if x.dtype == factor.dtype else x * factor
 
 
 class Sum:
