@@ -1,15 +1,15 @@
-"""What people have, as the oracle calls it: an adapter takes their function and gives `fn(q, k, v,
-*, causal, group, …)`.
+"""What people have, as the oracle calls it: an adapter takes their function, and gives `fn(q, k, v, *, causal, group)`.
 
-```python check(adapt.bhsd(my_attention), features={"causal"}) ``` An adapter only renames and
-transposes; it does not repair. What it passes on beyond `causal` and `group` is what the declared
-features add (see `ringref.oracle`).
+    check(adapt.bhsd(my_attention), features={"causal"})
+
+An adapter only renames and transposes; it does not repair. What it passes on beyond `causal` and `group` is what the
+declared features add (see `ringref.oracle`). For other names and fixed arguments a lambda or `partial` is enough.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -17,23 +17,45 @@ from torch import Tensor
 
 from .sanitizer import entered, group_ranks
 
-
-def _turned(x: Any, *dims: int) -> Any:
-    return x.transpose(*dims) if isinstance(x, Tensor) else x
+WRAPPERS = ("bhsd", "packed_qkv", "varlen", "interleaved_gqa", "single", "dilated", "grouped")
 
 
+def name_of(fn: Any) -> str:
+    """What a report calls a candidate."""
+    while isinstance(fn, partial):
+        fn = fn.func
+    return getattr(fn, "__qualname__", type(fn).__name__)
+
+
+def _adapter(make: Callable) -> Callable:
+    """What `make` returns is named after what it adapts, and keeps its convention."""
+
+    @wraps(make)
+    def adapter(fn: Callable, **told: Any) -> Callable:
+        candidate = make(fn, **told)
+        candidate.__qualname__ = f"{make.__name__}({name_of(fn)})"
+        candidate.convention = told.get("heads", getattr(fn, "convention", "all"))
+        return candidate
+
+    return adapter
+
+
+def _changed(result: Any, out: Callable, lse: Callable = lambda x: x) -> Any:
+    """`out` done to the output, and `lse` to what may come with it."""
+    return (out(result[0]), lse(result[1])) if isinstance(result, (tuple, list)) else out(result)
+
+
+@_adapter
 def bhsd(fn: Callable) -> Callable:
     """For a function over b h s d tensors; a second result, lse, stays b h s."""
 
     def candidate(q: Tensor, k: Tensor, v: Tensor, **told: Any) -> Any:
-        result = fn(*(x.transpose(1, 2) for x in (q, k, v)), **told)
-        if isinstance(result, tuple):
-            return (_turned(result[0], 1, 2), *result[1:])
-        return _turned(result, 1, 2)
+        return _changed(fn(*(x.transpose(1, 2) for x in (q, k, v)), **told), lambda x: x.transpose(1, 2))
 
     return candidate
 
 
+@_adapter
 def packed_qkv(fn: Callable) -> Callable:
     """For a function over one tensor b s 3 h d."""
 
@@ -45,15 +67,36 @@ def packed_qkv(fn: Callable) -> Callable:
     return candidate
 
 
-def packed_kv(fn: Callable) -> Callable:
-    """For a function over q and one tensor b s 2 g d."""
+@_adapter
+def varlen(fn: Callable) -> Callable:
+    """For a function over (T, h, d) with `cu_seqlens`, the batch laid end to end; lse, if any, is h T."""
 
     def candidate(q: Tensor, k: Tensor, v: Tensor, **told: Any) -> Any:
-        return fn(q, torch.stack([k, v], 2), **told)
+        b, s = q.shape[:2]
+        starts = s * torch.arange(b + 1, dtype=torch.int32, device=q.device)
+        result = fn(*(x.flatten(0, 1) for x in (q, k, v)), cu_seqlens=starts, **told)
+        return _changed(result, lambda x: x.unflatten(0, (b, s)), lambda x: x.unflatten(1, (b, s)).transpose(0, 1))
 
     return candidate
 
 
+@_adapter
+def interleaved_gqa(fn: Callable) -> Callable:
+    """For a function whose query head j uses key/value head j mod g: the query heads are put in its order and back."""
+
+    def candidate(q: Tensor, k: Tensor, v: Tensor, **told: Any) -> Any:
+        g = k.shape[2]
+
+        def swapped(x: Tensor, dim: int, inner: int) -> Tensor:
+            return x.unflatten(dim, (-1, inner)).transpose(dim, dim + 1).flatten(dim, dim + 1)
+
+        result = fn(swapped(q, 2, q.shape[2] // g), k, v, **told)
+        return _changed(result, lambda x: swapped(x, 2, g), lambda x: swapped(x, 1, g))
+
+    return candidate
+
+
+@_adapter
 def single(fn: Callable) -> Callable:
     """For a function or module on one device, which knows no group: judged at p = 1 alone."""
 
@@ -65,28 +108,24 @@ def single(fn: Callable) -> Callable:
     return candidate
 
 
+@_adapter
 def dilated(make: Callable, *, heads: str = "all", causal: str = "is_causal") -> Callable:
-    """For a dilated-attention module on one device: `make(segment_lengths, dilation_rates)` builds
-    it.
+    """For a dilated-attention module on one device: `make(segment_lengths, dilation_rates)` builds it.
 
-    `heads` is its convention, as `ringref.Dilation` names it; with "grouped" the difference to
-    LongNet is reported as a convention. `causal` is its name for causality.
+    `heads` is its convention, as `ringref.Dilation` names it; it is judged by that, and the report says so. `causal` is
+    its name for causality.
     """
 
-    def candidate(q: Tensor, k: Tensor, v: Tensor, *, group: Any, dilation: Any, **told: Any) -> Any:
-        if len(group_ranks(group)) > 1:
-            raise NotImplementedError("one device only")
-        module = make(list(dilation.segment_lengths), list(dilation.dilation_rates))
-        return module(q, k, v, **{causal: told["causal"]})
+    def module(q: Tensor, k: Tensor, v: Tensor, *, dilation: Any = None, **told: Any) -> Any:
+        w, r = (dilation.segment_lengths, dilation.dilation_rates) if dilation else ([q.shape[1]], [1])
+        return make(list(w), list(r))(q, k, v, **{causal: told["causal"]})
 
-    candidate.convention = heads
-    return candidate
+    return single(module)
 
 
+@_adapter
 def grouped(make: Callable, *, argument: str = "process_group") -> Callable:
-    """For a class whose constructor takes the process group: `make(process_group=…)(q, k, v,
-    causal=…)`.
-    """
+    """For a class whose constructor takes the process group: `make(process_group=…)(q, k, v, causal=…)`."""
 
     def candidate(q: Tensor, k: Tensor, v: Tensor, *, group: Any, **told: Any) -> Any:
         return make(**{argument: group})(q, k, v, **told)
@@ -94,66 +133,37 @@ def grouped(make: Callable, *, argument: str = "process_group") -> Callable:
     return candidate
 
 
-def renamed(fn: Callable, **names: str) -> Callable:
-    """For a function with other names: `renamed(f, group="process_group", causal="is_causal")`."""
-
-    def candidate(q: Tensor, k: Tensor, v: Tensor, **told: Any) -> Any:
-        return fn(q, k, v, **{names.get(name, name): value for name, value in told.items()})
-
-    return candidate
-
-
-def interleaved_gqa(fn: Callable) -> Callable:
-    """For a function whose query head j uses key/value head j mod g: the query heads are put in its
-    order and back.
-    """
-
-    def candidate(q: Tensor, k: Tensor, v: Tensor, **told: Any) -> Any:
-        g = k.shape[2]
-        result = fn(q.unflatten(2, (g, -1)).transpose(2, 3).flatten(2, 3), k, v, **told)
-        out, *rest = result if isinstance(result, tuple) else (result,)
-        out = out.unflatten(2, (-1, g)).transpose(2, 3).flatten(2, 3)
-        return (out, rest[0].unflatten(1, (-1, g)).transpose(1, 2).flatten(1, 2)) if rest else out
-
-    candidate.__qualname__ = getattr(fn, "__qualname__", repr(fn))
-    return candidate
-
-
-def varlen(fn: Callable) -> Callable:
-    """For a function over (T, h, d) with `cu_seqlens`, the batch laid end to end; lse, if any, is h
-    T.
-    """
-
-    def candidate(q: Tensor, k: Tensor, v: Tensor, **told: Any) -> Any:
-        b, s = q.shape[:2]
-        lengths = torch.arange(0, (b + 1) * s, s, dtype=torch.int32)[: b + 1]
-        result = fn(*(x.reshape(b * s, *x.shape[2:]) for x in (q, k, v)), cu_seqlens=lengths, **told)
-        out, *rest = result if isinstance(result, tuple) else (result,)
-        out = out.unflatten(0, (b, s))
-        return (out, rest[0].unflatten(1, (b, s)).transpose(0, 1)) if rest else out
-
-    return candidate
-
-
 def context_parallel(*, rotate: str = "allgather") -> Callable:
-    """PyTorch's `context_parallel` around scaled_dot_product_attention; experimental there, and
-    causal wants zigzag.
+    """PyTorch's `context_parallel` around scaled_dot_product_attention, experimental there; causal wants zigzag.
 
-    `rotate` is how keys travel, "allgather" or "alltoall". PyTorch has it for its fused kernels, so
-    on a CPU only where there is one (its flash attention).
+    `rotate` is how keys travel, "allgather" or "alltoall". PyTorch has rings for its CUDA kernels only.
     """
 
-    def candidate(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, group: Any) -> Tensor:
-        q, k, v = (x.transpose(1, 2).contiguous() for x in (q, k, v))
-        with entered(group, rotate, q.shape[2] * len(group_ranks(group))):
-            out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal)
-        return out.transpose(1, 2)
+    def context_parallel(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, group: Any) -> Tensor:
+        if not q.is_cuda:
+            raise NotImplementedError(
+                "PyTorch's context_parallel has no ring for the CPU: it knows CUDA's flash, efficient and cuDNN "
+                "kernels, not aten._scaled_dot_product_flash_attention_for_cpu"
+            )
+        scope = partial(entered, group, rotate, q.shape[1] * len(group_ranks(group)))
+        return _Within.apply(scope, causal, q, k, v)
 
-    return candidate
+    return context_parallel
 
 
-def bound(fn: Callable, **fixed: Any) -> Callable:
-    """`fn` with keywords fixed; the report keeps its name."""
-    made = partial(fn, **fixed)
-    made.__qualname__ = getattr(fn, "__qualname__", repr(fn))
-    return made
+class _Within(torch.autograd.Function):
+    """Attention whose forward and backward both run inside a context manager: the oracle calls them one at a time."""
+
+    @staticmethod
+    def forward(ctx: Any, scope: Callable, causal: bool, *qkv: Tensor) -> Tensor:
+        leaves = [x.detach().requires_grad_() for x in qkv]
+        with torch.enable_grad(), scope():
+            heads_first = (x.transpose(1, 2).contiguous() for x in leaves)
+            out = torch.nn.functional.scaled_dot_product_attention(*heads_first, is_causal=causal).transpose(1, 2)
+        ctx.scope, ctx.leaves, ctx.out = scope, leaves, out
+        return out.detach()
+
+    @staticmethod
+    def backward(ctx: Any, do: Tensor) -> tuple:
+        with ctx.scope():
+            return None, None, *torch.autograd.grad(ctx.out, ctx.leaves, do)
