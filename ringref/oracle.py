@@ -832,6 +832,8 @@ def main(argv: list[str] | None = None) -> int:
     add("--deadline", type=float, default=30.0, help="seconds that a case may take")
     add("--json", action="store_true", help="print the report for machines")
     told = parser.parse_args(argv)
+    if told.deadline <= 0:
+        parser.error(f"--deadline: expected more than 0, got {told.deadline}")
     sys.path.insert(0, os.getcwd())
     size = int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else told.ranks
     sweep = {name: getattr(told, name) for name in ("layout", "claims", "quick", "seed")}
