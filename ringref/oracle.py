@@ -575,7 +575,7 @@ class Judge:
         errors = [results[rank]["error"] for team in case.teams for rank in team]
         if not all(e and (e["refused"] or odd or case.dtype == "float64") for e in errors):
             return False
-        why = (errors[0]["text"].splitlines() or ["NotImplementedError"])[0]
+        why = (errors[0]["text"].splitlines() or ["NotImplementedError"])[0][:200]
         self.refusals.setdefault(why, []).append(str(case))
         return True
 
