@@ -38,7 +38,7 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -46,8 +46,8 @@ from typing import Any
 import cloudpickle
 import torch
 from rich.console import Console
-from rich.progress import Progress
-from rich.table import Table
+from rich.progress import track
+from rich.table import Column, Table
 from torch import Tensor
 
 from . import adapt, diagnose
@@ -68,6 +68,11 @@ PLANS = {  # the inputs of each step, and which pass runs on which: forward, bac
     "growth": (("first",), "f0 b0"),
 }
 PASSES = {"f": "forward", "b": "backward", "i": "inference"}
+PROPERTIES = {  # what it means when the first step is right and such a step is not
+    "batch": "another sequence of the batch matters",
+    "constant": "constant v does not give constant out: weights do not sum to 1",
+    "future": "later tokens change earlier results, or change them wrongly",
+}
 
 # -------------------------------------------------------------------------------------------- cases
 
@@ -213,13 +218,12 @@ class Case:
 
         inputs = {"first": first, "second": other, "again": first, "batch": altered(rows, 3.0)}
         inputs |= {"constant": first | {"v": torch.full_like(first["v"], 0.75)}, "future": altered(late, 8.0)}
-        return [(name, inputs[name]) for name in PLANS[self.plan][0] if self.causal or name != "future"]
+        return [(name, inputs[name]) for name in PLANS[self.plan][0]]
 
     @property
     def program(self) -> list[tuple[str, int]]:
         """Which passes over which step, in order."""
-        passes = ((PASSES[word[0]], int(word[1])) for word in PLANS[self.plan][1].split())
-        return [(what, i) for what, i in passes if self.causal or PLANS[self.plan][0][i] != "future"]
+        return [(PASSES[word[0]], int(word[1])) for word in PLANS[self.plan][1].split()]
 
 
 class _Seat(Ring):
@@ -268,12 +272,9 @@ EACH = (  # with and without causality
     ("", "short shards", (4,), (), {"per": 2}),
     ("", "packed qkv", (2,), (), {"packed": True}),
     ("", "odd heads", (2, 4), (2,), {"h": 3, "g": 3}),
-    ("", "longer", (2,), (), {"per": 40}),
-    ("", "longer", (4,), (), {"per": 20}),
-    *(("mask", f"mask {kind}", (1, 2, 3), (2,), {"mask": kind}) for kind in ("documents", "heads", "blind")),
-    ("mask", "mask stored", (1, 2, 3), (2,), {"mask": "stored", "plan": "steps"}),
-    *(("window", f"window {w}", (1, 2, 3), (2,), {"window": w}) for w in ((8, 0), (0, 7), (1, 1))),
-    ("window", "window (3, 2)", (1, 2, 3, 4), (2,), {"window": (3, 2)}),
+    ("", "longer", (2, 4), (), {"per": 20}),
+    *(("mask", f"mask {x}", (1, 2, 3), (2,), {"mask": x}) for x in ("documents", "heads", "blind", "stored")),
+    *(("window", f"window {x}", (1, 2, 3, 4), (2,), {"window": x}) for x in ((3, 2), (8, 0), (0, 7), (1, 1))),
     *(("dilation", f"dilation {x}", (2,), (2,), {"dilation": x, "h": 5, "g": 5, "per": 8}) for x in AWKWARD),
     *(("dilation", f"dilation {x}", (1, 3), (1,), {"dilation": x, "h": 10, "g": 5, "per": 8}) for x in AWKWARD),
     *(("uneven", "uneven", (len(x),), (3,), {"lengths": x}) for x in ((3, 8), (7, 2, 5), (1, 6, 3, 4))),
@@ -281,8 +282,7 @@ EACH = (  # with and without causality
 )
 ONCE = (  # causal if the candidate can
     ("", "float64", (2,), (), {"dtype": "float64"}),
-    ("", "bfloat16", (4,), (), BF16),
-    ("", "bfloat16 full", (8,), (), BF16 | {"causal": False}),
+    ("", "bfloat16", (4, 8), (), BF16),
     ("", "bfloat16 sums", (8,), (8,), BF16 | {"causal": False, "offset": 4.0}),
     ("causal", "eight ranks", (8,), (), {}),
     ("subgroup", "subgroup", (2,), (2,), {"groups": ((0, 2), (1, 3))}),
@@ -294,14 +294,24 @@ ONCE = (  # causal if the candidate can
 
 
 def cases(*, features=(), layout="contiguous", ranks=4, quick=False, claims=None, seed=0) -> list[Case]:
-    """The cases of a sweep, smallest first; see `check` for the arguments."""
+    """The cases of a sweep, smallest first.
+
+    Args:
+        features: what the candidate can do, a subset of `FEATURES`; the rest is reported as not judged.
+        layout: "contiguous", "zigzag" or "striped": how the sequence is cut.
+        ranks: every p up to this is tried; with the default of 4 also p = 5 and p = 8.
+        quick: a third of the cases.
+        claims: "ring" asserts that a rank never holds the keys of all; bytes per rank are measured as p doubles.
+        seed: another seed, other numbers; the same seed, the same run.
+
+    Raises:
+        ValueError: an unknown feature, layout or claim, or no ranks.
+    """
     can = set(features)
-    if unknown := can - set(FEATURES):
-        raise ValueError(f"features: {', '.join(sorted(unknown))} unknown; choose from {', '.join(FEATURES)}")
-    if layout not in LAYOUTS:
-        raise ValueError(f"layout: expected one of {', '.join(LAYOUTS)}, got {layout!r}")
-    if claims not in (None, "ring"):
-        raise ValueError(f"claims: expected None or 'ring', got {claims!r}")
+    known = {"features": (can, FEATURES), "layout": ({layout}, LAYOUTS), "claims": ({claims} - {None}, ("ring",))}
+    for name, (given, choices) in known.items():
+        if unknown := given - set(choices):
+            raise ValueError(f"{name}: {', '.join(sorted(unknown))} unknown; choose from {', '.join(choices)}")
     if ranks < 1:
         raise ValueError(f"ranks: expected at least 1, got {ranks}")
     common = {"layout": layout, "dlse": "lse" in can, "positions": bool(can & {"uneven", "empty"}), "seed": seed}
@@ -323,14 +333,9 @@ def cases(*, features=(), layout="contiguous", ranks=4, quick=False, claims=None
                     told["n"] = sum(lengths) if layout == "contiguous" or all(lengths) else p - 1
                     told["lengths"] = lengths if layout == "contiguous" else None
                 made.append(Case((word + name).strip(), p, **told))
-    plans = list(PLANS)
-
-    def simple(c: Case) -> tuple:
-        """Among equals the plain case first: it says best what is wrong."""
-        uneven = c.positions and c.lengths is not None
-        return c.p, c.world, c.plan == "growth", uneven, c.n, c.packed, bool(c.shift), plans.index(c.plan)
-
-    return sorted((c for c in made if c.world <= (8 if ranks == 4 else ranks)), key=simple)
+    made = [case for case in made if case.world <= (8 if ranks == 4 else ranks)]
+    # the plain cases first, then the small ones, in the order of the table: so they say best what is wrong
+    return sorted(made, key=lambda case: (case.name not in ("full", "causal"), case.p, case.world, case.n))
 
 
 # ------------------------------------------------------------------------------------------- report
@@ -387,9 +392,8 @@ class Report:
         yield f"{self.candidate} {verdict}: {len(self.passed)} of {total} cases pass, {self.seconds:.0f} s"
         if self.findings:
             yield f"most likely: {self.diagnosis}"
-            table = Table(pad_edge=False)
-            for head in ("case", "p", "where", "error/budget", "finding"):
-                table.add_column(head, overflow="fold")
+            heads = ("case", "p", "where", "error/budget", "finding")
+            table = Table(*(Column(head, overflow="fold") for head in heads), pad_edge=False)
             for f in self.findings[:12]:
                 place = [f.tensor, None if f.rank is None else f"rank {f.rank}"]
                 size = "-" if f.error is None else f"{f.error:.1e}/{f.budget:.1e}"
@@ -427,56 +431,35 @@ def _finding(case: Case, kind: str, cause: str, detail: str = "", **told: Any) -
 
 
 def check(
-    fn: Callable,
-    *,
-    layout: str = "contiguous",
-    ranks: int = 4,
-    features: Iterable[str] = (),
-    claims: str | None = None,
-    quick: bool = False,
-    backend: str = "gloo",
-    seed: int = 0,
-    deadline: float = 30.0,
-    stop_after: int = 8,
-    progress: bool | None = None,
-    pool: Any = None,
+    fn: Callable, *, backend="gloo", deadline=30.0, stop_after=8, progress=None, pool: Any = None, **which: Any
 ) -> Report:
     """Judge an attention over ranks; see the module's text for the call and the features.
 
     Args:
         fn: the candidate, `fn(q, k, v, *, causal, group, ...)`; a notebook's function, a lambda or a closure will do.
-        layout: "contiguous", "zigzag" or "striped": how the sequence is cut.
-        ranks: every p up to this is tried; with the default of 4 also p = 5 and p = 8.
-        features: what the candidate can do, a subset of `FEATURES`; the rest is reported as not judged.
-        claims: "ring" asserts that a rank never holds the keys of all; bytes per rank are measured as p doubles.
-        quick: a third of the cases.
         backend: "gloo" on the CPU; "nccl" for values, hangs and growth on GPUs (there messages are not watched).
-        seed: another seed, other numbers; the same seed, the same run.
         deadline: seconds that a case may take before it counts as hung; a deadlock is known after about one.
         stop_after: failing cases after which the rest is left.
         progress: a progress bar; None shows one on a terminal.
         pool: workers to use, for many sweeps in a row.
-
-    Raises:
-        ValueError: an unknown feature, layout or claim, or no ranks.
+        which: `features`, `layout`, `ranks`, `quick`, `claims` and `seed`, as `cases` takes them.
     """
-    todo = cases(features=features, layout=layout, ranks=ranks, quick=quick, claims=claims, seed=seed)
+    todo = cases(**which)
+    size = max(case.world for case in todo)
     if pool is None:
-        size = max(case.world for case in todo)
         made = Pool(min(size, torch.cuda.device_count()) if backend == "nccl" else size, backend)
     with made if pool is None else nullcontext(pool) as workers:
         # torchrun's processes have one world size for life; the pool has processes for each
         fits = [c for c in todo if (c.world == workers.size if isinstance(workers, Ranks) else c.world <= workers.size)]
-        report = _sweep(fn, fits, pool=workers, deadline=deadline, stop_after=stop_after, progress=progress)
-    report.layout = layout
-    missing = [f"feature {name}" for name in FEATURES if name not in set(features)]
-    if backend == "nccl":
-        missing.append("messages, which NCCL carries itself (run on gloo to watch them)")
-    if claims and not report.growth:
-        missing.append("growth, which wants p = 4 and p = 8")
-    report.not_judged = missing + report.not_judged
-    if len(fits) < len(todo):
-        report.not_judged.append(f"{len(todo) - len(fits)} cases for other world sizes than can be had here")
+        report = _sweep(fn, fits, workers, deadline, stop_after, progress)
+    missing = [f"feature {name}" for name in FEATURES if name not in set(which.get("features", ()))]
+    for text, there in (
+        ("messages, which NCCL carries itself (run on gloo to watch them)", backend == "nccl"),
+        ("growth, which wants p = 4 and p = 8", which.get("claims") and not report.growth),
+        (f"{len(todo) - len(fits)} cases for other world sizes than can be had here", len(fits) < len(todo)),
+    ):
+        missing += [text] if there else []
+    report.layout, report.not_judged = todo[0].layout, missing + report.not_judged
     return report
 
 
@@ -486,36 +469,25 @@ def _shared_pool() -> Pool:
 
 
 def _sweep(fn: Callable, todo: list[Case], pool: Any, deadline=30.0, stop_after=8, progress=None) -> Report:
-    report = Report(adapt.name_of(fn))
-    judge = Judge(fn, pool, report, deadline)
+    report, began = Report(adapt.name_of(fn)), time.monotonic()
+    judge, failed, hangs = Judge(fn, pool, report, deadline), 0, 0
     if (heads := getattr(fn, "convention", "all")) != "all":
         todo = [dataclasses.replace(case, heads=heads) if case.dilation else case for case in todo]
         report.conventions.append(f"dilation serves {heads} heads, as its adapter declares; LongNet serves all")
-    began, failed, hangs = time.monotonic(), set(), 0
-    shown = progress if progress is not None else sys.stderr.isatty()
-    with Progress(console=Console(stderr=True), disable=not shown, transient=True) as bar:
-        task = bar.add_task(report.candidate, total=len(todo))
-        for i, case in enumerate(todo):
-            bar.update(task, advance=1, description=f"{case}")
-            if found := judge.judge(case):
-                failed.add((case.name, i))
-                hangs += any(f.kind == "hang" for f in found)
-            if (len(failed) >= stop_after or hangs >= 3) and i + 1 < len(todo):
-                # two ranks leave many causes alike, three tell them apart
-                names = {name for name, _ in failed}
-                wider = [] if hangs or case.p > 2 else [c for c in todo[i + 1 :] if c.p == 3 and c.name in names][:2]
-                for extra in wider:
-                    judge.judge(extra)
-                left = len(todo) - i - 1 - len(wider)
-                report.not_judged.append(f"{left} further cases, after {len(failed)} that failed")
-                break
+    shown = sys.stderr.isatty() if progress is None else progress
+    bar = {"console": Console(stderr=True), "transient": True, "disable": not shown}
+    for done, case in enumerate(track(todo, report.candidate, **bar), 1):
+        found = judge.judge(case)
+        failed, hangs = failed + bool(found), hangs + any(f.kind == "hang" for f in found)
+        if (failed >= stop_after or hangs >= 3) and done < len(todo):
+            report.not_judged.append(f"{len(todo) - done} further cases, after {failed} that failed")
+            break
     judge.growth()
     for why, names in judge.refusals.items():
         report.not_judged.append(f"{names[0] if len(names) == 1 else f'{len(names)} cases'}, refused: {why}")
     # where several causes explain a finding equally well, tell the one that explains the others too
     for f in report.findings:
-        if f.kind == "value" and report.diagnosis in f.causes:
-            f.diagnosis = report.diagnosis
+        f.diagnosis = report.diagnosis if f.kind == "value" and report.diagnosis in f.causes else f.diagnosis
     report.seconds = time.monotonic() - began
     return report
 
@@ -535,36 +507,31 @@ class Judge:
         results = self.run(case)
         if self.refused(case, results):
             return []
-        found = self.messages(case, results)
+        found, wrong = self.messages(case, results), []
         broken = any(r["error"] or "hang" in r or "crash" in r for r in results.values())
         if not broken and all(f.causes[0] in diagnose.HARMLESS for f in found):
             for team, members in enumerate(case.teams):
-                found += self.values(case, team, [results[rank] for rank in members])
-        module, name = getattr(self.fn, "__module__", None), getattr(self.fn, "__qualname__", "")
-        known = module not in (None, "__main__") and name.isidentifier()
-        source = (
-            f"from {module} import {name} as candidate" if known else f"candidate = {adapt.name_of(self.fn)}  # yours"
-        )
-        # one cause shows on many ranks and tensors; the first of each kind and diagnosis is enough
-        first: dict[tuple[str, str], Finding] = {}
-        for finding in found:
+                wrong = wrong or self.values(case, team, [results[rank] for rank in members])
+        module, name = getattr(self.fn, "__module__", None), adapt.name_of(self.fn)
+        known = module not in (None, "__main__") and getattr(self.fn, "__qualname__", "").isidentifier()
+        source = f"from {module} import {name} as candidate" if known else f"candidate = {name}  # yours"
+        for finding in found + wrong:
             finding.snippet = f"from ringref.oracle import Case\n{source}\n{case!r}.check(candidate)"
-            first.setdefault((finding.kind, finding.diagnosis), finding)
-        self.report.findings += first.values()
-        self.report.passed += [] if found else [str(case)]
-        return found
+        self.report.findings += found + wrong
+        self.report.passed += [] if found + wrong else [str(case)]
+        return found + wrong
 
     def run(self, case: Case, poison: float = math.nan) -> dict[int, dict]:
         """Every rank's results."""
         common = {"world": case.world, "groups": case.teams, "call": cloudpickle.dumps(case.call()), "poison": poison}
-        common |= {"measure": case.plan == "growth", "packed": case.packed}
-        jobs = {rank: common | {"steps": [], "program": []} for rank in range(case.world)}
+        common |= {"measure": case.plan == "growth", "packed": case.packed, "steps": [], "program": []}
+        jobs = {rank: dict(common) for rank in range(case.world)}
         for team, members in enumerate(case.teams):
+            inputs = [data for _, data in case.steps(team)]
             for rank, mine in zip(members, case.shards, strict=True):
-                steps = [{name: x[:, :, mine] if name == "dlse" else x[:, mine] for name, x in data.items()}
-                         for _, data in case.steps(team)]  # fmt: skip
-                jobs[rank]["steps"] = [step | {"use_dlse": True} for step in steps]
-                jobs[rank] |= {"program": case.program, "positions": mine.clone() if case.positions else None}
+                steps = [{name: _share(x, mine) for name, x in data.items()} | {"use_dlse": True} for data in inputs]
+                jobs[rank] |= {"program": case.program, "steps": steps}
+                jobs[rank]["positions"] = mine.clone() if case.positions else None
         return self.pool.run(self.pickled, jobs, self.deadline)
 
     def refused(self, case: Case, results: dict[int, dict]) -> bool:
@@ -582,21 +549,18 @@ class Judge:
     def messages(self, case: Case, results: dict[int, dict]) -> list[Finding]:
         """What the sanitizer saw, hangs, crashes and exceptions: the first cause, not what follows from it."""
 
-        def tell(kind: str, cause: str, detail: str, rank: int | None, line: Any = None) -> Finding:
-            text, at = f"{cause}: {detail}" if detail else cause, where(line) if line else None
-            return Finding(kind, text, case.name, case.p, rank, where=at, causes=[cause])
+        def tell(kind: str, cause: str, detail: str, rank: int, line: Any = None) -> Finding:
+            return _finding(case, kind, cause, detail, rank=rank, where=where(line) if line else None)
 
         errors = {rank: r["error"] for rank, r in results.items() if r["error"]}
-        found = []
-        for rank, r in results.items():
-            for f in r.get("findings", ()):
-                if not (errors and f["kind"] == "unfinished"):
-                    cause = diagnose.GROUP if case.groups and f["kind"] == "self-send" else diagnose.MESSAGES[f["kind"]]
-                    found.append(tell("message", cause, f"{f['text']} ({f['phase']}, hop {f['hop']})", rank, f["line"]))
-        found += [tell("message", *facts) for facts in diagnose.mismatched(results)]
-        if found:
-            order = list(diagnose.MESSAGES.values())
-            return [min(found, key=lambda f: order.index(f.causes[0]) if f.causes[0] in order else 0)]
+        seen = [(rank, f) for rank, r in results.items() for f in r.get("findings", ())]
+        seen = [(rank, f) for rank, f in seen if not (errors and f["kind"] == "unfinished")]
+        if differ := diagnose.mismatched(results):
+            return [tell("message", *differ[0])]
+        if seen:
+            rank, f = min(seen, key=lambda one: list(diagnose.MESSAGES).index(one[1]["kind"]))
+            cause = diagnose.GROUP if case.groups and f["kind"] == "self-send" else diagnose.MESSAGES[f["kind"]]
+            return [tell("message", cause, f"{f['text']} ({f['phase']}, hop {f['hop']})", rank, f["line"])]
         # an exception on one rank makes its neighbours lose their connection or wait: the first cause is the story
         for rank, e in sorted(errors.items(), key=lambda item: "onnection" in item[1]["text"])[:1]:
             cause, text = diagnose.crash(e)
@@ -608,10 +572,10 @@ class Judge:
         if any("hang" in r for r in results.values()):
             return [tell("hang", *diagnose.hang(case, results))]
         written = [(rank, r["written"]) for rank, r in results.items() if r["written"]]
-        return [tell("property", "an input was written to", ", ".join(what), rank) for rank, what in written]
+        return [tell("property", "an input was written to", ", ".join(what), rank) for rank, what in written[:1]]
 
     def values(self, case: Case, team: int, results: list[dict]) -> list[Finding]:
-        """Every tensor of every step on every rank, and then the properties that need no reference."""
+        """Every tensor of every step on every rank, up to the first step that is wrong."""
         if case.plan == "growth":
             self.bytes[case.p, case.n] = max(r["peak"] for r in results), max(r["sent"] for r in results)
             return []
@@ -620,17 +584,13 @@ class Judge:
             mine = [dict(r["steps"][i]) for r in results]
             if not any(m.get("dlse_used") for m in mine):
                 data = data | {"dlse": torch.zeros_like(data["dlse"])}
-            truth = Truth(case, data)
-            if found := self.natural(case, truth, mine):
+            truths.append(Truth(case, data))
+            if found := self.natural(case, truths[-1], mine):
                 return found
             if self.form and "base 2" in self.form[0]:
-                truth = Truth(case, data | {"dlse": data["dlse"] * math.log2(math.e)})
-            truths, shown = [*truths, truth], [*shown, mine]
-        for i, mine in enumerate(shown):
-            if found := self.step(case, mine, truths, i):
-                return found
-        outs = {name: [m["out"].double() for m in mine] for (name, _), mine in zip(case.steps(), shown, strict=True)}
-        return list(self.properties(case, outs, truths[0]))
+                truths[-1] = Truth(case, data | {"dlse": data["dlse"] * math.log2(math.e)})
+            shown.append(mine)
+        return next((found for i, mine in enumerate(shown) if (found := self.step(case, mine, truths, i))), [])
 
     def natural(self, case: Case, truth: Truth, mine: list[dict]) -> list[Finding]:
         """Put every rank's lse in natural logarithms, b h s. Another form is a convention, two forms are a finding."""
@@ -641,8 +601,7 @@ class Judge:
                 continue
             if case.dlse and m.get("dq") is not None and not m.get("dlse_used") and m["lse"].ndim == 3:
                 return [_finding(case, "value", "lse carries no gradient", rank=rank, tensor="lse")]
-            shape = "b h s" if x.shape == want.shape else "b s h"
-            x = x.double() if shape == "b h s" else x.double().mT
+            x, shape = (x.double(), "b h s") if x.shape == want.shape else (x.double().mT, "b s h")
             seen = want.isfinite() & x.isfinite()
             natural, two = ((unit * x[seen] - want[seen]).norm() for unit in (1.0, math.log(2)))
             base = "natural" if natural < 0.02 * two else "base 2" if two < 0.02 * natural else None
@@ -658,34 +617,36 @@ class Judge:
 
     def step(self, case: Case, mine: list[dict], truths: list[Truth], index: int) -> list[Finding]:
         """The first wrong tensor of one step, in the order in which errors spread, with a diagnosis."""
+        truth, margin = truths[index], self.report.margin
         got: dict[str, list[Tensor]] = {}
-        wrong: dict[str, tuple[float, float, float, int]] = {}
+        wrong: dict[str, dict[str, Any]] = {}
         for name in TENSORS:
             if name not in mine[0] or (name == "lse" and mine[0]["lse"] is None and not case.dlse):
                 continue
-            got[name], sizes = [], []
+            got[name], worst = [], (0.0,)
             for rank, m in enumerate(mine):
-                x, want = m[name], truths[index].part(name, rank)
+                x, want = m[name], truth.part(name, rank)
                 x = torch.zeros_like(want) if x is None and not want.numel() else x
                 if x is None or x.shape != want.shape:
-                    none = "is None" + (": no gradient reaches it" if name[0] == "d" else "")
-                    why = (
-                        f"{name} {none}" if x is None else f"{name} has shape {tuple(x.shape)}, not {tuple(want.shape)}"
+                    what = (
+                        "is None: nothing reaches it" if x is None else f"has shape {[*x.shape]}, not {[*want.shape]}"
                     )
-                    return [Finding("value", why, case.name, case.p, rank, name, math.inf, 0.0, causes=[why])]
+                    why = f"{name} {what}"
+                    return [_finding(case, "value", why, rank=rank, tensor=name, error=math.inf, budget=0.0)]
                 got[name].append(x.double())
-                error, budget = truths[index].error(name, rank, x.double())
-                sizes.append((error / budget, error, budget, rank))
-            worst = max(sizes, key=lambda size: size[0])
+                error, budget = truth.error(name, rank, x.double())
+                worst = max(worst, (error / budget, error, budget, rank))
             if worst[0] > 1:
-                wrong[name] = worst
+                wrong[name] = dict(zip(("error", "budget", "rank"), worst[1:], strict=True)) | {"tensor": name}
             else:
-                self.report.margin[name] = max(self.report.margin.get(name, 0.0), worst[0])
+                margin[name] = max(margin.get(name, 0.0), worst[0])
         if not wrong:
             return []
+        first = next(iter(wrong.values()))
+        if text := PROPERTIES.get(PLANS[case.plan][0][index]):
+            return [_finding(case, "property", text, **first)]
         causes = self.why(case, got, list(wrong), truths, index)
-        name, (_, error, budget, rank) = next(iter(wrong.items()))
-        return [Finding("value", causes[0], case.name, case.p, rank, name, error, budget, causes=causes)]
+        return [_finding(case, "value", causes[0], causes=causes, **first)]
 
     def why(self, case: Case, got: dict, wrong: list[str], truths: list[Truth], index: int) -> list[str]:
         """Causes that explain it, the best first; NaN is asked whether it changes with what the oracle planted."""
@@ -707,24 +668,6 @@ class Judge:
         plain = {f"{word}-p{case.p}" for word in ("causal", "full")}
         return [diagnose.GROUP] if case.groups and plain & set(self.report.passed) else causes
 
-    def properties(self, case: Case, outs: dict[str, list[Tensor]], truth: Truth) -> Iterator[Finding]:
-        """What must hold whatever the reference says."""
-        allowed = 2 * max(truth.error("out", rank, x)[1] for rank, x in enumerate(outs["first"]))
-        for rank, mine in enumerate(case.shards):
-            first, everything = outs["first"][rank], slice(None)
-            same = {  # step: what it means if this part of out is not as it should be
-                "again": ("two runs on the same inputs differ", everything, first),
-                "batch": ("another sequence of the batch matters", slice(1), first),
-                "constant": ("constant v does not give constant out: weights do not sum to 1", everything,
-                             torch.full_like(first, 0.75)),
-                "future": ("a later token changes an earlier result", (everything, mine < case.n // 2), first),
-            }  # fmt: skip
-            for name in outs.keys() & same.keys():
-                text, part, want = same[name]
-                error = _distance(outs[name][rank][part], want[part])
-                if error > allowed:
-                    yield Finding("property", text, case.name, case.p, rank, "out", error, allowed, causes=[text])
-
     def growth(self) -> None:
         """Fit bytes per rank as n and p double; with the same shard, a ring's peak does not depend on p."""
         start, by_n, by_p = (self.bytes.get(key) for key in ((4, 128), (4, 256), (8, 256)))
@@ -738,7 +681,13 @@ class Judge:
         slope = facts["exponent of the peak in p (n/p fixed)"]
         if slope > 0.4:
             text = f"claims a ring, holds O(n): with n/p fixed the peak grows as p^{slope:.2f}"
-            self.report.findings.append(Finding("growth", text, "growth", 8, None, "bytes", slope, 0.4, causes=[text]))
+            told = {"tensor": "bytes", "error": slope, "budget": 0.4}
+            self.report.findings.append(_finding(Case("growth", 8), "growth", text, **told))
+
+
+def _share(x: Tensor, mine: Tensor) -> Tensor:
+    """The positions `mine` of a tensor b s h d, or b h s."""
+    return x[..., mine] if x.ndim == 3 else x[:, mine]
 
 
 def _distance(got: Tensor, want: Tensor, norm: float = 1e-30) -> float:
@@ -759,8 +708,7 @@ class Truth:
 
     def part(self, name: str, rank: int, whole: dict | None = None) -> Tensor:
         """One rank's share of a tensor."""
-        mine, tensor = self.case.shards[rank], (whole or self.whole)[name]
-        return tensor[:, :, mine] if name == "lse" else tensor[:, mine]
+        return _share((whole or self.whole)[name], self.case.shards[rank])
 
     def error(self, name: str, rank: int, got: Tensor) -> tuple[float, float]:
         """The candidate's error on one rank, and its budget."""
@@ -821,7 +769,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("ringref check", description="Judge an attention over ranks.")
     add = parser.add_argument
     add("candidate", help="mypkg.module:function, or path/to/file.py:function")
-    add("--ranks", type=int, default=4)
+    add("--ranks", type=int, default=4, help="every p up to this is tried")
     add("--layout", default="contiguous", choices=LAYOUTS)
     add("--features", default="", help=f"comma-separated, of {', '.join(FEATURES)}")
     add("--claims", choices=("ring",))
@@ -832,24 +780,23 @@ def main(argv: list[str] | None = None) -> int:
     add("--deadline", type=float, default=30.0, help="seconds that a case may take")
     add("--json", action="store_true", help="print the report for machines")
     told = parser.parse_args(argv)
-    if told.deadline <= 0:
-        parser.error(f"--deadline: expected more than 0, got {told.deadline}")
     sys.path.insert(0, os.getcwd())
-    size = int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else told.ranks
+    torchrun = "RANK" in os.environ
     sweep = {name: getattr(told, name) for name in ("layout", "claims", "quick", "seed")}
-    sweep |= {"ranks": min(told.ranks, size), "features": [name for name in told.features.split(",") if name]}
+    sweep["ranks"] = min(told.ranks, int(os.environ["WORLD_SIZE"])) if torchrun else told.ranks
+    sweep["features"] = list(filter(None, told.features.split(",")))
     try:
         fn = find(told.candidate)
+        fn = getattr(adapt, told.adapt)(fn) if told.adapt else fn
         cases(**sweep)
+        if told.deadline <= 0:
+            raise ValueError(f"--deadline: expected more than 0, got {told.deadline}")
     except ValueError as error:
         parser.error(str(error))
-    if told.adapt:
-        fn = getattr(adapt, told.adapt)(fn)
-    pool = Ranks(told.backend) if "RANK" in os.environ else None
-    if pool is not None and pool.rank:
-        pool.follow()
-        return 0
-    with pool or nullcontext():
+    with Ranks(told.backend) if torchrun else nullcontext() as pool:
+        if pool and pool.rank:
+            pool.follow()
+            return 0
         report = check(fn, backend=told.backend, deadline=told.deadline, pool=pool, **sweep)
     print(report.to_json() if told.json else report)
     return 0 if report else 1
