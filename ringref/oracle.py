@@ -412,7 +412,8 @@ class Report:
             yield "not judged: " + "; ".join(self.not_judged)
 
     def __str__(self) -> str:
-        console = Console(width=80, file=io.StringIO(), highlight=False, markup=False, force_jupyter=False)
+        plain = {"highlight": False, "markup": False, "force_jupyter": False, "color_system": None}
+        console = Console(width=80, file=io.StringIO(), **plain)
         console.print(self)
         return console.file.getvalue()
 
@@ -444,6 +445,7 @@ def check(
         pool: workers to use, for many sweeps in a row.
         which: `features`, `layout`, `ranks`, `quick`, `claims` and `seed`, as `cases` takes them.
     """
+    which["features"] = set(which.get("features", ()))
     todo = cases(**which)
     size = max(case.world for case in todo)
     if pool is None:
@@ -452,7 +454,7 @@ def check(
         # torchrun's processes have one world size for life; the pool has processes for each
         fits = [c for c in todo if (c.world == workers.size if isinstance(workers, Ranks) else c.world <= workers.size)]
         report = _sweep(fn, fits, workers, deadline, stop_after, progress)
-    missing = [f"feature {name}" for name in FEATURES if name not in set(which.get("features", ()))]
+    missing = [f"feature {name}" for name in FEATURES if name not in which["features"]]
     for text, there in (
         ("messages, which NCCL carries itself (run on gloo to watch them)", backend == "nccl"),
         ("growth, which wants p = 4 and p = 8", which.get("claims") and not report.growth),
