@@ -9,7 +9,7 @@ declared features add (see `ringref.oracle`). For other names and fixed argument
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial, wraps
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,21 +22,21 @@ WRAPPERS = ("bhsd", "packed_qkv", "varlen", "interleaved_gqa", "single", "dilate
 
 def name_of(fn: Any) -> str:
     """What a report calls a candidate."""
-    while isinstance(fn, partial):
-        fn = fn.func
+    if isinstance(fn, partial) and not hasattr(fn, "__qualname__"):
+        return name_of(fn.func)
     return getattr(fn, "__qualname__", type(fn).__name__)
 
 
-def _adapter(make: Callable) -> Callable:
-    """What `make` returns is named after what it adapts, and keeps its convention."""
+def _adapter(call: Callable) -> Callable:
+    """`adapter(fn, **fixed)` is `call` with these fixed: named after what it adapts, and with its convention."""
 
-    @wraps(make)
-    def adapter(fn: Callable, **told: Any) -> Callable:
-        candidate = make(fn, **told)
-        candidate.__qualname__ = f"{make.__name__}({name_of(fn)})"
-        candidate.convention = told.get("heads", getattr(fn, "convention", "all"))
+    def adapter(fn: Callable, **fixed: Any) -> Callable:
+        candidate = partial(call, fn, **fixed)
+        candidate.__qualname__ = f"{call.__name__}({name_of(fn)})"
+        candidate.convention = fixed.get("heads", getattr(fn, "convention", "all"))
         return candidate
 
+    adapter.__name__, adapter.__qualname__, adapter.__doc__ = call.__name__, call.__name__, call.__doc__
     return adapter
 
 
@@ -46,91 +46,66 @@ def _changed(result: Any, out: Callable, lse: Callable = lambda x: x) -> Any:
 
 
 @_adapter
-def bhsd(fn: Callable) -> Callable:
+def bhsd(fn: Callable, q: Tensor, k: Tensor, v: Tensor, **told: Any) -> Any:
     """For a function over b h s d tensors; a second result, lse, stays b h s."""
-
-    def candidate(q: Tensor, k: Tensor, v: Tensor, **told: Any) -> Any:
-        return _changed(fn(*(x.transpose(1, 2) for x in (q, k, v)), **told), lambda x: x.transpose(1, 2))
-
-    return candidate
+    return _changed(fn(*(x.transpose(1, 2) for x in (q, k, v)), **told), lambda x: x.transpose(1, 2))
 
 
 @_adapter
-def packed_qkv(fn: Callable) -> Callable:
+def packed_qkv(fn: Callable, q: Tensor, k: Tensor, v: Tensor, **told: Any) -> Any:
     """For a function over one tensor b s 3 h d."""
-
-    def candidate(q: Tensor, k: Tensor, v: Tensor, **told: Any) -> Any:
-        if k.shape[2] != q.shape[2]:
-            raise NotImplementedError("packed qkv has as many key/value heads as query heads")
-        return fn(torch.stack([q, k, v], 2), **told)
-
-    return candidate
+    if k.shape[2] != q.shape[2]:
+        raise NotImplementedError("packed qkv has as many key/value heads as query heads")
+    return fn(torch.stack([q, k, v], 2), **told)
 
 
 @_adapter
-def varlen(fn: Callable) -> Callable:
+def varlen(fn: Callable, q: Tensor, k: Tensor, v: Tensor, **told: Any) -> Any:
     """For a function over (T, h, d) with `cu_seqlens`, the batch laid end to end; lse, if any, is h T."""
-
-    def candidate(q: Tensor, k: Tensor, v: Tensor, **told: Any) -> Any:
-        b, s = q.shape[:2]
-        starts = s * torch.arange(b + 1, dtype=torch.int32, device=q.device)
-        result = fn(*(x.flatten(0, 1) for x in (q, k, v)), cu_seqlens=starts, **told)
-        return _changed(result, lambda x: x.unflatten(0, (b, s)), lambda x: x.unflatten(1, (b, s)).transpose(0, 1))
-
-    return candidate
+    b, s = q.shape[:2]
+    starts = s * torch.arange(b + 1, dtype=torch.int32, device=q.device)
+    result = fn(*(x.flatten(0, 1) for x in (q, k, v)), cu_seqlens=starts, **told)
+    return _changed(result, lambda x: x.unflatten(0, (b, s)), lambda x: x.unflatten(1, (b, s)).transpose(0, 1))
 
 
 @_adapter
-def interleaved_gqa(fn: Callable) -> Callable:
+def interleaved_gqa(fn: Callable, q: Tensor, k: Tensor, v: Tensor, **told: Any) -> Any:
     """For a function whose query head j uses key/value head j mod g: the query heads are put in its order and back."""
+    g = k.shape[2]
 
-    def candidate(q: Tensor, k: Tensor, v: Tensor, **told: Any) -> Any:
-        g = k.shape[2]
+    def swapped(x: Tensor, dim: int, inner: int) -> Tensor:
+        return x.unflatten(dim, (-1, inner)).transpose(dim, dim + 1).flatten(dim, dim + 1)
 
-        def swapped(x: Tensor, dim: int, inner: int) -> Tensor:
-            return x.unflatten(dim, (-1, inner)).transpose(dim, dim + 1).flatten(dim, dim + 1)
-
-        result = fn(swapped(q, 2, q.shape[2] // g), k, v, **told)
-        return _changed(result, lambda x: swapped(x, 2, g), lambda x: swapped(x, 1, g))
-
-    return candidate
+    result = fn(swapped(q, 2, q.shape[2] // g), k, v, **told)
+    return _changed(result, lambda x: swapped(x, 2, g), lambda x: swapped(x, 1, g))
 
 
 @_adapter
-def single(fn: Callable) -> Callable:
+def single(fn: Callable, q: Tensor, k: Tensor, v: Tensor, *, group: Any, **told: Any) -> Any:
     """For a function or module on one device, which knows no group: judged at p = 1 alone."""
-
-    def candidate(q: Tensor, k: Tensor, v: Tensor, *, group: Any, **told: Any) -> Any:
-        if len(group_ranks(group)) > 1:
-            raise NotImplementedError("one device only")
-        return fn(q, k, v, **told)
-
-    return candidate
+    if len(group_ranks(group)) > 1:
+        raise NotImplementedError("one device only")
+    return fn(q, k, v, **told)
 
 
 @_adapter
-def dilated(make: Callable, *, heads: str = "all", causal: str = "is_causal") -> Callable:
+def dilated(make: Callable, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, group: Any, dilation: Any = None,
+            heads: str = "all", flag: str = "is_causal") -> Any:  # fmt: skip
     """For a dilated-attention module on one device: `make(segment_lengths, dilation_rates)` builds it.
 
-    `heads` is its convention, as `ringref.Dilation` names it; it is judged by that, and the report says so. `causal` is
+    `heads` is its convention, as `ringref.Dilation` names it; it is judged by that, and the report says so. `flag` is
     its name for causality.
     """
-
-    def module(q: Tensor, k: Tensor, v: Tensor, *, dilation: Any = None, **told: Any) -> Any:
-        w, r = (dilation.segment_lengths, dilation.dilation_rates) if dilation else ([q.shape[1]], [1])
-        return make(list(w), list(r))(q, k, v, **{causal: told["causal"]})
-
-    return single(module)
+    w, r = (dilation.segment_lengths, dilation.dilation_rates) if dilation else ([q.shape[1]], [1])
+    return single(make(list(w), list(r)))(q, k, v, group=group, **{flag: causal})
 
 
 @_adapter
-def grouped(make: Callable, *, argument: str = "process_group") -> Callable:
+def grouped(
+    make: Callable, q: Tensor, k: Tensor, v: Tensor, *, group: Any, argument="process_group", **told: Any
+) -> Any:
     """For a class whose constructor takes the process group: `make(process_group=…)(q, k, v, causal=…)`."""
-
-    def candidate(q: Tensor, k: Tensor, v: Tensor, *, group: Any, **told: Any) -> Any:
-        return make(**{argument: group})(q, k, v, **told)
-
-    return candidate
+    return make(**{argument: group})(q, k, v, **told)
 
 
 def context_parallel(*, rotate: str = "allgather") -> Callable:
