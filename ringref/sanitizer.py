@@ -174,8 +174,9 @@ class Post(dist.Work):
     A message names its `peer`, as the group counts; a collective has none. `sent` are the bytes that must leave.
     """
 
-    def __init__(self, group: Watched, kind: str, reads: list[Tensor], writes: list[Tensor], sent: float,
-                 peer: int | None = None, tag: int = 0):  # fmt: skip
+    def __init__(
+        self, group: Watched, kind: str, reads: list, writes: list, sent: float, peer: Any = None, tag: int = 0
+    ):
         super().__init__()
         self.group, self.kind, self.reads, self.writes, self.peer = group, kind, reads, writes, peer
         self.spans = [_span(x, False) for x in reads if x.numel()] + [_span(x, True) for x in writes if x.numel()]
@@ -244,7 +245,7 @@ def _span(x: Tensor, written: bool) -> tuple[int, int, bool]:
 class Message(Post):
     """Point to point: a header (size and dtype) leaves at once, so that each end knows of the other; then the content.
 
-    A size or dtype that differs is named by the parent, which sees both ends; here only nothing may crash.
+    Sizes or dtypes that differ are named by the parent, which sees both ends; here they must do no harm.
     """
 
     def __init__(self, group: Watched, kind: str, x: Tensor, peer: int, tag: int):
@@ -367,9 +368,6 @@ class Watched(dist.ProcessGroup):
         with unseen():
             return LEDGER.post(Collective(self, kind, args, options))
 
-    def getBackendName(self) -> str:  # noqa: N802 (torch's name)
-        return "watched"
-
     @property
     def group_name(self) -> str:
         return dist.distributed_c10d._world.pg_names[self]
@@ -489,16 +487,7 @@ def _versions(mask: Any) -> dict[int, tuple[Tensor, int]]:
 # ------------------------------------------------------------------------------------------ workers
 
 # what is known of a worker that cannot answer
-SILENT = {
-    "steps": [],
-    "error": None,
-    "written": [],
-    "ops": [],
-    "findings": [],
-    "waiting": None,
-    "ticks": 0,
-    "line": None,
-}
+SILENT = Ledger().dump() | {"steps": [], "error": None, "written": [], "line": None}
 
 
 def serve(rank: int, world: int, backend: str, store: tuple[str, int], door: tuple[str, int], key: bytes) -> None:
@@ -532,9 +521,9 @@ def _answer(line: connection.Connection, respond: Callable) -> None:
         os._exit(0)  # the parent is gone
 
 
-def _hire(rank: int, *told: Any) -> Any:
+def _hire(rank: int, *told: Any, method: str = "forkserver") -> Any:
     """A worker process, forked from a server that has imported torch but not ringref, which somebody may be editing."""
-    context = multiprocessing.get_context("forkserver")
+    context = multiprocessing.get_context(method)
     context.set_forkserver_preload([*PRELOAD, "torch._dynamo", "torch.distributed.tensor"])
     main, sys.modules["__main__"] = sys.modules["__main__"], ModuleType("__main__")  # a script must not run again
     try:
@@ -677,7 +666,7 @@ class Ranks(Pool):
         """A rank other than 0: start its part of every crew, until rank 0 closes."""
         while told := pickle.loads(self.board.get(f"crew/{next(self.told)}")):
             if self.rank < told[0]:
-                _hire(self.rank, *told)
+                _hire(self.rank, *told, method="fork")  # this process has done nothing else that a fork could break
         self.board.set(f"bye/{self.rank}", b"")
 
     def close(self) -> None:
