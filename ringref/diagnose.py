@@ -214,7 +214,7 @@ def sights(s: Scene) -> Iterator[tuple[str, Tensor]]:
         branch, head = torch.arange(len(w))[:, None, None, None, None], torch.arange(h)[:, None, None]
         few, many = h // len(w) or 1, torch.arange(h).tensor_split(len(w))
         own = torch.stack([torch.isin(head, x) for x in many])[:, None]
-        usual = (branch % r, own) if getattr(case, "heads", "all") == "grouped" else (head % r, True)
+        usual = (branch % r, own) if case.heads == "grouped" else (head % r, True)
         kept = lambda i, j, w=w, at=usual: (i % w % r == at[0]) & (j % w % r == at[0]) & at[1]
         rules["dilation offsets"], rules["segments"] = kept, lambda i, j: i // w == j // w
         instead["dilation offsets"] = {
