@@ -120,7 +120,7 @@ def context_parallel(*, rotate: str = "allgather") -> Callable:
                 "PyTorch's context_parallel has no ring for the CPU: it knows CUDA's flash, efficient and cuDNN "
                 "kernels, not aten._scaled_dot_product_flash_attention_for_cpu"
             )
-        scope = partial(entered, group, rotate, q.shape[1] * len(group_ranks(group)))
+        scope = partial(entered, group, rotate, q.shape[1] * len(group_ranks(group)), q.device)
         return _Within.apply(scope, causal, q, k, v)
 
     return context_parallel

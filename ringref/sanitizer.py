@@ -381,15 +381,15 @@ for _kind in dir(dist.ProcessGroup):
 group_ranks = dist.get_process_group_ranks  # the world's ranks that are in a group
 
 
-def entered(group: Any, rotate: str, n: int) -> Any:
-    """PyTorch's context_parallel over a group, for n tokens whose shards are already cut."""
+def entered(group: Any, rotate: str, n: int, device: torch.device) -> Any:
+    """PyTorch's context_parallel over a group, for n tokens on this device whose shards are already cut."""
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor.experimental import _attention as experimental
 
     experimental.set_rotate_method(rotate)
-    mesh = DeviceMesh.from_group(group, "cpu", mesh_dim_names=("ring",))
+    mesh = DeviceMesh.from_group(group, device.type, mesh_dim_names=("ring",))
     # it wants something to cut, and learns from it how the sequence is laid out
-    return experimental.context_parallel(mesh, buffers=[torch.zeros(1, n)], buffer_seq_dims=[1])
+    return experimental.context_parallel(mesh, buffers=[torch.zeros(1, n, device=device)], buffer_seq_dims=[1])
 
 
 # ----------------------------------------------------------------------------------------- one case
