@@ -26,7 +26,7 @@ import sys
 import threading
 import time
 import traceback
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
@@ -589,22 +589,28 @@ def stuck(now: dict[int, dict], before: dict[int, dict], done: dict[int, dict]) 
     """True when every unfinished rank waits and nobody can ever be served: a deadlock, known without a clock."""
     if any(r not in before or not now[r]["waiting"] or now[r]["ticks"] != before[r]["ticks"] for r in now):
         return False
-    posted = {(*_meeting(rank, op), rank) for rank, facts in (now | done).items() for op in facts["ops"]}
-    waits = [_meeting(rank, facts["waiting"]) for rank, facts in now.items()]
-    return not any(posted.issuperset((*meeting, rank) for rank in meeting[-1]) for meeting in waits)
+    met = meetings(now | done)
+    return not any(meeting(rank, facts["waiting"]) in met for rank, facts in now.items())
 
 
-def _meeting(rank: int, op: dict[str, Any]) -> tuple:
+def clean(results: dict[int, dict]) -> bool:
+    """Whether a crew can go on to another case: it answered, and no message of this one can be left over."""
+    if not results or any("hang" in result or "crash" in result for result in results.values()):
+        return False
+    met, ops = meetings(results), [(rank, op) for rank, result in results.items() for op in result["ops"]]
+    return all(meeting(rank, op) in met and (op["waited"] or op["kind"] == "send") for rank, op in ops)
+
+
+def meetings(known: dict[int, dict]) -> set[tuple]:
+    """The messages and collectives that all whom they take have posted."""
+    posted = Counter(meeting(rank, op) for rank, facts in known.items() for op in facts["ops"])
+    return {met for met, count in posted.items() if count == len(met[-1])}
+
+
+def meeting(rank: int, op: dict[str, Any]) -> tuple:
     """What all who take part in an operation call it, and last who they are."""
     ends = {"send": (rank, op["peer"]), "recv": (op["peer"], rank)}.get(op["kind"], tuple(op["members"]))
     return op["group"], op["peer"] is None, op["tag"], op["seq"], ends
-
-
-def clean(result: dict[str, Any]) -> bool:
-    """Whether a rank can go on to another case: it answered, and no message of this one can be left over."""
-    if "hang" in result or "crash" in result or (result["error"] and result["ops"]):
-        return False
-    return all(op["waited"] for op in result["ops"])
 
 
 class Pool(AbstractContextManager):
@@ -642,7 +648,7 @@ class Pool(AbstractContextManager):
         try:
             results = crew.run({rank: job | {"fn": fn} for rank, job in jobs.items()}, deadline)
         finally:
-            if results and all(map(clean, results.values())):
+            if clean(results):
                 self.crews[world] = crew
             else:
                 crew.close()

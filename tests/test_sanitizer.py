@@ -204,9 +204,19 @@ def test_what_is_left_over_does_not_reach_the_next_case(pool):
         assert (got == 1).all()
         return q
 
-    assert kinds(run(pool, leaves, 2)) == {"unfinished"}
-    results = run(pool, sends, 2)
-    assert [r["error"] for r in results.values()] == [None, None] and not kinds(results)
+    def forgets(q, k, v, *, causal, group):
+        to, source = peers(group)
+        dist.isend(torch.full((3,), 7.0), to, group=group)
+        dist.recv(torch.empty(3), source, group=group)
+        return q
+
+    for bad in (leaves, forgets):
+        assert kinds(run(pool, bad, 2)) == {"unfinished"}
+        crew = pool.crews.get(2)
+        assert (crew is not None) == (bad is forgets)  # what was taken is no reason to start new processes
+        results = run(pool, sends, 2)
+        assert [r["error"] for r in results.values()] == [None, None] and not kinds(results)
+    assert pool.crews[2] is crew
 
 
 def test_an_interrupted_case_does_not_answer_for_the_next(pool):
