@@ -427,36 +427,36 @@ def _finding(case: Case, kind: str, cause: str, detail: str = "", **told: Any) -
 
 
 def check(
-    fn: Callable, *, backend="gloo", deadline=30.0, stop_after=8, progress=None, pool: Any = None, **which: Any
-) -> Report:
+    fn: Callable, *, layout="contiguous", ranks=4, features=(), claims=None, quick=False, seed=0, backend="gloo",
+    deadline=30.0, stop_after=8, progress: bool | None = None, pool: Pool | None = None,
+) -> Report:  # fmt: skip
     """Judge an attention over ranks; see the module's text for the call and the features.
 
     Args:
         fn: the candidate, `fn(q, k, v, *, causal, group, ...)`; a notebook's function, a lambda or a closure will do.
+        layout, ranks, features, claims, quick, seed: which cases, see `cases`.
         backend: "gloo" on the CPU; "nccl" for values, hangs and growth on GPUs (there messages are not watched).
         deadline: seconds that a case may take before it counts as hung; a deadlock is known after about one.
         stop_after: failing cases after which the rest is left.
         progress: a progress bar; None shows one on a terminal.
         pool: workers to use, for many sweeps in a row.
-        which: `features`, `layout`, `ranks`, `quick`, `claims` and `seed`, as `cases` takes them.
     """
-    which["features"] = set(which.get("features", ()))
-    todo = cases(**which)
+    features = set(features)
+    todo = cases(features=features, layout=layout, ranks=ranks, quick=quick, claims=claims, seed=seed)
     size = max(case.world for case in todo)
     if pool is None:
         made = Pool(min(size, torch.cuda.device_count()) if backend == "nccl" else size, backend)
     with made if pool is None else nullcontext(pool) as workers:
-        # torchrun's processes have one world size for life; the pool has processes for each
-        fits = [c for c in todo if (c.world == workers.size if isinstance(workers, Ranks) else c.world <= workers.size)]
+        fits = [case for case in todo if case.world <= workers.size]
         report = _sweep(fn, fits, workers, deadline, stop_after, progress)
-    missing = [f"feature {name}" for name in FEATURES if name not in which["features"]]
+    missing = [f"feature {name}" for name in FEATURES if name not in features]
     for text, there in (
         ("messages, which NCCL carries itself (run on gloo to watch them)", backend == "nccl"),
-        ("growth, which wants p = 4 and p = 8", which.get("claims") and not report.growth),
-        (f"{len(todo) - len(fits)} cases for other world sizes than can be had here", len(fits) < len(todo)),
+        ("growth, which wants p = 4 and p = 8", claims and not report.growth),
+        (f"{len(todo) - len(fits)} cases for more ranks than can be had here", len(fits) < len(todo)),
     ):
         missing += [text] if there else []
-    report.layout, report.not_judged = todo[0].layout, missing + report.not_judged
+    report.layout, report.not_judged = layout, missing + report.not_judged
     return report
 
 
@@ -526,7 +526,7 @@ class Judge:
         for team, members in enumerate(case.teams):
             inputs = [data for _, data in case.steps(team)]
             for rank, mine in zip(members, case.shards, strict=True):
-                steps = [{name: _share(x, mine) for name, x in data.items()} | {"use_dlse": True} for data in inputs]
+                steps = [{name: _share(x, mine) for name, x in data.items()} for data in inputs]
                 jobs[rank] |= {"program": case.program, "steps": steps}
                 jobs[rank]["positions"] = mine.clone() if case.positions else None
         return self.pool.run(self.pickled, jobs, self.deadline)
