@@ -191,7 +191,7 @@ def run(told, console):
         sizes = {"g": told.heads // 2, "dtype": inputs[0].dtype, "c": told.q_chunk}
         parts = predicted(
             facts["method"], n, told.ranks, told.heads, told.head_dim, **sizes,
-            dilation=cases[facts["case"]], fused=facts["method"] != "dense",
+            dilation=cases[facts["case"]], kernel="cudnn" if told.backend == "nccl" else "cpu_flash",
         )  # fmt: skip
         row = {**facts, **worst, "layout": told.layout, "predicted": sum(parts.values())}
         rows.append({**row, **judges[facts["case"]](pieces)})

@@ -423,7 +423,7 @@ def long_section(bench: Bench) -> list[dict]:
                     args.head_dim,
                     dtype=bench.dtype,
                     c=8192 if "q_chunk" in name else None,
-                    fused=True,
+                    kernel="cudnn",
                 ).values()
             )
             rows.append(row)
