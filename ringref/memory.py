@@ -61,7 +61,7 @@ def predicted(
             raise ValueError(f"{name}: expected one of {', '.join(known)}, got {given!r}")
     size, wide, g, s = dtype.itemsize, max(4, dtype.itemsize), g or h, ceil(n / p)
     out, gradients = b * s * h * d * size, b * s * (h + 2 * g) * d * size
-    always = {"one number a row": 4 * b * (n if method == "dense" else s) * h * wide + 8 * n}
+    always = {"one number a row": 4 * b * (n if method == "dense" else s) * h * wide}
     if method == "dense":
         # autograd keeps scores, weights, products and masks; a checkpointed chunk makes them anew
         matrices = (7 if backward else 4) + (2 if dilation and not backward else 0)
