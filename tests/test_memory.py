@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import ringref
-from ringref import Dilation, attend, partition, simulate
+from ringref import Dilation, attend, launch, partition, simulate
 from ringref.memory import METHODS, measured, predicted, table
 
 LONGNET = Dilation([128, 512], [1, 4])
@@ -119,6 +119,46 @@ def test_a_fused_step_is_predicted_within_ten_percent(method, dtype, parts, monk
                 assert 0.9 < ratio < 1.1, (p, layout, backward, ratio, held)
     finally:
         attend._plan.cache_clear()
+
+
+def on_a_process(ring):
+    """Worst error against dense, bytes received by a forward, and peaks, of a real rank."""
+    n = 16 * ring.size
+    whole = torch.randn(4, 1, n, 2, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    shard = partition(n, ring, "zigzag")
+
+    def results(method, cut, **how):
+        leaves = [cut(x).requires_grad_() for x in whole[:3]]
+        before = ring.traffic.received
+        out = method(*leaves, causal=True, **how).out
+        received = ring.traffic.received - before
+        out.backward(cut(whole[3]))
+        return [out.detach(), *(x.grad for x in leaves)], received
+
+    true, _ = results(ringref.dense_attention, torch.clone)
+    found = {}
+    for name in ("dilated", "collective", "ring"):
+        ours, received = results(getattr(ringref, f"{name}_attention"), shard.take, shard=shard)
+        error = max(float((x - shard.take(y)).norm() / y.norm()) for x, y in zip(ours, true, strict=True))
+        found[name] = error, received, None
+        if name != "dilated":
+            how = {"causal": True, "layout": "zigzag", "dtype": torch.bfloat16, "s": 48, "h": 8, "d": 128}
+            found[name] = error, received, step_peaks(ring, name, **how)
+    return found
+
+
+@pytest.mark.parametrize("p", [4, 8])
+def test_many_processes_are_right_and_take_what_is_predicted(p):
+    every = launch(on_a_process, p)
+    for name in ("dilated", "collective", "ring"):
+        errors, received, peaks = zip(*(found[name] for found in every), strict=True)
+        assert max(errors) < 1e-13, (name, errors)
+        if name == "dilated":  # without a dilation it fetches what its queries see
+            continue
+        assert set(received) == {2 * 16 * 2 * 16 * (p - 1) * 8}, (name, received)
+        for backward in (False, True):
+            held = predicted(name, 48 * p, p, 8, 128, dtype=torch.bfloat16, kernel="cpu_flash", backward=backward)
+            assert 0.9 < max(peak[backward] for peak in peaks) / sum(held.values()) < 1.1, (name, backward)
 
 
 RECORDED = sorted((Path(__file__).parent.parent / "figures" / "data").glob("ring-*.json"))
