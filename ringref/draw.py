@@ -106,15 +106,15 @@ def _runs(where):
 
 
 @_styled
-def timeline(bars, kinds=None, ax=None, title="", unit="ms"):
+def timeline(bars, ax=None, title="", unit="ms"):
     """Lanes of what happens when: one lane per rank, or per rank and stream.
 
     bars: (lane, start, end, kind) with lane and kind as text; lanes are drawn in order of
-    appearance, top first. kinds: order of the legend.
+    appearance, top first.
     """
     bars = list(bars)
     lanes = list(dict.fromkeys(lane for lane, *_ in bars))
-    kinds = list(dict.fromkeys(kind for *_, kind in bars)) if kinds is None else list(kinds)
+    kinds = list(dict.fromkeys(kind for *_, kind in bars))
     ax = figure(6.4, 0.9 + 0.38 * len(lanes))[1] if ax is None else ax
     for lane, start, end, kind in bars:
         if end > start:
