@@ -1,9 +1,9 @@
-"""What people have, as the oracle calls it: an adapter takes their function and gives `fn(q, k, v,
-*, causal, group, …)`.
+"""What people have, as the oracle calls it: an adapter takes their function, and gives `fn(q, k, v, *, causal, group)`.
 
-```python check(adapt.bhsd(my_attention), features={"causal"}) ``` An adapter only renames and
-transposes; it does not repair. What it passes on beyond `causal` and `group` is what the declared
-features add (see `ringref.oracle`).
+    check(adapt.bhsd(my_attention), features={"causal"})
+
+An adapter only renames and transposes; it does not repair. What it passes on beyond `causal` and `group` is what the
+declared features add (see `ringref.oracle`). For other names and fixed arguments a lambda or `partial` is enough.
 """
 
 from __future__ import annotations
@@ -17,143 +17,128 @@ from torch import Tensor
 
 from .sanitizer import entered, group_ranks
 
-
-def _turned(x: Any, *dims: int) -> Any:
-    return x.transpose(*dims) if isinstance(x, Tensor) else x
+WRAPPERS = ("bhsd", "packed_qkv", "varlen", "interleaved_gqa", "single", "dilated", "grouped")
 
 
-def bhsd(fn: Callable) -> Callable:
+def name_of(fn: Any) -> str:
+    """What a report calls a candidate."""
+    if isinstance(fn, partial) and not hasattr(fn, "__qualname__"):
+        return name_of(fn.func)
+    return getattr(fn, "__qualname__", type(fn).__name__)
+
+
+def _adapter(call: Callable) -> Callable:
+    """`adapter(fn, **fixed)` is `call` with these fixed: named after what it adapts, and with its convention."""
+
+    def adapter(fn: Callable, **fixed: Any) -> Callable:
+        candidate = partial(call, fn, **fixed)
+        candidate.__qualname__ = f"{call.__name__}({name_of(fn)})"
+        candidate.convention = fixed.get("heads", getattr(fn, "convention", "all"))
+        return candidate
+
+    adapter.__name__, adapter.__qualname__, adapter.__doc__ = call.__name__, call.__name__, call.__doc__
+    return adapter
+
+
+def _changed(result: Any, out: Callable, lse: Callable = lambda x: x) -> Any:
+    """`out` done to the output, and `lse` to what may come with it."""
+    return (out(result[0]), lse(result[1])) if isinstance(result, (tuple, list)) else out(result)
+
+
+@_adapter
+def bhsd(fn: Callable, q: Tensor, k: Tensor, v: Tensor, **told: Any) -> Any:
     """For a function over b h s d tensors; a second result, lse, stays b h s."""
-
-    def candidate(q: Tensor, k: Tensor, v: Tensor, **told: Any) -> Any:
-        result = fn(*(x.transpose(1, 2) for x in (q, k, v)), **told)
-        if isinstance(result, tuple):
-            return (_turned(result[0], 1, 2), *result[1:])
-        return _turned(result, 1, 2)
-
-    return candidate
+    return _changed(fn(*(x.transpose(1, 2) for x in (q, k, v)), **told), lambda x: x.transpose(1, 2))
 
 
-def packed_qkv(fn: Callable) -> Callable:
+@_adapter
+def packed_qkv(fn: Callable, q: Tensor, k: Tensor, v: Tensor, **told: Any) -> Any:
     """For a function over one tensor b s 3 h d."""
-
-    def candidate(q: Tensor, k: Tensor, v: Tensor, **told: Any) -> Any:
-        if k.shape[2] != q.shape[2]:
-            raise NotImplementedError("packed qkv has as many key/value heads as query heads")
-        return fn(torch.stack([q, k, v], 2), **told)
-
-    return candidate
+    if k.shape[2] != q.shape[2]:
+        raise NotImplementedError("packed qkv has as many key/value heads as query heads")
+    return fn(torch.stack([q, k, v], 2), **told)
 
 
-def packed_kv(fn: Callable) -> Callable:
-    """For a function over q and one tensor b s 2 g d."""
+@_adapter
+def varlen(fn: Callable, q: Tensor, k: Tensor, v: Tensor, **told: Any) -> Any:
+    """For a function over (T, h, d) with `cu_seqlens`, the batch laid end to end; lse, if any, is h T."""
+    b, s = q.shape[:2]
+    starts = s * torch.arange(b + 1, dtype=torch.int32, device=q.device)
+    result = fn(*(x.flatten(0, 1) for x in (q, k, v)), cu_seqlens=starts, **told)
+    return _changed(result, lambda x: x.unflatten(0, (b, s)), lambda x: x.unflatten(1, (b, s)).transpose(0, 1))
 
-    def candidate(q: Tensor, k: Tensor, v: Tensor, **told: Any) -> Any:
-        return fn(q, torch.stack([k, v], 2), **told)
 
-    return candidate
+@_adapter
+def interleaved_gqa(fn: Callable, q: Tensor, k: Tensor, v: Tensor, **told: Any) -> Any:
+    """For a function whose query head j uses key/value head j mod g: the query heads are put in its order and back."""
+    g = k.shape[2]
+
+    def swapped(x: Tensor, dim: int, inner: int) -> Tensor:
+        return x.unflatten(dim, (-1, inner)).transpose(dim, dim + 1).flatten(dim, dim + 1)
+
+    result = fn(swapped(q, 2, q.shape[2] // g), k, v, **told)
+    return _changed(result, lambda x: swapped(x, 2, g), lambda x: swapped(x, 1, g))
 
 
-def single(fn: Callable) -> Callable:
+@_adapter
+def single(fn: Callable, q: Tensor, k: Tensor, v: Tensor, *, group: Any, **told: Any) -> Any:
     """For a function or module on one device, which knows no group: judged at p = 1 alone."""
-
-    def candidate(q: Tensor, k: Tensor, v: Tensor, *, group: Any, **told: Any) -> Any:
-        if len(group_ranks(group)) > 1:
-            raise NotImplementedError("one device only")
-        return fn(q, k, v, **told)
-
-    return candidate
+    if len(group_ranks(group)) > 1:
+        raise NotImplementedError("one device only")
+    return fn(q, k, v, **told)
 
 
-def dilated(make: Callable, *, heads: str = "all", causal: str = "is_causal") -> Callable:
-    """For a dilated-attention module on one device: `make(segment_lengths, dilation_rates)` builds
-    it.
+@_adapter
+def dilated(make: Callable, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, group: Any, dilation: Any = None,
+            heads: str = "all", flag: str = "is_causal") -> Any:  # fmt: skip
+    """For a dilated-attention module on one device: `make(segment_lengths, dilation_rates)` builds it.
 
-    `heads` is its convention, as `ringref.Dilation` names it; with "grouped" the difference to
-    LongNet is reported as a convention. `causal` is its name for causality.
+    `heads` is its convention, as `ringref.Dilation` names it; it is judged by that, and the report says so. `flag` is
+    its name for causality.
     """
-
-    def candidate(q: Tensor, k: Tensor, v: Tensor, *, group: Any, dilation: Any, **told: Any) -> Any:
-        if len(group_ranks(group)) > 1:
-            raise NotImplementedError("one device only")
-        module = make(list(dilation.segment_lengths), list(dilation.dilation_rates))
-        return module(q, k, v, **{causal: told["causal"]})
-
-    candidate.convention = heads
-    return candidate
+    w, r = (dilation.segment_lengths, dilation.dilation_rates) if dilation else ([q.shape[1]], [1])
+    return single(make(list(w), list(r)))(q, k, v, group=group, **{flag: causal})
 
 
-def grouped(make: Callable, *, argument: str = "process_group") -> Callable:
-    """For a class whose constructor takes the process group: `make(process_group=…)(q, k, v,
-    causal=…)`.
-    """
-
-    def candidate(q: Tensor, k: Tensor, v: Tensor, *, group: Any, **told: Any) -> Any:
-        return make(**{argument: group})(q, k, v, **told)
-
-    return candidate
-
-
-def renamed(fn: Callable, **names: str) -> Callable:
-    """For a function with other names: `renamed(f, group="process_group", causal="is_causal")`."""
-
-    def candidate(q: Tensor, k: Tensor, v: Tensor, **told: Any) -> Any:
-        return fn(q, k, v, **{names.get(name, name): value for name, value in told.items()})
-
-    return candidate
-
-
-def interleaved_gqa(fn: Callable) -> Callable:
-    """For a function whose query head j uses key/value head j mod g: the query heads are put in its
-    order and back.
-    """
-
-    def candidate(q: Tensor, k: Tensor, v: Tensor, **told: Any) -> Any:
-        g = k.shape[2]
-        result = fn(q.unflatten(2, (g, -1)).transpose(2, 3).flatten(2, 3), k, v, **told)
-        out, *rest = result if isinstance(result, tuple) else (result,)
-        out = out.unflatten(2, (-1, g)).transpose(2, 3).flatten(2, 3)
-        return (out, rest[0].unflatten(1, (-1, g)).transpose(1, 2).flatten(1, 2)) if rest else out
-
-    candidate.__qualname__ = getattr(fn, "__qualname__", repr(fn))
-    return candidate
-
-
-def varlen(fn: Callable) -> Callable:
-    """For a function over (T, h, d) with `cu_seqlens`, the batch laid end to end; lse, if any, is h
-    T.
-    """
-
-    def candidate(q: Tensor, k: Tensor, v: Tensor, **told: Any) -> Any:
-        b, s = q.shape[:2]
-        lengths = torch.arange(0, (b + 1) * s, s, dtype=torch.int32)[: b + 1]
-        result = fn(*(x.reshape(b * s, *x.shape[2:]) for x in (q, k, v)), cu_seqlens=lengths, **told)
-        out, *rest = result if isinstance(result, tuple) else (result,)
-        out = out.unflatten(0, (b, s))
-        return (out, rest[0].unflatten(1, (b, s)).transpose(0, 1)) if rest else out
-
-    return candidate
+@_adapter
+def grouped(
+    make: Callable, q: Tensor, k: Tensor, v: Tensor, *, group: Any, argument="process_group", **told: Any
+) -> Any:
+    """For a class whose constructor takes the process group: `make(process_group=…)(q, k, v, causal=…)`."""
+    return make(**{argument: group})(q, k, v, **told)
 
 
 def context_parallel(*, rotate: str = "allgather") -> Callable:
-    """PyTorch's `context_parallel` around scaled_dot_product_attention; experimental there, and
-    causal wants zigzag.
+    """PyTorch's `context_parallel` around scaled_dot_product_attention, experimental there; causal wants zigzag.
 
-    `rotate` is how keys travel, "allgather" or "alltoall". PyTorch has it for its fused kernels, so
-    on a CPU only where there is one (its flash attention).
+    `rotate` is how keys travel, "allgather" or "alltoall". PyTorch has rings for its CUDA kernels only.
     """
 
-    def candidate(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, group: Any) -> Tensor:
-        q, k, v = (x.transpose(1, 2).contiguous() for x in (q, k, v))
-        with entered(group, rotate, q.shape[2] * len(group_ranks(group))):
-            out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal)
-        return out.transpose(1, 2)
+    def context_parallel(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, group: Any) -> Tensor:
+        if not q.is_cuda:
+            raise NotImplementedError(
+                "PyTorch's context_parallel has no ring for the CPU: it knows CUDA's flash, efficient and cuDNN "
+                "kernels, not aten._scaled_dot_product_flash_attention_for_cpu"
+            )
+        scope = partial(entered, group, rotate, q.shape[1] * len(group_ranks(group)))
+        return _Within.apply(scope, causal, q, k, v)
 
-    return candidate
+    return context_parallel
 
 
-def bound(fn: Callable, **fixed: Any) -> Callable:
-    """`fn` with keywords fixed; the report keeps its name."""
-    made = partial(fn, **fixed)
-    made.__qualname__ = getattr(fn, "__qualname__", repr(fn))
-    return made
+class _Within(torch.autograd.Function):
+    """Attention whose forward and backward both run inside a context manager: the oracle calls them one at a time."""
+
+    @staticmethod
+    def forward(ctx: Any, scope: Callable, causal: bool, *qkv: Tensor) -> Tensor:
+        leaves = [x.detach().requires_grad_() for x in qkv]
+        with torch.enable_grad(), scope():
+            heads_first = (x.transpose(1, 2).contiguous() for x in leaves)
+            out = torch.nn.functional.scaled_dot_product_attention(*heads_first, is_causal=causal).transpose(1, 2)
+        ctx.scope, ctx.leaves, ctx.out = scope, leaves, out
+        return out.detach()
+
+    @staticmethod
+    def backward(ctx: Any, do: Tensor) -> tuple:
+        with ctx.scope():
+            return None, None, *torch.autograd.grad(ctx.out, ctx.leaves, do)

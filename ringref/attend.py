@@ -5,10 +5,10 @@ here, and is sent that block's dK and dV in the backward (None in the forward); 
 are left it yields None, and once resumed it returns what came home. It decides in which order keys
 travel and nothing else.
 
-The work is done part by part: a part is a contiguous range of key/value heads with their query
-heads, so what is in flight and what accumulates is a part's share. Running out, lse and gradients
-are float32 (float64 for float64); K and V travel in their own dtype, dK and dV in the accumulating
-one.
+A backward, and a forward of many strands, works part by part: a part is a contiguous range of
+key/value heads with their query heads, so what is in flight and what accumulates is a part's share.
+Running out, lse and gradients are float32 (float64 for float64); K and V travel in their own dtype,
+dK and dV in the accumulating one.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from .layout import (
     Attended,
     Call,
     Dilation,
+    Load,
     Positions,
     Route,
     Rows,
@@ -87,7 +88,7 @@ class Running:
         *some, last = self.waiting
         if some:
             kept = share(self.before, self.lse)[..., None]
-            self.out = self.out.mul_(kept) if self.out.dtype == kept.dtype else self.out * kept
+            self.out = _scaled(self.out, kept)
             self.before = self.lse.clone()
         for rows, heads, out, lse in some:
             weight = share(lse, rows.of(self.lse, heads))[..., None]
@@ -98,19 +99,24 @@ class Running:
         """out and lse (b s h), written into these if they are given."""
         if self.out is None:
             self._start()
-        if out is None and not self.waiting:
-            return self.out.to(self.like.dtype), self.lse
-        out = self.like.new_empty(self.shape) if out is None else out
         if self.waiting:
             self._settle()
-        if not (self.waiting and _covers(*self.waiting[0][:3:2], self.shape)):
+        if out is None and (not self.waiting or self.out.dtype == self.like.dtype):
+            out = self.out = self.out.to(self.like.dtype)
+        out = self.like.new_empty(self.shape) if out is None else out
+        if out is not self.out and not (self.waiting and _covers(*self.waiting[0][:3:2], self.shape)):
             out.copy_(self.out)
         for rows, heads, x, its in self.waiting:
             merged = rows.of(self.lse, heads)
             kept, weight = (share(a, merged)[..., None] for a in (rows.of(self.before, heads), its))
-            kept = rows.of(self.out, heads) * kept
+            kept = _scaled(rows.of(self.out, heads), kept)
             rows.change(out, heads, lambda part, a=kept, b=x, c=weight: torch.addcmul(a, b, c, out=part))
         return out, self.lse if lse is None else lse.copy_(self.lse)
+
+
+def _scaled(x: Tensor, factor: Tensor) -> Tensor:
+    """x · factor in the factor's dtype, in place where that is x's own."""
+    return x.mul_(factor) if x.dtype == factor.dtype else x * factor
 
 
 class Sum:
@@ -235,20 +241,21 @@ def _cut(heads: range, of: range) -> slice:
 _PART_BYTES, _PART_BYTES_ALONE, _MOST_PARTS = 10 * 2**20, 256 * 2**20, 4
 
 
-def part_count(q_bytes: int, g: int, alone: bool, dilated: bool) -> int:
+def part_count(q_bytes: int, g: int, alone: bool, dilated: bool, forward: bool) -> int:
     """In how many parts a rank with so many bytes of q works: what is in flight stays small and each fills a GPU."""
-    if alone and not dilated:  # nothing travels and nothing accumulates
+    # one strand has nothing to accumulate on one rank, and in a forward holds less whole than a backward in parts
+    if not dilated and (alone or forward):
         return 1
     return max(1, min(q_bytes // (_PART_BYTES_ALONE if alone else _PART_BYTES), g, _MOST_PARTS))
 
 
 @lru_cache(maxsize=64)
 def _plan(
-    dilation: Dilation | None, h: int, g: int, row_bytes: int, table: Table, rank: int, causal: bool
+    dilation: Dilation | None, h: int, g: int, row_bytes: int, table: Table, rank: int, causal: bool, forward: bool
 ) -> tuple[Part, ...]:
     """The parts of a call, alike on every rank."""
     group, longest = h // g, max(map(len, (*table.queries, *table.keys)))
-    count = part_count(longest * row_bytes, g, len(table.keys) == 1, dilation is not None)
+    count = part_count(longest * row_bytes, g, len(table.keys) == 1, dilation is not None, forward)
     # the widest strand first, which may cover all rows; then the narrow ones, for the last is the
     # cheapest to add
     order = strands(dilation, h)
@@ -279,7 +286,7 @@ def _part(order: list[Strand], heads: range, kv_heads: range, table: Table, rank
             else:
                 local.append(one)
     if local:
-        stay = Route((rank,), {rank: torch.empty(0, dtype=torch.int64)}, {rank: {}})
+        stay = Route((rank,), {rank: Load(table.keys[rank], torch.empty(0, dtype=torch.int64))}, {rank: {}})
         legs.insert(0, Leg(tuple(local), kv_heads, stay))
     return Part(heads, kv_heads, tuple(legs))
 
@@ -305,54 +312,44 @@ def _meetings(
         whole = slice(heads.start, heads[-1] + 1, heads.step)
         return Meeting(visit, heads, whole, _cut(heads, part_heads), _cut(used, kv_heads), _cut(used, part_kv_heads))
 
-    found, offsets = [], []
-    for strand in some:
-        met = visits(strand, queries, keys, causal, masked, q_chunk)
-        if group == 1 and offsets and _neighbours(*offsets[-1], strand, met):
-            offsets.append((strand, met))
-            continue
-        found += [meeting(*x) for x in _slanted(offsets)]
-        offsets = [(strand, met)]
-        if group > 1:
-            found += [meeting(visit, heads) for visit in met for heads in regular(strand.heads, group)]
-            offsets = []
-    found += [meeting(*x) for x in _slanted(offsets)]
-    return tuple(found)
+    met = [(strand, visits(strand, queries, keys, causal, masked, q_chunk)) for strand in some]
+    found = []
+    while met:
+        run = 1
+        while group == 1 and run < len(met) and _neighbours(*met[run - 1], *met[run]):
+            run += 1
+        found += _slanted(met[:run], group)
+        met = met[run:]
+    return tuple(meeting(visit, heads) for visit, heads in found)
 
 
 def _neighbours(strand: Strand, met: list[Visit], after: Strand, met_after: list[Visit]) -> bool:
     """Whether the next strand does the same one row and one head further on."""
-
-    def shape(rows: Rows, on: int = 0):
-        return rows.strided, rows.start + on, rows.step, rows.hop, rows.m, rows.c
-
-    heads, shifted = (after.heads, range(strand.heads.start + 1, strand.heads[-1] + 2, strand.heads.step))
-    if after[:2] != strand[:2] or list(heads) != list(shifted) or len(met) != len(met_after):
-        return False
-    return all(
-        x.kind == y.kind != "mask" and x.queries.strided and x.keys.strided
-        and shape(x.queries, 1) == shape(y.queries) and shape(x.keys, 1) == shape(y.keys)
+    shifted = after[:2] == strand[:2] and list(after.heads) == [j + 1 for j in strand.heads]
+    return shifted and len(met) == len(met_after) and all(
+        x.kind == y.kind != "mask" and y.queries.follows(x.queries) and y.keys.follows(x.keys)
         for x, y in zip(met, met_after, strict=True)
     )  # fmt: skip
 
 
-def _slanted(offsets: list[tuple[Strand, list[Visit]]]) -> Iterator[tuple[Visit, range]]:
+def _slanted(offsets: list[tuple[Strand, list[Visit]]], group: int) -> Iterator[tuple[Visit, range]]:
     """Visits of strands of neighbouring offsets: a visit a strand, or, where that is fewer, one a
     head of the first strand.
 
     Head j has offset j % r, so neighbouring heads start at neighbouring rows: together they are one
     strided view too.
     """
-    if offsets and len(offsets) > len(offsets[0][0].heads):
-        (first, met), count = offsets[0], len(offsets)
+    (first, met), count = offsets[0], len(offsets)
+    if count > len(first.heads):
         for visit in met:
             rows, keys = (x.slanted() for x in visit[:2])
             for head in first.heads:
                 yield visit._replace(queries=rows, keys=keys), range(head, head + count)
-    else:
-        for strand, met in offsets:
-            for visit in met:
-                yield visit, strand.heads
+        return
+    for strand, met in offsets:
+        for visit in met:
+            for heads in regular(strand.heads, group):
+                yield visit, heads
 
 
 # ------------------------------------------------------------------------------------ the conductor
@@ -372,51 +369,37 @@ class Trip:
     """
 
     def __init__(self, call: Call, leg: Leg, k: Tensor, v: Tensor):
-        self._keys, self._route = call.table.keys, leg.route
+        self._route = leg.route
         self.ring: Ring = call.ring.among(leg.route.members)
         heads = _cut(leg.kv_heads, range(k.shape[2]))
         self._k, self._v = k[:, :, heads], v[:, :, heads]
-        self.own = Block(self._keys[call.ring.rank], self._k, self._v)
+        self.own = Block(call.table.keys[call.ring.rank], self._k, self._v)
 
-    def load(self, member: int) -> Tensor:
-        """The rows of this member that any other one needs."""
+    def load(self, member: int) -> Load:
+        """The keys of this member that any other one needs."""
         return self._route.load[self._route.members[member]]
 
-    def wanted(self, by: int, of: int) -> Tensor:
-        """The rows of member `of` that member `by` needs."""
+    def wanted(self, by: int, of: int) -> Load:
+        """The keys of member `of` that member `by` needs; one of the two is me."""
         return self._route.wanted[self._route.members[by]][self._route.members[of]]
 
-    def pack(self, rows: Tensor) -> Message:
-        """My K and V at these rows, ready to be sent."""
-        if len(rows) == self._k.shape[1]:
-            return self._k.contiguous(), self._v.contiguous()
-        rows = rows.to(self._k.device)
-        return self._k.index_select(1, rows), self._v.index_select(1, rows)
+    def pack(self, load: Load) -> Message:
+        """My K and V of this load, ready to be sent."""
+        return tuple(load.rows.of(x, slice(None))[:, 0].contiguous() for x in (self._k, self._v))
 
-    def space(self, rows: Tensor, gradients: bool = False) -> Message:
-        """Buffers for the K and V, or dK and dV, of that many rows."""
+    def space(self, load: Load, gradients: bool = False) -> Message:
+        """Buffers for the K and V, or dK and dV, of this load."""
         dtype = wide(self._k.dtype) if gradients else self._k.dtype
-        shape = (self._k.shape[0], len(rows), *self._k.shape[2:])
+        shape = (self._k.shape[0], len(load), *self._k.shape[2:])
         return tuple(self._k.new_empty(shape, dtype=dtype) for _ in range(2))
 
-    def block(self, member: int, rows: Tensor, message: Message) -> Block:
-        keys = self._keys[self._route.members[member]]
-        return Block(keys if len(rows) == len(keys) else _some(keys, rows), *message)
+    def block(self, load: Load, message: Message) -> Block:
+        """A load that has arrived."""
+        return Block(load.positions, *message)
 
 
-def _some(keys: Positions, rows: Tensor, _known: dict = {}) -> Positions:  # noqa: B006
-    """`keys[rows]`, remembered: hashing positions costs more than a small block."""
-    key = keys, id(rows)
-    if key not in _known:
-        if len(_known) > 256:
-            _known.clear()
-        _known[key] = keys[rows], rows  # rows live as long as their id is a key
-    return _known[key][0]
-
-
-# yields the blocks, is sent their gradients, and returns what came home: rows of mine with their dK
-# and dV
-Homecoming = Sequence[tuple[Tensor, Message]]
+# yields the blocks, is sent their gradients, and returns what came home: loads of mine with their dK and dV
+Homecoming = Sequence[tuple[Load, Message]]
 Conductor = Callable[[Trip], Generator["Block | None", "Gradients | None", Homecoming]]
 
 
@@ -424,16 +407,15 @@ class Job(NamedTuple):
     """A call and the conductor that carries it out."""
 
     call: Call
-    conduct: Conductor
-    parts: tuple[Part, ...]
+    conduct: Conductor | None
+    forward: tuple[Part, ...]
+    backward: tuple[Part, ...]
     group: int  # query heads per key/value head
 
-    def meetings(self, part: Part, leg: Leg, block: Block) -> Iterator[tuple[Meeting, backends.Seen]]:
-        call = self.call
+    def meetings(self, part: Part, leg: Leg, keys: Positions) -> tuple[Meeting, ...]:
+        call, where = self.call, (leg.strands, leg.kv_heads, part.heads, part.kv_heads, self.group)
         mine, masked = call.table.queries[call.ring.rank], call.mask_mod is not None
-        where = leg.strands, leg.kv_heads, part.heads, part.kv_heads, self.group
-        for meeting in _meetings(*where, mine, block.positions, call.causal, masked, call.q_chunk):
-            yield meeting, _seen(call, meeting, block.k)
+        return _meetings(*where, mine, keys, call.causal, masked, call.q_chunk)
 
 
 def _seen(call: Call, meeting: Meeting, like: Tensor) -> backends.Seen:
@@ -460,18 +442,19 @@ class _Attend(torch.autograd.Function):
     @staticmethod
     @exactly
     def forward(ctx, q, k, v, anchor, job: Job):
-        whole = len(job.parts) == 1
+        whole = len(job.forward) == 1
         out = None if whole else torch.empty_like(q, memory_format=torch.contiguous_format)
         lse = None if whole else q.new_empty(q.shape[:3], dtype=wide(q.dtype))
-        for part in job.parts:
+        for part in job.forward:
             running = Running(q, len(part.heads))
             for leg in part.legs:
                 walk = job.conduct(Trip(job.call, leg, k, v))
                 block = next(walk)
                 while block is not None:
-                    for meeting, seen in job.meetings(part, leg, block):
+                    for meeting in job.meetings(part, leg, block.positions):
                         rows, keys = meeting.visit[:2]
                         there = (keys.of(x, meeting.used) for x in (block.k, block.v))
+                        seen = _seen(job.call, meeting, block.k)
                         piece = backends.forward(rows.of(q, meeting.whole), *there, seen, job.call)
                         running.merge(rows, meeting.in_part, *piece)
                     block = None  # let go of it, or it lives on beside the next two
@@ -496,7 +479,7 @@ class _Attend(torch.autograd.Function):
         lse = lse.masked_fill(lse == -torch.inf, torch.inf).transpose(1, 2)
         dlse = None if dlse is None else dlse.transpose(1, 2)  # b s h
         wholes, travelling = [None, None, None], None
-        for part in job.parts:
+        for part in job.backward:
             sums = [
                 Sum(x, x.shape[1], len(heads))
                 for x, heads in zip((q, k, v), (part.heads, *[part.kv_heads] * 2), strict=True)
@@ -528,8 +511,9 @@ def _differentiate(
     A function of its own so that what it worked with is let go of before the next block's buffers
     are made.
     """
-    for meeting, seen in job.meetings(part, leg, block):
+    for meeting in job.meetings(part, leg, block.positions):
         rows, keys = meeting.visit[:2]
+        seen = _seen(job.call, meeting, block.k)
         mine = [None if x is None else rows.of(x, meeting.whole) for x in saved]
         there = (keys.of(x, meeting.used) for x in (block.k, block.v))
         dq, dk, dv = backends.backward(*mine[:3], *there, *mine[3:], seen, job.call)
@@ -545,9 +529,9 @@ def _come_home(walk: Generator, part: Part, leg: Leg, sums: list[Sum], wholes: l
     try:
         next(walk)
     except StopIteration as end:
-        for rows, message in end.value:
+        for load, message in end.value:
             for total, x in zip(sums[1:], message, strict=True):
-                total.add(Rows(rows[None]), _cut(leg.kv_heads, part.kv_heads), x[:, None])
+                total.add(load.rows, _cut(leg.kv_heads, part.kv_heads), x[:, None])
     if leg is not part.legs[-1]:
         return
     for i, (total, heads, x) in enumerate(zip(sums, (part.heads, part.kv_heads, part.kv_heads), inputs, strict=True)):
@@ -563,9 +547,13 @@ def _come_home(walk: Generator, part: Part, leg: Leg, sums: list[Sum], wholes: l
 def attend(conduct: Conductor, method: str, q: Tensor, k: Tensor, v: Tensor, **arguments) -> Attended:
     """Validate, agree with the other ranks, and carry out the call."""
     call = agree(method, q, k, v, able=backends.check, **arguments)
+    return Attended(*_Attend.apply(q, k, v, call.anchor, _job(call, conduct, q, k)))
+
+
+def _job(call: Call, conduct: Conductor | None, q: Tensor, k: Tensor) -> Job:
     (b, _, h, d), g = q.shape, k.shape[2]
-    parts = _plan(call.dilation, h, g, b * h * d * q.element_size(), call.table, call.ring.rank, call.causal)
-    return Attended(*_Attend.apply(q, k, v, call.anchor, Job(call, conduct, parts, h // g)))
+    plan = call.dilation, h, g, b * h * d * q.element_size(), call.table, call.ring.rank, call.causal
+    return Job(call, conduct, _plan(*plan, forward=True), _plan(*plan, forward=False), h // g)
 
 
 def paths(q: Tensor, k: Tensor, **arguments) -> list[str]:
@@ -573,25 +561,15 @@ def paths(q: Tensor, k: Tensor, **arguments) -> list[str]:
     every rank must ask.
     """
     call = agree("explain", q, k, k, able=lambda *_: None, **arguments)
-    (b, _, h, d), g, rank = q.shape, k.shape[2], call.ring.rank
-    lines = {}
-    for part in _plan(call.dilation, h, g, b * h * d * q.element_size(), call.table, rank, call.causal):
+    job, lines = _job(call, None, q, k), []
+    for part in job.forward:
         for leg in part.legs:
             branches = sorted({(x.w, x.r) for x in leg.strands})
             named = ", ".join("all keys" if w == EVERYTHING else f"w={w} r={r}" for w, r in branches)
-            where = "stay" if len(leg.route.members) == 1 else f"travel among ranks {list(leg.route.members)}"
-            where_own = leg.strands, leg.kv_heads, part.heads, part.kv_heads, h // g
-            met = _meetings(
-                *where_own,
-                call.table.queries[rank],
-                call.table.keys[rank],
-                call.causal,
-                call.mask_mod is not None,
-                call.q_chunk,
-            )
-            read = {"strided views" if x.visit.queries.strided and x.visit.keys.strided else "copied rows" for x in met}
-            kinds = sorted({x.visit.kind for x in met})
-            lines[
-                f"{named}: keys {where}; own block: {len(met)} visits ({', '.join(kinds)}) of {', '.join(sorted(read))}"
-            ] = 0
-    return list(lines)
+            members = leg.route.members
+            where = "stay" if len(members) == 1 else f"travel among ranks {list(members)}"
+            met = [x.visit for x in job.meetings(part, leg, call.table.keys[call.ring.rank])]
+            read = {"strided views" if x.queries.strided and x.keys.strided else "copied rows" for x in met}
+            kinds = f"{len(met)} visits ({', '.join(sorted({x.kind for x in met}))}) of {', '.join(sorted(read))}"
+            lines.append(f"{named}: keys {where}; own block: {kinds}")
+    return list(dict.fromkeys(lines))

@@ -45,7 +45,7 @@ def gathering(trip: Trip):
     arriving.wait()
     parts = {}
     for source in others:
-        gradients = yield trip.block(source, trip.load(source), gathered[source])
+        gradients = yield trip.block(trip.load(source), gathered[source])
         if gradients is not None:
             parts[source] = gradients.onto(None)
     yield None

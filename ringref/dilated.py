@@ -42,16 +42,16 @@ def fetching(trip: Trip):
     ring, me = trip.ring, trip.ring.rank
     others = [member for member in range(ring.size) if member != me]
     asked, needed = {r: trip.wanted(r, me) for r in others}, {r: trip.wanted(me, r) for r in others}
-    fetched = {r: trip.space(rows) for r, rows in needed.items()}
-    arriving = ring.exchange({r: trip.pack(rows) for r, rows in asked.items()}, fetched)
+    fetched = {r: trip.space(load) for r, load in needed.items()}
+    arriving = ring.exchange({r: trip.pack(load) for r, load in asked.items()}, fetched)
     yield trip.own
     arriving.wait()
     parts = {}
-    for source, rows in needed.items():
-        gradients = yield trip.block(source, rows, fetched[source])
+    for source, load in needed.items():
+        gradients = yield trip.block(load, fetched[source])
         if gradients is not None:
             parts[source] = gradients.onto(None)
-    home = {r: trip.space(rows, gradients=True) for r, rows in asked.items()} if parts else {}
+    home = {r: trip.space(load, gradients=True) for r, load in asked.items()} if parts else {}
     returning = ring.exchange(parts, home) if parts else None
     yield None
     if returning:

@@ -183,7 +183,9 @@ def _first_failure(error, p, folder):
         note = f"\n(by then fn had returned on rank {left}, {GRACE:.0f} s before)" if left else ""
         return RankError(rank, f"rank {rank} of {p} raised:\n\n{reports[rank][1]}{note}")
     cause = failure.signal_name() if failure.exitcode < 0 else f"exit code {failure.exitcode}"
-    return RankError(rank, f"rank {rank} of {p} died with {cause} and left no Python traceback")
+    hops = [file.read_text().strip() for file in sorted(Path(folder).glob("hop.*"))]
+    told = "".join(f"\n  {hop}" for hop in hops if hop)
+    return RankError(rank, f"rank {rank} of {p} died with {cause} and left no Python traceback{told}")
 
 
 # A rank's side
@@ -196,6 +198,7 @@ def _rank_main(job, environ, typed, folder):
         linecache.cache.update(typed)
         fn, backend, timeout, threads = pickle.loads(job)
         torch.set_num_threads(threads)
+        _LastHop(Path(folder, f"hop.{rank}")).follow("ringref.comm")
         store = _join_group(backend, timeout)
         result = _pickled(fn(ProcessRing()))
         _wait_for_the_others(store, folder)
@@ -241,6 +244,22 @@ def _wait_for_the_others(store, folder):
             Path(folder, f"left.{dist.get_rank()}").touch()
             return
         time.sleep(0.01)
+
+
+class _LastHop(logging.Handler):
+    """Keeps a logger's last line in a file: it outlives a rank that NCCL's watchdog or a signal ends."""
+
+    def __init__(self, path):
+        super().__init__(logging.DEBUG)
+        self.file = os.open(path, os.O_CREAT | os.O_WRONLY)
+
+    def emit(self, record):
+        os.pwrite(self.file, record.getMessage().ljust(160).encode(), 0)
+
+    def follow(self, name):
+        logger = logging.getLogger(name)
+        logger.addHandler(self)
+        logger.setLevel(logging.DEBUG)
 
 
 class _ToCpu(cloudpickle.Pickler):

@@ -523,6 +523,11 @@ class Rows:
         other.slant = 1
         return other
 
+    def follows(self, other: Rows) -> bool:
+        """Whether these are the other's rows, each one further, and both are views."""
+        mine, its = ((x.strided, x.start, x.step, x.hop, x.m, x.c) for x in (self, other))
+        return self.strided and mine == (True, other.start + 1, *its[2:])
+
     def all_of(self, s: int) -> bool:
         """Whether these are rows 0 … s−1 in order."""
         whole = self.start == 0 and self.step == 1 and self.hop == self.c and self.m * self.c == s
@@ -669,17 +674,29 @@ def _alike(
             yield from ((qi[:, a], ki[:, b], kind) for a, b, kind in pieces)
 
 
-class Route(NamedTuple):
-    """How a strand's keys can travel: the ranks that share a segment, and the rows that each of
-    them needs of each.
+class Load:
+    """Some rows of a rank's keys, which travel together: where they lie in its tensors, and their
+    positions.
+    """
 
-    `members`: in rank order, me among them. `load[j]`: rows of rank j that any other member needs.
-    `wanted[i][j]`: rows of rank j that rank i needs.
+    def __init__(self, keys: Positions, rows: Tensor):
+        self.rows = Rows(rows[None])
+        self.positions = keys if len(rows) == len(keys) else keys[rows]
+
+    def __len__(self):
+        return len(self.positions)
+
+
+class Route(NamedTuple):
+    """How a strand's keys can travel: the ranks that share a segment, and what each needs of each.
+
+    `members`: in rank order, me among them. `load[j]`: of rank j, what any other member needs.
+    `wanted[i][j]`: of rank j, what rank i needs; one of the two is me.
     """
 
     members: tuple[int, ...]
-    load: dict[int, Tensor]
-    wanted: dict[int, dict[int, Tensor]]
+    load: dict[int, Load]
+    wanted: dict[int, dict[int, Load]]
 
 
 @lru_cache(maxsize=8)  # asked for twice in a row
@@ -722,8 +739,9 @@ def _route(strand: Strand, table: Table, rank: int, causal: bool) -> Route:
         for i in members - {j}:
             seen = meets.get((i, j), torch.zeros_like(needed))
             needed |= seen
-            if causal and len(q_at[i]):
-                seen = seen & (table.keys[j].index[k_rows[j]] <= q_at[i][-1])
-            wanted[i][j] = k_rows[j][seen]
-        load[j] = k_rows[j][needed]
+            if rank in (i, j):
+                if causal and len(q_at[i]):
+                    seen = seen & (table.keys[j].index[k_rows[j]] <= q_at[i][-1])
+                wanted[i][j] = Load(table.keys[j], k_rows[j][seen])
+        load[j] = Load(table.keys[j], k_rows[j][needed])
     return Route(tuple(sorted(members)), load, wanted)

@@ -70,7 +70,7 @@ def predicted(
         whole = b * n * (h + (h + 2 * g) * backward) * d * wide
         return {**always, "out": out, "gathered": gathered, "whole out, and gradients": whole, "scores": scores}
 
-    parts = part_count(out, g, p == 1, dilation is not None)
+    parts = part_count(out, g, p == 1, dilation is not None, not backward)
     group, kv_heads = h // g, ceil(g / parts)
     q, kv = b * s * kv_heads * group * d, 2 * b * s * kv_heads * d  # numbers in the largest part
     made = wide if kernel == "math" else size  # bytes of a number as a block's result comes
@@ -113,8 +113,8 @@ def predicted(
             moments = [(out * (parts > 1), q * made * several, first, 0, 1)]
             if many:  # those before are added up, the last one waits
                 moments.append((out * (parts > 1), q * (2 * made + widened), later, 0, 1))
-            if several:  # the last two are added as out is written
-                moments.append((out, q * (2 * made + wide), 0, 0, 0))
+            if several:  # the last two are added, over the first where out has its type
+                moments.append((out * (parts > 1 or copied > 0), q * (2 * made + widened), 0, 0, 0))
         for mine, sums, keys_here, gradients_here, working in moments:
             held = {
                 **always,

@@ -57,7 +57,7 @@ def rotating(trip: Trip):
         keys = arriving.wait()
         if hop < p - 1:  # posted before this block is computed, waited for after it
             arriving = ring.rotate(keys, trip.space(before))
-        gradients = yield trip.block(source, trip.load(source), keys)
+        gradients = yield trip.block(trip.load(source), keys)
         if gradients is not None:
             gradients = gradients.onto(returning.wait() if returning else None)
             returning = ring.rotate(gradients, trip.space(before, gradients=True))

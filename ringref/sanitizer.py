@@ -1,182 +1,156 @@
 """Watch the messages of somebody else's attention while it runs on real processes.
 
-Three things live here, all that the oracle needs of `torch.distributed`:
+All that the oracle needs of `torch.distributed` is here, in this order:
 
-- `Watched`, a process group that carries every message and collective over gloo and stands between
-the candidate and
-  it. What a correct program cannot notice changes, so that what an incorrect program gets away with
-  becomes visible: a receive buffer is filled with NaN when its receive is posted and only gets its
-  content in `wait()`; a send buffer is read as late as is allowed, when its rank next blocks (later
-  would hang correct code), never when it is posted.
-- `Ledger`, one rank's record of every operation: who, how much, at which hop, from which line of
-the candidate. - `Pool`, worker processes that run a candidate, and `Ranks`, the same for ranks that
-`torchrun` started.
+- `Ledger`: one rank's record of every operation: who, how much, at which hop, from which line of the candidate.
+- `Watched`: a process group that carries every message and collective over gloo and stands between the candidate and
+  it. What a correct program cannot notice changes, so that what an incorrect program gets away with becomes visible: a
+  receive buffer is filled with NaN when its receive is posted and only gets its content in `wait()`; a send buffer is
+  read as late as is allowed, when its rank next blocks (later would hang correct code), never when it is posted.
+- `run`: one case on one rank.
+- `Pool`: processes that run cases on this machine, and `Ranks`, the same where `torchrun` put its ranks.
 
 A hop is a round of point-to-point posts: it counts up when a rank posts again after it has waited.
 """
 
 from __future__ import annotations
 
-import atexit
+import functools
 import importlib
-import math
+import itertools
+import multiprocessing
 import os
 import pickle
-import secrets
 import signal
-import subprocess
 import sys
 import threading
 import time
 import traceback
-from collections import Counter
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from multiprocessing import connection
-from types import FrameType
+from types import FrameType, ModuleType
 from typing import Any
 
-import cloudpickle
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
+from .launch import PRELOAD
+from .memory import measured
+
 NAN_INT = -77  # what an integer receive buffer holds until its message arrives
-DTYPES = (
-    torch.float64,
-    torch.float32,
-    torch.bfloat16,
-    torch.float16,
-    torch.int64,
-    torch.int32,
-    torch.int16,
-    torch.int8,
-    torch.uint8,
-    torch.bool,
-    torch.complex64,
-    torch.complex128,
-)
+DTYPES = sorted({x for x in vars(torch).values() if isinstance(x, torch.dtype)}, key=str)
 FOREVER = timedelta(hours=1)  # the pool's own deadline is shorter and says more than gloo's
-HERE = os.path.dirname(os.path.abspath(__file__))
-SKIPPED = (os.path.dirname(torch.__file__), os.path.join(HERE, "sanitizer.py"), os.path.join(HERE, "oracle.py"))
+SKIPPED = (  # where the files lie whose lines are not the candidate's
+    *(os.path.dirname(package.__file__) for package in (torch, multiprocessing)),
+    *(threading.__file__, "<frozen", "<string>", __file__),
+    os.path.join(os.path.dirname(__file__), "oracle.py"),
+)
 
 
-def candidate_line(frame: FrameType | None) -> tuple[str, int, str] | None:
-    """The innermost frame of neither torch nor the oracle: (file, line, function)."""
-    while frame is not None:
-        code = frame.f_code
-        name = code.co_filename
-        inside = name.startswith(SKIPPED) or name.startswith("<frozen") or "/multiprocessing/" in name
-        if not inside and name != "<string>" and "/threading.py" not in name:
-            return name, frame.f_lineno, code.co_name
-        frame = frame.f_back
-    return None
+def candidate_line(steps: Iterable[tuple[FrameType, int]]) -> tuple[str, int, str] | None:
+    """The first of `traceback.walk_…`'s steps that is neither torch's nor the oracle's: (file, line, function)."""
+    lines = ((frame.f_code.co_filename, number, frame.f_code.co_name) for frame, number in steps)
+    return next((line for line in lines if not line[0].startswith(SKIPPED)), None)
+
+
+def where(line: Any) -> str:
+    """`file.py:12` for a recorded line."""
+    return f"{os.path.basename(line[0])}:{line[1]}" if line else "no line of the candidate (torch itself)"
 
 
 # --------------------------------------------------------------------------------------- the record
 
 
 class Ledger:
-    """Every operation of this rank since `reset()`, and what was wrong with it."""
+    """Every operation of this rank in one case, and what was wrong with it.
 
-    def __init__(self) -> None:
-        self.reset()
+    `poison` is what a receive buffer holds until its message arrives.
+    """
 
-    def reset(self, poison: float = math.nan) -> None:
-        """Forget everything: the next case starts. `poison` is what a buffer holds until its
-        message arrives.
-        """
+    def __init__(self, poison: float = torch.nan) -> None:
         self.poison = poison
-        self.posts: list[Post] = []
+        self.ops: list[dict[str, Any]] = []
+        self.in_flight: list[Post] = []
         self.unlaunched: list[Post] = []
+        self.leaving: list[dist.Work] = []  # gloo must be given the time to send what it was given
         self.findings: list[dict[str, Any]] = []
-        self.waiting: Post | None = None
-        self.phase, self.hop, self.has_waited, self.ticks = "forward", 0, False, 0
+        self.waiting: dict[str, Any] | None = None
+        self.ticks = 0
+        self.enter("forward")
 
     def enter(self, phase: str) -> None:
         """Hops are counted from 0 in each forward and each backward."""
         self.phase, self.hop, self.has_waited = phase, 0, False
 
-    def note(self, kind: str, text: str, post: Post, line: Any = None) -> None:
-        """Record something wrong, at the line of `post` unless another is given; once per line is
-        enough.
-        """
-        line = line or post.line
-        if not any(f["kind"] == kind and f["line"] == line for f in self.findings):
-            self.findings.append({"kind": kind, "text": text, "line": line, "phase": post.phase, "hop": post.hop})
+    def next_hop(self) -> int:
+        """The hop of a message that is posted now."""
+        self.hop, self.has_waited = self.hop + self.has_waited, False
+        return self.hop
+
+    def note(self, kind: str, text: str, op: dict[str, Any]) -> None:
+        """Record something wrong with an operation; once per line is enough."""
+        if not any(f["kind"] == kind and f["line"] == op["line"] for f in self.findings):
+            self.findings.append({"kind": kind, "text": text} | {name: op[name] for name in ("line", "phase", "hop")})
 
     def post(self, op: Post) -> Post:
-        """A new operation: name its hop, compare its buffers with those still in use, queue it."""
-        if op.is_message:
-            if self.has_waited:
-                self.hop, self.has_waited = self.hop + 1, False
-        op.phase, op.hop = self.phase, self.hop
-        for other in self.posts:
-            if not other.waited:
-                self.compare(op, other)
-        self.posts.append(op)
+        """A new operation: compare its buffers with those still in use, queue it."""
+        for other in self.in_flight:
+            self.compare(op, other)
+        self.in_flight.append(op)
         self.unlaunched.append(op)
+        self.ops.append(op.facts)
         return op
 
     def compare(self, op: Post, other: Post) -> None:
         """Two operations in flight may read one buffer together; nothing else."""
-        for mine, i_write in op.spans:
-            for theirs, it_writes in other.spans:
-                if mine[0] < theirs[1] and theirs[0] < mine[1] and (i_write or it_writes):
-                    if i_write and it_writes:
-                        kind, text = ("two-into-one", f"{op.kind} writes into the buffer of an unfinished {other.kind}")
-                    else:
-                        kind, text = ("receive-into-send", f"{op.kind} and an unfinished {other.kind} share a buffer")
-                    self.note(kind, f"{text} (posted at {where(other.line)})", op)
+        for (start, end, i_write), (its_start, its_end, it_writes) in itertools.product(op.spans, other.spans):
+            if start < its_end and its_start < end and (i_write or it_writes):
+                if i_write and it_writes:
+                    kind, text = "two-into-one", f"{op.kind} writes into the buffer of an unfinished {other.kind}"
+                else:
+                    kind, text = "receive-into-send", f"{op.kind} and an unfinished {other.kind} share a buffer"
+                self.note(kind, f"{text} (posted at {where(other.facts['line'])})", op.facts)
 
     def flush(self) -> None:
-        """Let everything posted so far leave. A rank does this whenever it blocks, so deferring
-        cannot cause a hang.
-        """
+        """Let everything posted so far leave. A rank does this whenever it blocks, so deferring cannot cause a hang."""
         queue, self.unlaunched = self.unlaunched, []
         for op in queue:
             op.launch()
 
-    def finish(self) -> bool:
-        """The case is over: let late sends leave, name what was never waited for. True if the group
-        is still clean.
-        """
+    def finish(self) -> None:
+        """The case is over: let late sends leave, name what was never waited for."""
         self.flush()
-        clean = True
-        for op in self.posts:
-            if not op.waited and op.explicit:
-                self.note("unfinished", f"{op.kind} was never waited for", op)
-            clean = clean and op.waited
-        return clean
+        for op in self.in_flight:
+            if op.explicit:
+                self.note("unfinished", f"{op.kind} was never waited for", op.facts)
 
-    def bytes_sent(self) -> int:
-        """Bytes that left this rank: messages, and what a collective cannot do without."""
-        return sum(op.sent for op in self.posts)
-
-    def dump(self, thread: int | None = None) -> dict[str, Any]:
-        """Everything known, as plain data; with a thread's id also the candidate's line where that
-        thread stands.
-        """
-        frame = sys._current_frames().get(thread) if thread else None
+    def dump(self) -> dict[str, Any]:
+        """Everything known, as plain data; asked from another thread, also where in the candidate the main one is."""
+        stack = traceback.walk_stack(sys._current_frames()[threading.main_thread().ident])
         return {
-            "ops": [op.facts() for op in list(self.posts)],
+            "ops": list(self.ops),
             "findings": list(self.findings),
-            "waiting": self.waiting.facts() if self.waiting else None,
+            "waiting": self.waiting,
             "ticks": self.ticks,
-            "line": candidate_line(frame),
-            "phase": self.phase,
-            "sent": self.bytes_sent(),
+            "line": candidate_line(stack),
+            "sent": sum(op["sent"] for op in list(self.ops)),
         }
 
 
-LEDGER = Ledger()
+LEDGER = Ledger()  # of the case that runs
 
 
-def where(line: Any) -> str:
-    """`file.py:12` for a recorded line."""
-    return f"{os.path.basename(line[0])}:{line[1]}" if line else "no line of the candidate (torch itself)"
+@contextmanager
+def unseen() -> Iterator[None]:
+    """What happens in here is no part of the candidate's graph, nor of its memory."""
+    with torch.no_grad(), _disable_current_modes():
+        yield
 
 
 def as_bytes(x: Tensor) -> Tensor:
@@ -185,52 +159,45 @@ def as_bytes(x: Tensor) -> Tensor:
 
 def poison(x: Tensor) -> None:
     """Fill with what nobody can mistake for data."""
-    with torch.no_grad(), _disable_current_modes():
-        if x.is_floating_point() or x.is_complex():
-            x.detach().fill_(LEDGER.poison)
-        elif x.dtype not in (torch.bool, torch.uint8):
-            x.detach().fill_(NAN_INT)
+    if x.is_floating_point() or x.is_complex():
+        x.detach().fill_(LEDGER.poison)
+    elif x.dtype not in (torch.bool, torch.uint8):
+        x.detach().fill_(NAN_INT)
 
 
 # ----------------------------------------------------------------------------------- the operations
 
 
 class Post(dist.Work):
-    """One operation between its post and its wait: the work object that the candidate holds."""
+    """One operation between its post and its wait: the work object that the candidate holds.
 
-    is_message = False
+    A message names its `peer`, as the group counts; a collective has none. `sent` are the bytes that must leave.
+    """
 
-    def __init__(self, group: Watched, kind: str, reads: list[Tensor], writes: list[Tensor], args: Any = None):
+    def __init__(
+        self, group: Watched, kind: str, reads: list, writes: list, sent: float, peer: Any = None, tag: int = 0
+    ):
         super().__init__()
-        frame = sys._getframe(1)
-        self.group, self.kind, self.reads, self.writes, self.args = group, kind, reads, writes, args
-        self.line = candidate_line(frame)
-        # a functional collective is waited for by torch, so only what the candidate holds itself
-        # can be forgotten
-        self.explicit = _called_from_c10d(frame)
-        self.peer, self.tag, self.seq, self.sent = None, 0, 0, 0
-        self.sizes = [x.numel() for x in reads or writes]
-        self.dtypes = [str(x.dtype)[6:] for x in reads or writes]
-        self.waited = False
-        self.spans = [(_span(x), False) for x in reads if x.numel()]
-        self.spans += [(_span(x), True) for x in writes if x.numel()]
-        self.real: Any = None
-
-    def facts(self) -> dict[str, Any]:
-        """Plain data about this operation."""
-        return {
-            "kind": self.kind,
-            "group": self.group.name,
-            "members": self.group.members,
-            "peer": self.peer,
-            "tag": self.tag,
-            "seq": self.seq,
-            "sizes": self.sizes,
-            "dtypes": self.dtypes,
-            "line": self.line,
-            "phase": self.phase,
-            "hop": self.hop,
-            "waited": self.waited,
+        self.group, self.kind, self.reads, self.writes, self.peer = group, kind, reads, writes, peer
+        self.spans = [_span(x, False) for x in reads if x.numel()] + [_span(x, True) for x in writes if x.numel()]
+        # no frame is kept: its locals are the candidate's tensors, and their bytes are measured
+        names = (frame.f_code.co_filename for frame, _ in traceback.walk_stack(sys._getframe()))
+        # a functional collective is waited for by torch, so only what the candidate holds itself can be forgotten
+        self.explicit = next(name for name in names if name != __file__).endswith("distributed_c10d.py")
+        self.facts = {
+            "kind": kind,
+            "group": group.label,
+            "members": group.members,
+            "peer": None if peer is None else group.members[peer],
+            "tag": tag,
+            "seq": next(group.counts["collective" if peer is None else kind, peer, tag]),
+            "sizes": [x.numel() for x in reads or writes],
+            "dtypes": [str(x.dtype).removeprefix("torch.") for x in reads or writes],
+            "sent": int(sent),
+            "line": candidate_line(traceback.walk_stack(sys._getframe())),
+            "phase": LEDGER.phase,
+            "hop": LEDGER.hop if peer is None else LEDGER.next_hop(),
+            "waited": False,
         }
 
     def launch(self) -> None:
@@ -238,162 +205,131 @@ class Post(dist.Work):
 
     def block(self) -> None:
         """Wait until the real group has done it."""
+        self.real.wait()
 
     def settle(self) -> None:
-        """Give the candidate what arrived, and check that it kept its side."""
+        """Give the candidate what arrived, or check that it kept its side."""
 
     def wait(self, timeout: Any = None) -> bool:
-        if not self.waited:
-            LEDGER.flush()
-            LEDGER.waiting = self
-            self.block()
-            LEDGER.waiting = None
-            LEDGER.ticks += 1
-            LEDGER.has_waited = True
-            with torch.no_grad(), _disable_current_modes():
+        if not self.facts["waited"]:
+            with unseen():
+                LEDGER.flush()
+                LEDGER.waiting = self.facts
+                self.block()
+                LEDGER.waiting = None
+                LEDGER.ticks += 1
                 self.settle()
-            self.waited = True
-            # the record lives on, the candidate's tensors must not: their bytes are measured
-            self.reads, self.writes, self.args = [], [], None
-            self.payload = self.results = self.given = None
+            LEDGER.has_waited = self.facts["waited"] = True
+            LEDGER.in_flight.remove(self)
         return True
 
-    def synchronize(self) -> None:
-        self.wait()
-
-    def is_completed(self) -> bool:
-        # gloo's own messages are never complete before somebody waits, so that polling is waiting
-        # here
-        return self.wait()
-
-    def is_success(self) -> bool:
-        return self.waited
-
-    def exception(self) -> None:
-        return None
+    # gloo's own messages are never complete before somebody waits, so that polling is waiting here
+    is_completed = synchronize = wait
 
     def result(self) -> list[Tensor]:
         return self.writes
 
     def get_future(self) -> torch.futures.Future:
-        writes = self.writes
         self.wait()
         future: torch.futures.Future = torch.futures.Future()
-        future.set_result(writes)
+        future.set_result(self.writes)
         return future
 
 
-def _called_from_c10d(frame: FrameType | None) -> bool:
-    while frame is not None and frame.f_code.co_filename.endswith("ringref/sanitizer.py"):
-        frame = frame.f_back
-    return frame is not None and frame.f_code.co_filename.endswith("distributed_c10d.py")
-
-
-def _span(x: Tensor) -> tuple[int, int]:
-    """First and last byte of a tensor in memory."""
+def _span(x: Tensor, written: bool) -> tuple[int, int, bool]:
+    """Where a tensor begins and ends in memory, and whether the operation writes there."""
     reach = sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
-    return x.data_ptr(), x.data_ptr() + (reach + 1) * x.element_size()
+    return x.data_ptr(), x.data_ptr() + (reach + 1) * x.element_size(), written
 
 
-class Send(Post):
-    """A header leaves at once, so that the receiver's post is known; the content leaves when this
-    rank blocks.
+class Message(Post):
+    """Point to point: a header (size and dtype) leaves at once, so that each end knows of the other; then the content.
+
+    Sizes or dtypes that differ are named by the parent, which sees both ends; here they must do no harm.
     """
 
-    is_message = True
+    def __init__(self, group: Watched, kind: str, x: Tensor, peer: int, tag: int):
+        reads, writes, sent = ([x], [], x.nbytes) if kind == "send" else ([], [x], 0)
+        super().__init__(group, kind, reads, writes, sent, peer, tag)
+        for wrong, name, text in (
+            (peer == group.rank(), "self-send", f"{kind} with rank {peer}, which is this rank"),
+            (not x.is_contiguous(), "non-contiguous", f"{kind} of a tensor with strides {tuple(x.stride())}"),
+        ):
+            if wrong:
+                LEDGER.note(name, text, self.facts)
+                raise RuntimeError(f"{text}: gloo and NCCL refuse it")
+        # each message has tags of its own on the wire, so that a late one never meets another's buffer
+        self.wire = 2 * ((tag % 1000) * 1_000_000 + self.facts["seq"])
+        self.header = torch.tensor([x.numel(), DTYPES.index(x.dtype)])
+        self.real = getattr(group.real, kind)([self.header], peer, self.wire)
+
+
+class Send(Message):
+    """Its content leaves when this rank next blocks."""
 
     def __init__(self, group: Watched, x: Tensor, peer: int, tag: int):
-        super().__init__(group, "send", [x], [])
-        self.peer, self.tag, self.seq = group.members[peer], tag, group.next("send", peer, tag)
-        self.to, self.sent = peer, x.numel() * x.element_size()
-        with _disable_current_modes():
-            self.before = as_bytes(x).clone()
-            header = torch.tensor([x.numel(), DTYPES.index(x.dtype)])
-            self.real, self.header = (group.real.send([header], peer, group.wire(tag, self.seq)), header)
+        super().__init__(group, "send", x, peer, tag)
+        self.before = as_bytes(x).clone()
 
     def launch(self) -> None:
-        with _disable_current_modes():
-            self.payload = self.reads[0].detach().clone()
-        if self.payload.numel():
-            self.leaving = self.group.real.send([self.payload], self.to, self.group.wire(self.tag, self.seq) + 1)
-
-    def block(self) -> None:
-        self.real.wait()
+        content = self.reads[0].detach().clone()
+        if content.numel():
+            LEDGER.leaving.append(self.group.real.send([content], self.peer, self.wire + 1))
 
     def settle(self) -> None:
         if not torch.equal(as_bytes(self.reads[0]), self.before):
-            text = "the buffer was written between isend and its wait"
-            LEDGER.note("send-overwritten", text, self)
-        self.before = None
+            LEDGER.note("send-overwritten", "the buffer was written between isend and its wait", self.facts)
 
 
-class Recv(Post):
+class Recv(Message):
     """Receives into a buffer of its own; the candidate's holds NaN until `wait`."""
 
-    is_message = True
-
     def __init__(self, group: Watched, x: Tensor, peer: int, tag: int):
-        super().__init__(group, "recv", [], [x])
-        self.peer, self.tag, self.seq = group.members[peer], tag, group.next("recv", peer, tag)
-        self.source = peer
+        super().__init__(group, "recv", x, peer, tag)
         poison(x)
-        with _disable_current_modes():
-            self.header = torch.zeros(2, dtype=torch.int64)
-        self.real = group.real.recv([self.header], peer, group.wire(tag, self.seq))
 
     def block(self) -> None:
         self.real.wait()
-        with _disable_current_modes():
-            numel, dtype = self.header.tolist()
-            self.payload = torch.empty(numel, dtype=DTYPES[dtype])
-            if numel:
-                self.group.real.recv([self.payload], self.source, self.group.wire(self.tag, self.seq) + 1).wait()
+        numel, dtype = self.header.tolist()
+        self.content = torch.empty(numel, dtype=DTYPES[dtype])
+        if numel:
+            self.group.real.recv([self.content], self.peer, self.wire + 1).wait()
 
     def settle(self) -> None:
-        # a wrong size or dtype is named by the parent, which sees both sides; here only nothing may
-        # crash
-        into, came = self.writes[0].detach(), self.payload
-        whole = came.numel() == into.numel() and came.dtype == into.dtype
-        if whole:
-            into.copy_(came.view(into.shape))
+        into = self.writes[0].detach()
+        if (into.numel(), into.dtype) == (self.content.numel(), self.content.dtype):
+            into.copy_(self.content.view(into.shape))
 
-    def _source_rank(self) -> int:
-        return self.source
 
-    source_rank = _source_rank
+# What share of its input a rank of p must send, by how torch's names for a collective begin, underscores aside.
+SHARES: dict[str, Callable[[int], float]] = {
+    "allgather": lambda p: p - 1,
+    "allreduce": lambda p: 2 * (p - 1) / p,
+    "broadcast": lambda p: 1,
+    **dict.fromkeys(("alltoall", "barrier", "gather", "reduce", "scatter"), lambda p: (p - 1) / p),
+}
+IN_PLACE = {"allreduce", "allreduce_coalesced", "barrier", "broadcast", "reduce"}
 
 
 class Collective(Post):
     """Any collective: inputs are read when this rank blocks, outputs hold NaN until `wait`."""
 
-    def __init__(self, group: Watched, kind: str, args: tuple, options: dict, outs: Any, ins: Any, in_place: bool):
-        writes, reads = _tensors(outs), _tensors(ins)
-        self.in_place = in_place
-        super().__init__(group, kind, [] if in_place else reads, writes, (args, options))
-        self.seq = group.next("collective", 0, 0)
-        size = sum(x.numel() * x.element_size() for x in reads)
-        self.sent = int(size * _SHARE.get(kind.strip("_").split("_")[0], lambda p: (p - 1) / p)(len(group.members)))
-        with _disable_current_modes():
-            self.given = [x.detach().clone() for x in reads] if in_place else None
-        for x in writes:
-            if not in_place or kind.startswith("allreduce"):
-                poison(x)
+    def __init__(self, group: Watched, kind: str, args: tuple, options: dict):
+        outs, ins = _tensors(args[:1]), _tensors(args[1:2])
+        share = next(share for start, share in SHARES.items() if kind.replace("_", "").startswith(start))
+        sent = share(group.size()) * sum(x.nbytes for x in (outs if kind in IN_PLACE else ins))
+        super().__init__(group, kind, [] if kind in IN_PLACE else ins, outs, sent)
+        self.call, self.given = (args, options), {}
+        if kind.startswith("allreduce"):  # every rank's input and output in one: read it before it is NaN
+            self.given = {id(x): x.detach().clone() for x in outs}
+        for x in outs if self.given or kind not in IN_PLACE else ():
+            poison(x)
 
     def launch(self) -> None:
-        args, options = self.args
-        with _disable_current_modes():
-            copies = {
-                id(x): y
-                for x, y in zip(self.writes, self.given or [torch.empty_like(x) for x in self.writes], strict=False)
-            }
-            if not self.in_place:
-                copies |= {id(x): x.detach().clone() for x in self.reads}
-            mine = [tree_map(lambda x: copies.get(id(x), x) if isinstance(x, Tensor) else x, a) for a in args]
-            self.results = [copies[id(x)] for x in self.writes]
-            self.real = getattr(self.group.real, self.kind)(*mine, **options)
-
-    def block(self) -> None:
-        self.real.wait()
+        args, options = self.call
+        copies = {id(x): x.detach().clone() for x in self.reads + self.writes} | self.given
+        self.results = [copies[id(x)] for x in self.writes]
+        self.real = getattr(self.group.real, self.kind)(*tree_map(lambda x: copies.get(id(x), x), args), **options)
 
     def settle(self) -> None:
         for mine, theirs in zip(self.results, self.writes, strict=True):
@@ -404,113 +340,45 @@ def _tensors(nested: Any) -> list[Tensor]:
     return [x for x in tree_leaves(nested) if isinstance(x, Tensor)]
 
 
-_SHARE = {
-    "allgather": lambda p: p - 1,
-    "all": lambda p: p - 1,
-    "allreduce": lambda p: 2 * (p - 1) / p,
-    "broadcast": lambda p: 1,
-    "reduce": lambda p: (p - 1) / p,
-}
-
-
 class Watched(dist.ProcessGroup):
     """A process group that records, defers and poisons; `real` carries the messages."""
 
-    def __init__(self, store: Any, rank: int, size: int, members: list[int], name: str):
-        super().__init__(rank, size)
-        self.me, self.count, self.name, self.counters = rank, size, name, Counter()
-        self.members = members or list(range(size))
-        self.real = dist.ProcessGroup(store, rank, size)
-        options = dist.ProcessGroupGloo._Options()
-        options._timeout = FOREVER
-        options._devices = [dist.ProcessGroupGloo.create_device(hostname="127.0.0.1")]
-        gloo = dist.ProcessGroupGloo(store, rank, size, options)
+    def __init__(self, options: Any, _: Any = None):
+        place = options.store, options.group_rank, options.group_size
+        super().__init__(*place[1:])
+        self.label, self.counts = options.group_id, defaultdict(itertools.count)  # both ends count alike
+        self.members = list(options.global_ranks_in_group) or list(range(options.group_size))
+        self.real = dist.ProcessGroup(*place)
         self.real._set_default_backend(dist.ProcessGroup.BackendType.GLOO)
+        gloo = dist.ProcessGroupGloo(*place, timeout=FOREVER)
         self.real._register_backend(torch.device("cpu"), dist.ProcessGroup.BackendType.GLOO, gloo)
 
-    def next(self, kind: str, peer: int, tag: int) -> int:
-        """How many operations of this kind went before: both sides count alike."""
-        self.counters[kind, peer, tag] += 1
-        return self.counters[kind, peer, tag] - 1
-
-    @staticmethod
-    def wire(tag: int, seq: int) -> int:
-        """The tag on the wire: one per message, so that a late message never meets another's
-        buffer.
-        """
-        return 2 * ((tag % 1000) * 1_000_000 + seq)
-
     def send(self, tensors: list[Tensor], to: int, tag: int = 0) -> Post:
-        self._usable(to, "send", tensors[0])
-        return LEDGER.post(Send(self, tensors[0], to, tag))
+        with unseen():
+            return LEDGER.post(Send(self, tensors[0], to, tag))
 
     def recv(self, tensors: list[Tensor], source: int, tag: int = 0) -> Post:
-        self._usable(source, "recv", tensors[0])
-        return LEDGER.post(Recv(self, tensors[0], source, tag))
+        with unseen():
+            return LEDGER.post(Recv(self, tensors[0], source, tag))
 
     def recv_anysource(self, tensors: list[Tensor], tag: int = 0) -> Post:
         raise NotImplementedError("ringref's sanitizer cannot watch a receive from any source: name the source")
 
-    def _usable(self, peer: int, kind: str, x: Tensor) -> None:
-        """What gloo and NCCL refuse, refused by name."""
-        for wrong, name, text in (
-            (peer == self.me, "self-send", f"{kind} with rank {peer}, which is this rank"),
-            (not x.is_contiguous(), "non-contiguous", f"{kind} of a tensor with strides {tuple(x.stride())}"),
-        ):
-            if wrong:
-                op = Post(self, kind, [], [])
-                op.phase, op.hop = LEDGER.phase, LEDGER.hop
-                LEDGER.note(name, text, op)
-                raise RuntimeError(f"{text}: gloo and NCCL refuse it")
-
-    def rank(self) -> int:
-        return self.me
-
-    def size(self) -> int:
-        return self.count
-
-    def getBackendName(self) -> str:  # noqa: N802 (torch's name)
-        return "watched"
+    def collective(self, kind: str, *args: Any, **options: Any) -> Post:
+        with unseen():
+            return LEDGER.post(Collective(self, kind, args, options))
 
     @property
     def group_name(self) -> str:
         return dist.distributed_c10d._world.pg_names[self]
 
-    def __repr__(self) -> str:
-        return f"Watched(rank={self.me}, size={self.count}, ranks={self.members})"
+
+for _kind in dir(dist.ProcessGroup):
+    if _kind.replace("_", "").startswith(tuple(SHARES)):
+        setattr(Watched, _kind, functools.partialmethod(Watched.collective, _kind))
 
 
-def _collective(kind: str, in_place: bool) -> Any:
-    def call(self: Watched, *args: Any, **options: Any) -> Post:
-        outs = args[0] if args else None
-        ins = outs if in_place or len(args) < 2 else args[1]
-        return LEDGER.post(Collective(self, kind, args, options, outs, ins, in_place))
-
-    call.__name__ = kind
-    return call
-
-
-# both the names of torch 2.13 and those before it
-_OUT_IN = """allgather allgather_coalesced _allgather_base all_gather_single
-allgather_into_tensor_coalesced all_gather_single_coalesced reduce_scatter _reduce_scatter_base
-reduce_scatter_single reduce_scatter_tensor_coalesced reduce_scatter_single_coalesced
-alltoall alltoall_base all_to_all_single gather scatter"""
-_IN_PLACE = "allreduce allreduce_coalesced broadcast reduce barrier"
-for _name in _OUT_IN.split():
-    setattr(Watched, _name, _collective(_name, in_place=False))
-for _name in _IN_PLACE.split():
-    setattr(Watched, _name, _collective(_name, in_place=True))
-
-
-def _create(options: Any, _: Any = None) -> Watched:
-    return Watched(
-        options.store, options.group_rank, options.group_size, list(options.global_ranks_in_group), options.group_id
-    )
-
-
-def group_ranks(group: Any) -> list[int]:
-    """The world's ranks that are in a group."""
-    return dist.get_process_group_ranks(group)
+group_ranks = dist.get_process_group_ranks  # the world's ranks that are in a group
 
 
 def entered(group: Any, rotate: str, n: int) -> Any:
@@ -524,142 +392,86 @@ def entered(group: Any, rotate: str, n: int) -> Any:
     return experimental.context_parallel(mesh, buffers=[torch.zeros(1, n)], buffer_seq_dims=[1])
 
 
-# ------------------------------------------------------------------------------------ peak of bytes
-
-
-class LiveBytes(TorchDispatchMode):
-    """Peak bytes of live tensor storage created while the mode is on; a kernel's own scratch is not
-    seen.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live: dict[int, tuple[StorageWeakRef, int]] = {}
-        self.peak = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for x in tree_leaves(result):
-            if isinstance(x, Tensor):
-                storage = x.untyped_storage()
-                self.live.setdefault(storage._cdata, (StorageWeakRef(storage), storage.nbytes()))
-        self.live = {key: held for key, held in self.live.items() if not held[0].expired()}
-        self.peak = max(self.peak, sum(size for _, size in self.live.values()))
-        return result
-
-
 # ----------------------------------------------------------------------------------------- one case
 
 
-class Runner:
-    """Runs the cases of a sweep on this rank; keeps the process group while consecutive cases can
-    share it.
-    """
+def run(job: dict[str, Any], rank: int, device: str) -> dict[str, Any]:
+    """Run one case on this rank; whatever happens becomes part of the result."""
+    global LEDGER
+    LEDGER = Ledger(job.get("poison", torch.nan))
+    result: dict[str, Any] = {"steps": [{} for _ in job["steps"]], "error": None, "written": []}
+    try:
+        teams = [(ranks, _team(tuple(ranks))) for ranks in job["groups"]]
+        group = next((team for ranks, team in teams if rank in ranks), None)
+        if group is not None:
+            torch.manual_seed(0)
+            fn, told = _loaded(job["fn"]), pickle.loads(job["call"])
+            if job.get("positions") is not None:
+                told["positions"] = job["positions"]
+            with measured(device) if job.get("measure") else nullcontext() as usage:
+                _passes(functools.partial(fn, group=group, **told), job, told.get("mask_mod"), device, result)
+            result["peak"] = usage and usage.peak
+    except BaseException as error:
+        result["error"] = {
+            "type": type(error).__name__,
+            "text": str(error)[:600],
+            "line": candidate_line(reversed(list(traceback.walk_tb(error.__traceback__)))),
+            "refused": isinstance(error, NotImplementedError),
+        }
+    LEDGER.finish()
+    return result | LEDGER.dump()
 
-    def __init__(self, rank: int, store: Any, backend: str = "gloo"):
-        self.rank, self.store, self.backend, self.key, self.device = (rank, store, backend, None, "cpu")
-        self.retired: list[Any] = []
-        if backend == "gloo" and "WATCHED" not in dist.Backend._plugins:
-            dist.Backend.register_backend("watched", _create, extended_api=True, devices=["cpu"])
-        if backend == "nccl":
-            self.device = f"cuda:{int(os.environ.get('LOCAL_RANK', rank)) % torch.cuda.device_count()}"
-            torch.cuda.set_device(self.device)
 
-    def groups(self, world: int, groups: list[list[int]], epoch: int) -> Any:
-        """The group that this rank belongs to in a world of `world` ranks; made anew when `epoch`
-        changes.
-        """
-        if self.key != epoch:
-            if dist.is_initialized():
-                # kept alive: taking gloo down while a neighbour still starts breaks the neighbour's
-                # connections
-                self.retired += list(dist.distributed_c10d._world.pg_map)
-                dist.destroy_process_group()
-            dist.init_process_group(
-                "watched" if self.backend == "gloo" else "nccl",
-                store=dist.PrefixStore(f"{epoch}", self.store),
-                rank=self.rank,
-                world_size=world,
-                timeout=FOREVER,
-            )
-            self.mine = dist.group.WORLD
-            if groups != [list(range(world))]:
-                made = [(ranks, dist.new_group(ranks)) for ranks in groups]
-                self.mine = next((group for ranks, group in made if self.rank in ranks), None)
-            self.key = epoch
-        return self.mine
+@functools.cache
+def _team(ranks: tuple[int, ...]) -> Any:
+    """The group of these ranks. It is made once, and all the world asks for it."""
+    return dist.group.WORLD if len(ranks) == dist.get_world_size() else dist.new_group(ranks)
 
-    def run(self, fn: Any, job: dict[str, Any]) -> dict[str, Any]:
-        """Run one case; whatever happens becomes part of the result."""
-        LEDGER.reset(job.get("poison", math.nan))
-        steps: list[dict[str, Any]] = [{} for _ in job["steps"]]
-        result: dict[str, Any] = {"steps": steps, "error": None, "written": []}
-        meter = LiveBytes() if job.get("measure") else None
-        try:
-            group = self.groups(job["world"], job["groups"], job["epoch"])
-            if group is not None:
-                torch.manual_seed(0)
-                if meter:
-                    with meter:
-                        self.program(fn, job, group, steps, result)
-                    result["peak"] = meter.peak
-                else:
-                    self.program(fn, job, group, steps, result)
-        except BaseException as error:
-            result["error"] = _describe(error)
-        for step in steps:
-            step.pop("live", None)
-        LEDGER.waiting = None
-        result["clean"] = LEDGER.finish() and result["error"] is None
-        return result | LEDGER.dump()
 
-    def program(self, fn: Any, job: dict, group: Any, steps: list, result: dict) -> None:
-        """Forward and backward passes in the order that the case asks for."""
-        before = _versions(job["call"].get("mask_mod"))
-        call = job["call"] | ({} if job.get("positions") is None else {"positions": job["positions"]})
-        for what, i in job["program"]:
-            given, done = job["steps"][i], steps[i]
-            LEDGER.enter(what)
-            if what == "backward":
-                self.backward(given, done)
-            else:
-                leaves = [given[name].to(self.device).clone() for name in "qkv"]
-                for x in leaves:
-                    x.requires_grad_(what == "forward")
-                with torch.set_grad_enabled(what == "forward"):
-                    handed = (
-                        torch.cat(leaves, 2).split([x.shape[2] for x in leaves], 2) if job.get("packed") else leaves
-                    )
-                    returned = fn(*handed, group=group, **call)
-                out, lse = returned if isinstance(returned, (tuple, list)) else (returned, None)
-                if not isinstance(out, Tensor):
-                    raise TypeError(f"the candidate returned {type(out).__name__}, not a tensor or (out, lse)")
-                done.update(live=(leaves, out, lse), out=_plain(out), lse=_plain(lse), differentiable=out.requires_grad)
-            leaves = done["live"][0]
-            for name, x in zip("qkv", leaves, strict=True):
-                if not torch.equal(as_bytes(x.cpu()), as_bytes(given[name])) and name not in result["written"]:
-                    result["written"].append(name)
-        after = _versions(job["call"].get("mask_mod"))
-        # a tensor that the mask made during the call is new: any write to it came from outside
-        if any(version != (before[key][1] if key in before else 0) for key, (_, version) in after.items()):
-            result["written"].append("mask")
+@functools.lru_cache(maxsize=1)
+def _loaded(fn: bytes) -> Callable:
+    importlib.invalidate_caches()  # its file may be newer than this process
+    return pickle.loads(fn)
 
-    def backward(self, given: dict, done: dict) -> None:
-        """Backward through out, and through lse too when it is differentiable and the case has a
-        gradient for it.
-        """
-        leaves, out, lse = done["live"]
-        roots, grads = [out], [given["do"].to(out)]
-        b, h, s = given["dlse"].shape
-        if isinstance(lse, Tensor) and lse.requires_grad and given["use_dlse"]:
-            dlse = given["dlse"].to(lse)
-            if lse.shape in ((b, h, s), (b, s, h)):
-                roots.append(lse)
-                grads.append(dlse if lse.shape == (b, h, s) else dlse.transpose(1, 2))
-                done["dlse_used"] = True
-        if out.requires_grad:
-            torch.autograd.backward(roots, [g.expand_as(x) for g, x in zip(grads, roots, strict=True)])
-        done.update({f"d{name}": _plain(x.grad) for name, x in zip("qkv", leaves, strict=True)})
+
+def _passes(fn: Callable, job: dict, mask: Any, device: str, result: dict) -> None:
+    """Forward and backward passes in the order that the case asks for; were inputs written to?"""
+    before, live = _versions(mask), {}
+    for phase, i in job["program"]:
+        given, done = job["steps"][i], result["steps"][i]
+        LEDGER.enter(phase)
+        if phase == "backward":
+            done |= _backward(given, *live[i])
+        else:
+            leaves = [given[name].to(device, copy=True).requires_grad_(phase == "forward") for name in "qkv"]
+            with torch.set_grad_enabled(phase == "forward"):
+                heads = [x.shape[2] for x in leaves]
+                returned = fn(*(torch.cat(leaves, 2).split(heads, 2) if job.get("packed") else leaves))
+            out, lse = returned if isinstance(returned, (tuple, list)) else (returned, None)
+            if not isinstance(out, Tensor):
+                raise TypeError(f"the candidate returned {type(out).__name__}, not a tensor or (out, lse)")
+            live[i] = leaves, out, lse
+            done |= {"out": _plain(out), "lse": _plain(lse)}
+        for name, x in zip("qkv", live[i][0], strict=True):
+            if not torch.equal(as_bytes(x.cpu()), as_bytes(given[name])) and name not in result["written"]:
+                result["written"].append(name)
+    # a tensor that the mask made during the call is new: any write to it came from outside
+    if any(x._version != before.get(key, (x, 0))[1] for key, (x, _) in _versions(mask).items()):
+        result["written"].append("mask")
+
+
+def _backward(given: dict, leaves: list[Tensor], out: Tensor, lse: Any) -> dict[str, Any]:
+    """Backward through out, and through lse too where it is differentiable and its shape is known."""
+    roots, grads, dlse = [out], [given["do"].to(out)], given["dlse"]
+    if isinstance(lse, Tensor) and lse.requires_grad:
+        dlse = dlse if dlse.shape == lse.shape else dlse.transpose(1, 2)
+        if dlse.shape == lse.shape:
+            roots.append(lse)
+            grads.append(dlse.to(lse))
+    if out.requires_grad:
+        torch.autograd.backward(roots, grads)
+    found = {f"d{name}": _plain(x.grad) for name, x in zip("qkv", leaves, strict=True)}
+    return found | {"dlse_used": len(roots) > 1}
 
 
 def _plain(x: Any) -> Any:
@@ -667,174 +479,147 @@ def _plain(x: Any) -> Any:
 
 
 def _versions(mask: Any) -> dict[int, tuple[Tensor, int]]:
-    """Tensors that a mask function holds, and how often each was written: inputs too, so nobody
-    may.
-    """
+    """Tensors that a mask function holds, and how often each was written: inputs too, so nobody may."""
     cells = [cell.cell_contents for cell in getattr(mask, "__closure__", None) or ()]
     return {id(x): (x, x._version) for x in _tensors([cells, list(getattr(mask, "args", ()))])}
 
 
-def _describe(error: BaseException) -> dict[str, Any]:
-    at, tb = None, error.__traceback__
-    while tb is not None:
-        at = candidate_line(tb.tb_frame) and (tb.tb_frame.f_code.co_filename, tb.tb_lineno, tb.tb_frame.f_code.co_name)
-        if at and not at[0].startswith(SKIPPED):
-            line = at
-        tb = tb.tb_next
-    text = "".join(traceback.format_exception(error))[-4000:]
-    return {
-        "type": type(error).__name__,
-        "text": str(error)[:600],
-        "line": locals().get("line"),
-        "traceback": text,
-        "refused": isinstance(error, NotImplementedError),
-    }
-
-
 # ------------------------------------------------------------------------------------------ workers
 
-# Imports torch once and forks on request; not ringref, which somebody may be editing. It never
-# becomes a rank itself.
-NURSERY = """
-import os, signal, sys
-import cloudpickle, torch, torch._dynamo, torch.distributed.tensor, torch.multiprocessing.reductions
-signal.signal(signal.SIGCHLD, signal.SIG_IGN)
-signal.signal(signal.SIGINT, signal.SIG_IGN)
-print("ready", flush=True)
-while line := sys.stdin.buffer.readline():
-    if os.fork() == 0:
-        port, key, rank, home = line.decode().split(None, 3)
-        for stream in range(3):
-            os.dup2(os.open(os.devnull, os.O_RDWR), stream)
-        sys.path.insert(0, home.strip())
-        from ringref.sanitizer import serve
-        serve(int(port), key, int(rank))
-        os._exit(0)
-"""
-_nursery: subprocess.Popen | None = None
+# what is known of a worker that cannot answer
+SILENT = Ledger().dump() | {"steps": [], "error": None, "written": [], "line": None}
 
 
-def _fork(line: str) -> None:
-    global _nursery
-    if _nursery is None or _nursery.poll() is not None:
-        env = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-        _nursery = subprocess.Popen(
-            [sys.executable, "-c", NURSERY], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env, cwd="/"
-        )
-        atexit.register(_nursery.kill)
-        _nursery.stdout.readline()
-    _nursery.stdin.write(line.encode() + b"\n")
-    _nursery.stdin.flush()
-
-
-def serve(port: int, key: str, rank: int) -> None:
-    """A worker's life: take cases from the parent, run them, answer; a second thread answers when
-    this one cannot.
-    """
+def serve(rank: int, world: int, backend: str, store: tuple[str, int], door: tuple[str, int], key: bytes) -> None:
+    """A worker's life: run the cases that come; a second thread tells how they stand."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for stream in (1, 2):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
     torch.set_num_threads(1)
-    lines = []
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world))
+    lines = {}
     for what in ("work", "talk"):
-        lines.append(connection.Client(("127.0.0.1", port), authkey=key.encode()))
-        lines[-1].send((rank, what, os.getpid()))
-    work, talk = lines
-    main = threading.get_ident()
-
-    def answer() -> None:
-        try:
-            while talk.recv():
-                talk.send_bytes(pickle.dumps(LEDGER.dump(main)))
-        except (EOFError, OSError):
-            os._exit(1)  # the parent is gone
-
-    threading.Thread(target=answer, daemon=True).start()
-    setup = pickle.loads(work.recv_bytes())
-    sys.path[:] = setup["path"] + [p for p in sys.path if p not in setup["path"]]
-    os.environ.update({"RANK": str(rank), "WORLD_SIZE": str(setup["size"])})
-    if os.path.isdir(setup["cwd"]):
-        os.chdir(setup["cwd"])
-    runner = Runner(rank, dist.TCPStore("127.0.0.1", setup["store"], is_master=False), setup["backend"])
-    candidates: dict[int, Any] = {}
-    while True:
-        try:
-            job = pickle.loads(work.recv_bytes())
-        except (EOFError, OSError):
-            os._exit(0)
-        work.send_bytes(pickle.dumps(_run_job(runner, job, candidates)))
+        lines[what] = connection.Client(door, authkey=key)
+        lines[what].send((what, rank))
+    threading.Thread(target=_answer, args=(lines["talk"], lambda _: LEDGER.dump()), daemon=True).start()
+    device = "cpu"
+    if backend == "nccl":
+        device = f"cuda:{int(os.environ.get('LOCAL_RANK', rank)) % torch.cuda.device_count()}"
+        torch.cuda.set_device(device)
+    dist.Backend.register_backend("watched", Watched, extended_api=True, devices=["cpu"])
+    backend = "watched" if backend == "gloo" else backend
+    mine = dist.PrefixStore(key.hex(), dist.TCPStore(*store, is_master=False))
+    dist.init_process_group(backend, store=mine, rank=rank, world_size=world, timeout=FOREVER)
+    _answer(lines["work"], lambda job: run(job, rank, device))
 
 
-def _run_job(runner: Runner, job: dict, candidates: dict[int, Any]) -> dict[str, Any]:
+def _answer(line: connection.Connection, respond: Callable) -> None:
     try:
-        if job["fn"] is not None:
-            candidates.clear()
-            importlib.invalidate_caches()
-            candidates[job["fn_id"]] = cloudpickle.loads(job["fn"])
-        if isinstance(job["call"], bytes):
-            job["call"] = cloudpickle.loads(job["call"])
-    except Exception as error:
-        return {"steps": [], "error": _describe(error), "written": [], "clean": True} | Ledger().dump()
-    return runner.run(candidates[job["fn_id"]], job)
+        while True:
+            line.send_bytes(pickle.dumps(respond(pickle.loads(line.recv_bytes()))))
+    except (EOFError, OSError):
+        os._exit(0)  # the parent is gone
+
+
+def _hire(rank: int, *told: Any, method: str = "forkserver") -> Any:
+    """A worker process, forked from a server that has imported torch but not ringref, which somebody may be editing."""
+    context = multiprocessing.get_context(method)
+    context.set_forkserver_preload([*PRELOAD, "torch._dynamo", "torch.distributed.tensor"])
+    main, sys.modules["__main__"] = sys.modules["__main__"], ModuleType("__main__")  # a script must not run again
+    try:
+        worker = context.Process(target=serve, args=(rank, *told), daemon=True)
+        worker.start()
+    finally:
+        sys.modules["__main__"] = main
+    return worker
 
 
 class Crew:
-    """The processes of one world size, each one rank."""
+    """The processes of one world, each one rank. The line for work is busy with the case, the one to talk is not."""
 
-    def __init__(self, world: int, store: Any, backend: str):
-        key, home = secrets.token_hex(16), os.path.dirname(HERE)
-        self.work, self.talk, self.pids = {}, {}, {}
-        self.sent_fn, self.groups, self.epoch = None, None, 0
-        with connection.Listener(("127.0.0.1", 0), backlog=4 * world, authkey=key.encode()) as door:
-            for rank in range(world):
-                _fork(f"{door.address[1]} {key} {rank} {home}")
-            for _ in range(2 * world):
+    def __init__(self, pool: Pool, world: int):
+        key = os.urandom(16)
+        self.lines: dict[tuple[str, int], connection.Connection] = {}
+        with connection.Listener((pool.address[0], 0), backlog=2 * world, authkey=key) as door:
+            self.processes = pool.start(world, pool.backend, pool.address, door.address, key)
+            while len(self.lines) < 2 * world:
                 line = door.accept()
-                rank, what, self.pids[rank] = line.recv()
-                getattr(self, what)[rank] = line
-        setup = {"path": [p or os.getcwd() for p in sys.path], "cwd": os.getcwd(), "size": world}
-        setup |= {"store": store.port, "backend": backend}
-        for rank in range(world):
-            self.work[rank].send_bytes(pickle.dumps(setup))
+                self.lines[line.recv()] = line
 
     def close(self) -> None:
         """End every process."""
-        for rank, pid in self.pids.items():
-            self.work[rank].close()
-            self.talk[rank].close()
-            try:
-                os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
+        for line in self.lines.values():
+            line.close()
+        for process in self.processes:
+            process.kill()
 
-    def ask(self, ranks: list[int]) -> dict[int, dict]:
-        """What these ranks are doing, from the thread that is not busy with the case."""
-        answers: dict[int, dict] = {}
-        for rank in ranks:
-            try:
-                self.talk[rank].send(True)
-                silent = not self.talk[rank].poll(5.0)
-                answers[rank] = Ledger().dump() if silent else pickle.loads(self.talk[rank].recv_bytes())
-            except (EOFError, OSError):
-                answers[rank] = Ledger().dump()
-        return answers
+    def ask(self, rank: int) -> dict[str, Any]:
+        """How a rank stands, from the thread that is not busy with the case."""
+        line = self.lines["talk", rank]
+        try:
+            line.send_bytes(pickle.dumps(None))
+            return pickle.loads(line.recv_bytes()) if line.poll(5.0) else SILENT
+        except (EOFError, OSError):
+            return SILENT
+
+    def run(self, jobs: dict[int, dict], deadline: float) -> dict[int, dict[str, Any]]:
+        """As `Pool.run`."""
+        for rank, job in jobs.items():
+            self.lines["work", rank].send_bytes(pickle.dumps(job))
+        results: dict[int, dict] = {}
+        before: dict[int, dict] = {}
+        began = time.monotonic()
+        while len(results) < len(jobs):
+            working = {self.lines["work", rank]: rank for rank in jobs if rank not in results}
+            ready = connection.wait(list(working), timeout=0.5)
+            for line in ready:
+                try:
+                    results[working[line]] = pickle.loads(line.recv_bytes())
+                except (EOFError, OSError):
+                    results[working[line]] = SILENT | {"crash": True}
+            if not ready:
+                now, seconds = {rank: self.ask(rank) for rank in working.values()}, time.monotonic() - began
+                if seconds > deadline or stuck(now, before, results):
+                    results |= {rank: SILENT | facts | {"hang": seconds} for rank, facts in now.items()}
+                before = now
+        return dict(sorted(results.items()))
 
 
-class Pool:
+def stuck(now: dict[int, dict], before: dict[int, dict], done: dict[int, dict]) -> bool:
+    """True when every unfinished rank waits and nobody can ever be served: a deadlock, known without a clock."""
+    if any(r not in before or not now[r]["waiting"] or now[r]["ticks"] != before[r]["ticks"] for r in now):
+        return False
+    posted = {(*_meeting(rank, op), rank) for rank, facts in (now | done).items() for op in facts["ops"]}
+    waits = [_meeting(rank, facts["waiting"]) for rank, facts in now.items()]
+    return not any(posted.issuperset((*meeting, rank) for rank in meeting[-1]) for meeting in waits)
+
+
+def _meeting(rank: int, op: dict[str, Any]) -> tuple:
+    """What all who take part in an operation call it, and last who they are."""
+    ends = {"send": (rank, op["peer"]), "recv": (op["peer"], rank)}.get(op["kind"], tuple(op["members"]))
+    return op["group"], op["peer"] is None, op["tag"], op["seq"], ends
+
+
+def clean(result: dict[str, Any]) -> bool:
+    """Whether a rank can go on to another case: it answered, and no message of this one can be left over."""
+    if "hang" in result or "crash" in result or (result["error"] and result["ops"]):
+        return False
+    return all(op["waited"] for op in result["ops"])
+
+
+class Pool(AbstractContextManager):
     """Worker processes on this machine for worlds of up to `size` ranks, started when first needed.
 
-    One pool serves many sweeps. A process keeps its rank and its world size for life, as any real
-    one does (published code caches both), so there is a crew for each world size; a crew is
-    replaced only after a hang or a crash.
+    One pool serves many sweeps. A process keeps its rank and its world size for life, as any real one does (published
+    code caches both), so there is a crew for each world size; it is replaced only after a case that did not end clean.
 
-    Usage: `with Pool(8) as pool: results = pool.run(fn, jobs, deadline=30)`; `jobs` maps a rank to
-    its part of a case.
+    Usage: `with Pool(8) as pool: results = pool.run(fn, jobs, deadline=30)`; `jobs` maps a rank to its part of a case.
     """
 
     def __init__(self, size: int = 8, backend: str = "gloo"):
-        self.size, self.backend, self.epoch = size, backend, 0
-        self.crews: dict[int, Crew] = {}
+        self.size, self.backend, self.crews = size, backend, {}
         self.store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-
-    def __enter__(self) -> Pool:
-        return self
+        self.address = "127.0.0.1", self.store.port
 
     def __exit__(self, *_: Any) -> None:
         self.close()
@@ -844,150 +629,50 @@ class Pool:
         while self.crews:
             self.crews.popitem()[1].close()
 
+    def start(self, world: int, *told: Any) -> list[Any]:
+        """Start a process for each rank of a world; returns those that are this process's to end."""
+        return [_hire(rank, world, *told) for rank in range(world)]
+
     def run(self, fn: bytes, jobs: dict[int, dict], deadline: float = 30.0) -> dict[int, dict[str, Any]]:
-        """Run one case on ranks 0 … len(jobs)−1; every rank's result, or what it was waiting for
-        when it hung.
-        """
-        world = len(jobs)
+        """Run one case on ranks 0 … len(jobs)−1; every rank's result, or what it was waiting for when it hung."""
+        world, results = len(jobs), {}
         if world > self.size:
             raise ValueError(f"jobs: {world} ranks on a pool of {self.size}")
-        if world not in self.crews:
-            self.crews[world] = Crew(world, self.store, self.backend)
-        crew = self.crews[world]
-        if crew.groups != jobs[0]["groups"]:
-            # new process groups need a name that the store has not seen
-            self.epoch += 1
-            crew.groups, crew.epoch = jobs[0]["groups"], self.epoch
-        for rank, job in jobs.items():
-            job = job | {"fn": fn if crew.sent_fn != fn else None, "fn_id": 0, "epoch": crew.epoch}
-            crew.work[rank].send_bytes(cloudpickle.dumps(job))
-        crew.sent_fn = fn
-        results = self._collect(crew, list(jobs), deadline)
-        if any("hang" in r or "crash" in r for r in results.values()):
-            self.crews.pop(world).close()
-        elif not all(r["clean"] for r in results.values()):
-            crew.groups = None  # the groups hold messages that nobody took: the next case gets new ones
-        return dict(sorted(results.items()))
-
-    def _collect(self, crew: Crew, ranks: list[int], deadline: float) -> dict[int, dict[str, Any]]:
-        results: dict[int, dict] = {}
-        last, seen, started = None, time.monotonic(), time.monotonic()
-        while len(results) < len(ranks):
-            lines = {crew.work[r]: r for r in ranks if r not in results}
-            for line in connection.wait(list(lines), timeout=0.2):
-                try:
-                    results[lines[line]] = pickle.loads(line.recv_bytes())
-                except (EOFError, OSError):
-                    results[lines[line]] = {"steps": [], "crash": True, "error": None, "ops": [], "written": []}
-                seen = time.monotonic()
-            if len(results) < len(ranks) and time.monotonic() - seen > 0.5:
-                seconds = time.monotonic() - started
-                now = crew.ask([r for r in ranks if r not in results])
-                if seconds > deadline or (last is not None and stuck(now, last, results)):
-                    gone = {"hang": seconds, "steps": [], "error": None, "written": []}
-                    results |= {rank: facts | gone for rank, facts in now.items()}
-                last, seen = now, time.monotonic()
+        crew = self.crews.pop(world, None) or Crew(self, world)
+        try:
+            results = crew.run({rank: job | {"fn": fn} for rank, job in jobs.items()}, deadline)
+        finally:
+            if results and all(map(clean, results.values())):
+                self.crews[world] = crew
+            else:
+                crew.close()
         return results
 
 
-def stuck(now: dict[int, dict], before: dict[int, dict], done: dict[int, dict]) -> bool:
-    """True when every unfinished rank waits and nobody can ever be served: a deadlock, known
-    without a clock.
-    """
-    if set(now) != set(before) or any(now[r]["waiting"] is None for r in now):
-        return False
-    if any(now[r]["ticks"] != before[r]["ticks"] for r in now):
-        return False
-    known = {r: _index(facts["ops"]) for r, facts in (now | done).items()}
-    return not any(_served(rank, now[rank]["waiting"], known) for rank in now)
-
-
-def _index(ops: list[dict]) -> set[tuple]:
-    return {
-        (op["group"], op["kind"] if op["peer"] is not None else "all", op["peer"], op["tag"], op["seq"]) for op in ops
-    }
-
-
-def _served(rank: int, op: dict, known: dict[int, set]) -> bool:
-    if op["peer"] is None:
-        key = (op["group"], "all", None, 0, op["seq"])
-        return all(key in known.get(r, ()) for r in op["members"])
-    other = "send" if op["kind"] == "recv" else "recv"
-    return (op["group"], other, rank, op["tag"], op["seq"]) in known.get(op["peer"], ())
-
-
-class Ranks:
-    """The pool's `run` for ranks that `torchrun` started: rank 0 leads, the others follow until
-    told to stop.
-    """
+class Ranks(Pool):
+    """The pool where `torchrun` put its ranks: each of them starts the worker of its number. Rank 0 leads."""
 
     def __init__(self, backend: str = "gloo"):
-        store, self.rank, self.size = next(dist.rendezvous("env://"))
-        self.store, self.backend, self.epoch, self.turn, self.shape = store, backend, 0, 0, None
-        self.runner = Runner(self.rank, dist.PrefixStore("oracle", store), backend)
-        self.candidates: dict[int, Any] = {}
-        torch.set_num_threads(1)
+        self.board, self.rank, self.size = next(dist.rendezvous("env://"))
+        self.board.set_timeout(FOREVER)
+        self.backend, self.crews, self.told = backend, {}, itertools.count()
+        self.address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
 
-    def __enter__(self) -> Ranks:
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Let the followers go, and wait for them: this rank hosts the store that they talk to."""
-        if self.rank == 0:
-            for rank in range(1, self.size):
-                self.store.set(f"job/{self.turn}/{rank}", pickle.dumps(None))
-            for rank in range(1, self.size):
-                self.store.get(f"bye/{rank}")
+    def start(self, world: int, *told: Any) -> list[Any]:
+        self.board.set(f"crew/{next(self.told)}", pickle.dumps((world, *told)))
+        return [_hire(0, world, *told)]
 
     def follow(self) -> None:
-        """A rank other than 0: run what rank 0 sends."""
-        while (job := pickle.loads(self.store.get(f"job/{self.turn}/{self.rank}"))) is not None:
-            answer = self._guarded(job)
-            self.store.set(f"done/{self.turn}/{self.rank}", pickle.dumps(answer))
-            self.turn += 1
-        self.store.set(f"bye/{self.rank}", b"1")
+        """A rank other than 0: start its part of every crew, until rank 0 closes."""
+        while told := pickle.loads(self.board.get(f"crew/{next(self.told)}")):
+            if self.rank < told[0]:
+                _hire(self.rank, *told, method="fork")  # this process has done nothing else that a fork could break
+        self.board.set(f"bye/{self.rank}", b"")
 
-    def run(self, fn: bytes, jobs: dict[int, dict], deadline: float = 30.0) -> dict[int, dict[str, Any]]:
-        """As `Pool.run`. A hang ends the job, because only the launcher could start these processes
-        again.
-        """
-        if self.shape != (jobs[0]["world"], jobs[0]["groups"]):
-            self.shape, self.epoch = (jobs[0]["world"], jobs[0]["groups"]), self.epoch + 1
-        jobs = {r: jobs[r] | {"fn": fn, "fn_id": 0, "epoch": self.epoch, "deadline": deadline} for r in jobs}
-        for rank in range(1, self.size):
-            idle = {"idle": True}
-            self.store.set(f"job/{self.turn}/{rank}", cloudpickle.dumps(jobs.get(rank, idle)))
-        results = {0: self._guarded(jobs[0])}
-        for rank in range(1, self.size):
-            answer = pickle.loads(self.store.get(f"done/{self.turn}/{rank}"))
-            if rank in jobs:
-                results[rank] = answer
-        self.turn += 1
-        if not all(r["clean"] for r in results.values()):
-            self.shape = None
-        return results
-
-    def _guarded(self, job: dict) -> dict[str, Any]:
-        if "idle" in job:
-            return {}
-        main = threading.get_ident()
-
-        def give_up() -> None:
-            facts = LEDGER.dump(main)
-            op = facts["waiting"]
-            doing = f"waiting in {op['kind']} with rank {op['peer']}" if op else "computing"
-            print(
-                f"ringref check: rank {self.rank} hung, {doing}, at {where(facts['line'])}", file=sys.stderr, flush=True
-            )
-            os._exit(1)
-
-        timer = threading.Timer(job["deadline"], give_up)
-        timer.daemon = True
-        timer.start()
-        try:
-            return _run_job(self.runner, job, self.candidates)
-        finally:
-            timer.cancel()
+    def close(self) -> None:
+        """End every worker and let the followers go; wait for them, as this rank may host what they talk through."""
+        super().close()
+        if self.rank == 0:
+            self.board.set(f"crew/{next(self.told)}", pickle.dumps(None))
+            for rank in range(1, self.size):
+                self.board.get(f"bye/{rank}")

@@ -56,12 +56,11 @@ def test_exposed_is_message_time_with_no_compute_under_it():
     assert bench.exposed_time(kernels) == (1 + 1, 10)
 
 
-def test_the_command_writes_what_it_prints(tmp_path, capfd):
+def test_the_command_writes_what_it_found(tmp_path):
     assert bench.main(["--ranks", "1", "--sections", "long", "--longest", "0", "--data", str(tmp_path)]) == 0
     (file,) = tmp_path.glob("long-*-x1.json")
     record = json.loads(file.read_text())
     assert {"machine", "versions", "date", "command"} < set(record) and record["rows"][0]["predicted_bytes"] > 0
-    assert "predicted bytes" in capfd.readouterr().out
 
 
 def in_context_parallel(ring):

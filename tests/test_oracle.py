@@ -3,12 +3,16 @@
 import functools
 import json
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from ringref.oracle import cases, check
+from ringref.oracle import cases, check, main
 
 # ------------------------------------------------------------- two correct candidates, as somebody
 # would write them
@@ -231,3 +235,105 @@ def test_only_a_ring_holds_what_a_ring_holds(fn, holds, pool):
 def test_a_gather_that_slices_is_named(pool):
     report = check(functools.partial(gathering, wrap=Sliced), features={"causal"}, quick=True, pool=pool, stop_after=2)
     assert "zero but for the own block" in report.diagnosis, str(report)
+
+
+# --------------------------------------------------------------------------------------------------
+# the lse, which comes in several forms
+
+
+def with_lse(q, k, v, *, form, **told):
+    out, lse = gathering(q, k, v, **told)
+    return out, form(lse, dist.get_rank(told["group"]), dist.get_world_size(told["group"]))
+
+
+BASE_2 = 1 / math.log(2)
+FORMS = {  # what becomes of lse, by rank and p, and what the report says
+    "b s h": (lambda lse, rank, p: lse.transpose(1, 2), "lse is natural, b s h"),
+    "base 2": (lambda lse, rank, p: BASE_2 * lse, "lse is base 2, b h s"),
+    "base 2, b s h": (lambda lse, rank, p: BASE_2 * lse.transpose(1, 2), "lse is base 2, b s h"),
+    "b h s 1": (lambda lse, rank, p: lse[..., None], None),
+}
+MIXED = {
+    "ranks": lambda lse, rank, p: BASE_2 * lse if rank else lse,
+    "cases": lambda lse, rank, p: BASE_2 * lse if p == 3 else lse,
+    "shapes": lambda lse, rank, p: lse.transpose(1, 2) if p == 3 else lse,
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_another_form_of_lse_is_a_convention_told_once(form, pool):
+    change, says = FORMS[form]
+    features = {"causal"} if form == "b h s 1" else {"causal", "lse"}
+    report = check(functools.partial(with_lse, form=change), features=features, ranks=3, pool=pool)
+    assert report, str(report)
+    assert report.conventions == ([says] if says else [])
+    assert not says or str(report).count(says) == 1
+
+
+@pytest.mark.parametrize("mixed", MIXED)
+def test_an_lse_in_two_forms_is_a_finding(mixed, pool):
+    report = check(functools.partial(with_lse, form=MIXED[mixed]), features={"causal"}, ranks=3, quick=True, pool=pool)
+    assert report.findings and report.diagnosis == "lse has two forms", str(report)
+
+
+def test_a_declared_lse_must_carry_a_gradient(pool):
+    detached = functools.partial(with_lse, form=lambda lse, rank, p: lse.detach())
+    assert check(detached, features={"causal"}, ranks=2, quick=True, pool=pool)
+    report = check(detached, features={"causal", "lse"}, ranks=2, quick=True, pool=pool)
+    assert report.diagnosis == "lse carries no gradient", str(report)
+
+
+# --------------------------------------------------------------------------------------------------
+# the shell
+
+ROOT = Path(__file__).parent.parent
+
+
+def shell(*words, launcher=("-m",)):
+    path = os.pathsep.join(map(str, (ROOT, ROOT / "tests")))
+    env = {name: x for name, x in os.environ.items() if name not in ("RANK", "WORLD_SIZE")} | {"PYTHONPATH": path}
+    command = [sys.executable, *launcher, "ringref", "check", *words]
+    return subprocess.run(command, cwd=ROOT / "tests", env=env, capture_output=True, text=True, timeout=240)
+
+
+def sliced(q, k, v, **told):
+    return gathering(q, k, v, wrap=Sliced, **told)
+
+
+WORDS = ("--features", "causal", "--ranks", "2", "--quick")
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m")
+
+
+@pytest.mark.parametrize("launcher", [("-m",), TORCHRUN], ids=["python", "torchrun"])
+@pytest.mark.parametrize("name, code", [("gathering", 0), ("sliced", 1)])
+def test_the_exit_code_is_the_verdict(name, code, launcher):
+    done = shell(f"test_oracle:{name}", *WORDS, launcher=launcher)
+    assert done.returncode == code, done.stdout + done.stderr
+    assert f"{name} {'is wrong' if code else 'passes'}" in done.stdout
+    assert "Traceback" not in done.stdout + done.stderr or launcher == TORCHRUN
+
+
+@pytest.mark.parametrize(
+    "words, names",
+    [
+        (("nowhere:f",), "candidate"),
+        (("test_oracle:nothing",), "candidate"),
+        (("test_oracle:WORDS",), "candidate"),
+        (("gathering",), "candidate"),
+        (("test_oracle:gathering", "--features", "causal,cuasal"), "features"),
+        (("test_oracle:gathering", "--layout", "spiral"), "layout"),
+        (("test_oracle:gathering", "--ranks", "0"), "ranks"),
+        (("test_oracle:gathering", "--adapt", "bshd"), "adapt"),
+        (("test_oracle:gathering", "--deadline", "0"), "deadline"),
+    ],
+)
+def test_bad_arguments_are_named_without_a_traceback(words, names, capsys):
+    with pytest.raises(SystemExit) as left:
+        main(list(words))
+    told = capsys.readouterr().err
+    assert left.value.code == 2 and names in told.splitlines()[-1], told
+
+
+def test_bad_arguments_exit_with_2():
+    done = shell("test_oracle:gathering", "--features", "cuasal")
+    assert done.returncode == 2 and "features: cuasal unknown" in done.stderr and "Traceback" not in done.stderr

@@ -2,6 +2,10 @@
 soon a hang is known.
 """
 
+import signal
+import subprocess
+import sys
+import textwrap
 import time
 
 import cloudpickle
@@ -14,7 +18,7 @@ from ringref.sanitizer import Pool
 
 def jobs(p, groups=None):
     tensors = {name: torch.randn(1, 4, 2, 3) for name in ("q", "k", "v", "do")}
-    step = tensors | {"dlse": torch.zeros(1, 2, 4), "use_dlse": False}
+    step = tensors | {"dlse": torch.zeros(1, 2, 4)}
     one = {"world": p, "groups": groups or [list(range(p))], "steps": [step], "program": [("forward", 0)]}
     return {rank: one | {"call": cloudpickle.dumps({"causal": False})} for rank in range(p)}
 
@@ -185,6 +189,66 @@ def test_a_dead_process_is_a_result(pool):
         os._exit(3)
 
     assert "crash" in run(pool, dies, 1)[0]
+
+
+def test_what_is_left_over_does_not_reach_the_next_case(pool):
+    def leaves(q, k, v, *, causal, group):
+        dist.isend(torch.full((3,), 7.0), peers(group)[0], group=group)
+        return q
+
+    def sends(q, k, v, *, causal, group):
+        to, source = peers(group)
+        got = torch.empty(3)
+        work = [dist.isend(torch.ones(3), to, group=group), dist.irecv(got, source, group=group)]
+        [w.wait() for w in work]
+        assert (got == 1).all()
+        return q
+
+    assert kinds(run(pool, leaves, 2)) == {"unfinished"}
+    results = run(pool, sends, 2)
+    assert [r["error"] for r in results.values()] == [None, None] and not kinds(results)
+
+
+def test_an_interrupted_case_does_not_answer_for_the_next(pool):
+    def slow(q, k, v, *, causal, group):
+        time.sleep(2.0)
+        return q
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    run(pool, lambda q, k, v, **_: q, 2)
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.5)
+        with pytest.raises(KeyboardInterrupt):
+            run(pool, slow, 2)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    results = run(pool, lambda q, k, v, **_: q + 1, 2)
+    assert all(len(r["steps"]) == 1 and r["error"] is None for r in results.values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, code, says", [("right", 0, "passes"), ("hangs", 1, "unequal hop counts")])
+def test_torchrun_lends_its_ranks(tmp_path, name, code, says):
+    script = """
+        import torch, torch.distributed as dist, torch.distributed.nn
+
+        def right(q, k, v, *, causal, group):
+            k, v = (torch.cat(torch.distributed.nn.functional.all_gather(x, group=group), 1) for x in (k, v))
+            scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * q.shape[-1] ** -0.5
+            return torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), v)
+
+        def hangs(q, k, v, *, causal, group):
+            dist.recv(torch.empty(1), 1 - dist.get_rank(group), group=group)
+    """
+    (tmp_path / "mine.py").write_text(textwrap.dedent(script))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    told = ["-m", "ringref", "check", "mine.py:" + name, "--ranks", "2", "--quick"]
+    done = subprocess.run([*torchrun, *told], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == code, done.stdout + done.stderr
+    assert says in " ".join(done.stdout.split())
 
 
 def test_subgroups_keep_their_own_ranks(pool):
