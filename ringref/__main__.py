@@ -8,16 +8,15 @@ python -m ringref bench ...    measure speed, memory and overlap (see bench --he
 import argparse
 import json
 import sys
-import tempfile
-import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -33,14 +32,15 @@ DTYPES = ("float64", "float32", "bfloat16", "float16")
 
 
 def options(argv):
+    gpus = torch.cuda.device_count()
     parser = argparse.ArgumentParser(
-        prog="python -m ringref",
-        description=__doc__.replace("%", "%%"),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog="python -m ringref", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
     add("text", nargs="?", type=Path, help="file to read; default: Python's own help topics")
-    add("--ranks", type=int, help="processes (default: one per GPU if there are several, else 4)")
+    add(
+        "--ranks", type=int, default=gpus if gpus > 1 else 4, help="processes (default: one per GPU if several, else 4)"
+    )
     add("--tokens", type=int, help="bytes of the text (default: 1024, on GPUs 4096)")
     add("--heads", type=int, default=4, help="query heads, an even number; half as many for K, V")
     add("--head-dim", type=int, default=16, help="numbers per head (default: 16)")
@@ -50,9 +50,6 @@ def options(argv):
     add("--json", action="store_true", help="print JSON instead of the table")
     add("--figure", type=Path, default=Path("figures/main_job.svg"), help="where the figure goes")
     told = parser.parse_args(argv)
-    gpus = torch.cuda.device_count()
-    if told.ranks is None:
-        told.ranks = gpus if gpus > 1 else 4
     told.backend = "nccl" if gpus >= told.ranks else "gloo"
     if told.tokens is None:
         told.tokens = 4096 if told.backend == "nccl" else 1024
@@ -63,26 +60,23 @@ def options(argv):
         parser.error(f"--heads, --head-dim: expected even numbers, got {told.heads}, {told.head_dim}")
     if told.text is not None and not told.text.is_file():
         parser.error(f"text: {told.text} is not a file")
-    told.where = f"{told.ranks} processes over gloo on the CPU"
-    if told.backend == "nccl":
-        told.where = f"{told.ranks} processes with a GPU each, over NCCL"
-    elif gpus:  # too few: say what happens instead
+    told.where = f"{told.ranks} processes " + (
+        "with a GPU each, over NCCL" if told.backend == "nccl" else "over gloo on the CPU"
+    )
+    if told.backend == "gloo" and gpus:  # too few: say what happens instead
         told.where += f" (NCCL takes one rank per GPU, here {gpus}: see --ranks)"
     return told
-
-
-# The inputs, their float64 truth, and what plain PyTorch makes of them
 
 
 def main_inputs(told):
     """q, k, v of the model's first layer on the text, and random gradients dO and dlse."""
     tokens = text(told.text)[: told.tokens][None]
-    dtype, n = getattr(torch, told.dtype), tokens.shape[1]
+    told.tokens = tokens.shape[1]
     model = ByteLM(1, told.heads * told.head_dim, told.heads, told.heads // 2, dtype=torch.float64)
-    qkv = [x.to(dtype) for x in model.qkv(tokens, torch.arange(n))]
+    q, k, v = (x.to(getattr(torch, told.dtype)) for x in model.qkv(tokens, torch.arange(told.tokens)))
     random = torch.Generator().manual_seed(0)
-    dout = torch.randn(qkv[0].shape, generator=random, dtype=torch.float64).to(dtype)
-    return (*qkv, dout, torch.randn((1, told.heads, n), generator=random, dtype=torch.float64))
+    dout = torch.randn(q.shape, generator=random, dtype=torch.float64).to(q.dtype)
+    return q, k, v, dout, torch.randn((1, told.heads, told.tokens), generator=random, dtype=torch.float64)
 
 
 def forward_backward(attention, q, k, v, dout, dlse):
@@ -93,36 +87,27 @@ def forward_backward(attention, q, k, v, dout, dlse):
     return dict(zip(TENSORS, (out.detach(), lse.detach(), q.grad, k.grad, v.grad), strict=True))
 
 
-def plain(dilation):
+def plain(q, k, v, dilation):
     """Causal attention by torch's own math kernel, in the inputs' dtype throughout."""
-
-    def attention(q, k, v):
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-        i = torch.arange(q.shape[2])
-        times = (i[:, None] >= i).double()[None]
-        if dilation is not None:
-            head, branches = torch.arange(q.shape[1])[:, None], 0
-            for w, r in zip(dilation.segment_lengths, dilation.dilation_rates, strict=True):
-                kept = i % w % r == head % r
-                branches += kept[:, :, None] & kept[:, None] & (i[:, None] // w == i // w)
-            times = times * branches
-        # exact in every dtype but for rounding log m; a query that no branch keeps is not compared
-        bias = times.log().to(q.dtype)
-        with sdpa_kernel(SDPBackend.MATH):
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-        lse = (q @ k.mT * q.shape[-1] ** -0.5 + bias).logsumexp(-1)
-        return out.transpose(1, 2), lse
-
-    return attention
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    i, head = torch.arange(q.shape[2]), torch.arange(q.shape[1])[:, None]
+    times = 1 if dilation is None else 0  # how often a key is seen
+    for w, r in zip(dilation.segment_lengths, dilation.dilation_rates, strict=True) if dilation else ():
+        kept = i % w % r == head % r
+        times = times + (kept[:, :, None] & kept[:, None] & (i[:, None] // w == i // w)).double()
+    # exact in every dtype but for rounding log m
+    bias = (times * (i[:, None] >= i).double()[None]).log().to(q.dtype)
+    with sdpa_kernel(SDPBackend.MATH):
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+    return out.transpose(1, 2), (q @ k.mT * q.shape[-1] ** -0.5 + bias).logsumexp(-1)
 
 
-def ranks_job(ring, inputs, cases, told, steps):
-    """One rank of the main job: every case by every method -> [(facts, tensors)]."""
+def ranks_job(ring, inputs, dilation, told):
+    """One rank: a case by every method -> its positions, {method: facts}, {method: tensors}."""
     device = torch.device("cuda", ring.rank) if told.backend == "nccl" else torch.device("cpu")
-    q, k, v, dout, dlse = inputs
-    shard = partition(q.shape[1], ring, told.layout)
-    mine = [shard.take(x).to(device) for x in (q, k, v, dout)] + [shard.take(dlse, 2).to(device)]
+    shard, facts, tensors = partition(told.tokens, ring, told.layout), {}, {}
+    mine = [shard.take(x, 2 if x.dim() == 3 else 1).to(device) for x in inputs]
 
     def clock():
         ring.announce([0])  # start and stop together
@@ -130,134 +115,82 @@ def ranks_job(ring, inputs, cases, told, steps):
             torch.cuda.synchronize()
         return time.perf_counter()
 
-    done = []
-    for name, dilation in cases.items():
-        for method in METHODS:
-
-            def attention(q, k, v, method=method, dilation=dilation):
-                function = getattr(ringref, f"{method}_attention")
-                chunk = {"q_chunk": told.q_chunk}
-                return function(q, k, v, causal=True, dilation=dilation, shard=shard, **chunk)
-
-            tensors = forward_backward(attention, *mine)  # warm: plans are made, buffers pinned
-            sent = ring.traffic.sent
-            with measured(device) as usage:
-                forward_backward(attention, *mine)
-            sent = ring.traffic.sent - sent
-            start = clock()
+    for method in METHODS:
+        how = {"causal": True, "dilation": dilation, "shard": shard, "q_chunk": told.q_chunk}
+        attention = partial(getattr(ringref, f"{method}_attention"), **how)
+        tensors[method] = forward_backward(attention, *mine)  # warm: plans are made, buffers pinned
+        sent = ring.traffic.sent
+        with measured(device) as usage:
             forward_backward(attention, *mine)
-            facts = {"case": name, "method": method, "peak": usage.peak, "sent": sent}
-            done.append(({**facts, "seconds": clock() - start}, tensors))
-            if ring.rank == 0:
-                with steps.open("a") as file:
-                    file.write(".")
-    return shard.positions, done
+        sent, start = ring.traffic.sent - sent, clock()
+        forward_backward(attention, *mine)
+        facts[method] = {"peak": usage.peak, "sent": sent, "seconds": clock() - start}
+    return shard.positions, facts, tensors
+
+
+def judge(pieces, truth, yard, eps):
+    """Each rank's (positions, tensors) -> the worst errors, and the worst share of a budget."""
+    errors, used = dict.fromkeys(TENSORS, 0.0), 0.0
+    for positions, tensors in pieces:
+        for name, x in tensors.items():
+            true, plain = (y[name].index_select(2 if name == "lse" else 1, positions).double() for y in (truth, yard))
+            scale = true.norm() or 1.0  # nothing but zeros: the error itself
+            error = float((x.double() - true).norm() / scale)
+            budget = MULTIPLE * max(float((plain - true).norm() / scale), FLOOR * eps)
+            error = error if error == error else float("inf")
+            errors[name], used = max(errors[name], error), max(used, error / budget)
+    return {"errors": errors, "budget_used": used}
 
 
 def run(told, console):
     """The whole job as a list of rows, one per case and method."""
     inputs = main_inputs(told)
-    n = inputs[0].shape[1]
-    lengths, rates = [max(1, n // 16), max(2, n // 4), max(4, n)], [1, 2, 4]
-    cases = {"causal": None, "LongNet": Dilation(lengths, rates)}
-    with tempfile.TemporaryDirectory() as folder, progress(console) as bar:
-        steps, total = Path(folder, "steps"), len(cases) * (1 + len(METHODS))
-        task = bar.add_task("float64 truth", total=total)
-        judges = {}
-        for name, dilation in cases.items():
-            judges[name] = Judge(inputs, dilation)
+    n, dtype, rows = told.tokens, inputs[0].dtype, []
+    cases = {"causal": None, "LongNet": Dilation([max(1, n // 16), max(2, n // 4), max(4, n)], [1, 2, 4])}
+    kernel = "cudnn" if told.backend == "nccl" else "cpu_flash"
+    sizes = {"g": told.heads // 2, "dtype": dtype, "c": told.q_chunk, "kernel": kernel}
+    columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("", total=2 * len(cases))
+        for case, dilation in cases.items():
+            bar.update(task, description=f"{case}: float64 truth")
+            dense = partial(ringref.dense_attention, causal=True, dilation=dilation, q_chunk=512)
+            truth = forward_backward(dense, *(x.double() for x in inputs))
+            yard = forward_backward(partial(plain, dilation=dilation), *inputs)
+            bar.update(task, advance=1, description=f"{case}: {told.ranks} ranks")
+            ranks = launch(partial(ranks_job, inputs=inputs, dilation=dilation, told=told), told.ranks, told.backend)
             bar.advance(task)
-        bar.update(task, description=f"{told.ranks} ranks")
-        over = threading.Event()
-
-        def follow():
-            while not over.wait(0.1):
-                count = steps.stat().st_size if steps.exists() else 0
-                bar.update(task, completed=len(cases) + count)
-
-        follower = threading.Thread(target=follow)
-        follower.start()
-        try:
-            ranks = launch(lambda ring: ranks_job(ring, inputs, cases, told, steps), told.ranks, told.backend)
-        finally:
-            over.set()
-            follower.join()
-        bar.update(task, completed=total, description="done")
-    rows = []
-    for i, (facts, _) in enumerate(ranks[0][1]):
-        every = [done[i] for _, done in ranks]
-        worst = {key: max(f[key] for f, _ in every) for key in ("peak", "sent", "seconds")}
-        pieces = [(positions, done[i][1]) for positions, done in ranks]
-        sizes = {"g": told.heads // 2, "dtype": inputs[0].dtype, "c": told.q_chunk}
-        parts = predicted(
-            facts["method"], n, told.ranks, told.heads, told.head_dim, **sizes,
-            dilation=cases[facts["case"]], fused=facts["method"] != "dense",
-        )  # fmt: skip
-        row = {**facts, **worst, "layout": told.layout, "predicted": sum(parts.values())}
-        rows.append({**row, **judges[facts["case"]](pieces)})
-    return rows
-
-
-class Judge:
-    """The float64 truth of a case, and the errors that plain PyTorch makes in the inputs' dtype."""
-
-    def __init__(self, inputs, dilation):
-        self.dtype, doubles = inputs[0].dtype, [x.double() for x in inputs]
-
-        def dense(q, k, v):
-            return ringref.dense_attention(q, k, v, causal=True, dilation=dilation, q_chunk=512)
-
-        self.truth = forward_backward(dense, *doubles)
-        self.plain = forward_backward(plain(dilation), *inputs)
-
-    def __call__(self, pieces):
-        """Each rank's (positions, tensors) -> the worst errors, and the worst share of a budget."""
-        errors, used = dict.fromkeys(TENSORS, 0.0), 0.0
-        for positions, tensors in pieces:
-            for name, x in tensors.items():
-                truth, yard = (
-                    y[name].index_select(2 if name == "lse" else 1, positions).double()
-                    for y in (self.truth, self.plain)
+            for method in METHODS:
+                row = {"case": case, "method": method, "layout": told.layout}
+                row |= {key: max(facts[method][key] for _, facts, _ in ranks) for key in ("peak", "sent", "seconds")}
+                held = predicted(method, n, told.ranks, told.heads, told.head_dim, dilation=dilation, **sizes)
+                pieces = [(positions, tensors[method]) for positions, _, tensors in ranks]
+                rows.append(
+                    {**row, "predicted": sum(held.values()), **judge(pieces, truth, yard, torch.finfo(dtype).eps)}
                 )
-                scale = truth.norm()
-                error = float((x.double() - truth).norm() / scale) if scale else float(x.norm())
-                allowed = float((yard - truth).norm() / scale) if scale else 0.0
-                budget = MULTIPLE * max(allowed, FLOOR * torch.finfo(self.dtype).eps)
-                error = error if error == error else float("inf")
-                errors[name], used = max(errors[name], error), max(used, error / budget)
-        return {"errors": errors, "budget_used": used}
-
-
-# What a person sees
-
-
-def progress(console):
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    return Progress(*columns, console=console, transient=True)
+    return rows
 
 
 def as_table(rows, told):
     sizes = f"{told.tokens} tokens, {told.heads} heads of {told.head_dim}, {told.dtype}"
+    scratch = "" if told.backend == "nccl" else "; scratch inside CPU kernels is not seen"
     table = Table(title=f"{sizes}; {told.where}", box=box.SIMPLE, padding=(0, 1, 0, 0))
+    table.caption = (
+        "out to dv: error relative to float64, on the worst rank. budget: the largest share used\n"
+        f"of {MULTIPLE:.0f} times plain PyTorch's error in this dtype ({FLOOR:.0f} eps or more).\n"
+        f"peak: bytes on the fullest rank above its inputs, both ways{scratch}."
+    )
     for name in ("case", "method", "layout"):
         table.add_column(name, no_wrap=True)
     for name in (*TENSORS, "budget", "peak", "predicted", "sent", "ms"):
         table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
         errors = [f"{row['errors'][name]:.0e}" for name in TENSORS]
-        budget = f"{row['budget_used']:.0%}"
-        budget = f"[red]{budget}[/]" if row["budget_used"] > 1 else budget
+        budget = f"[{'red' if row['budget_used'] > 1 else 'default'}]{row['budget_used']:.0%}[/]"
         sizes = [draw.short(row[key]) for key in ("peak", "predicted", "sent")]
         start = (row["case"], row["method"], row["layout"])
-        table.add_row(*start, *errors, budget, *sizes, f"{row['seconds'] * 1e3:.0f}")
-        if row["method"] == METHODS[-1]:
-            table.add_section()
-    scratch = "" if told.backend == "nccl" else "; scratch inside CPU kernels is not seen"
-    table.caption = (
-        "out to dv: error relative to float64, on the worst rank. budget: the largest share used\n"
-        f"of {MULTIPLE:.0f} times plain PyTorch's error in this dtype ({FLOOR:.0f} eps or more).\n"
-        f"peak: bytes on the fullest rank above its inputs, both ways{scratch}."
-    )
+        last = row["method"] == METHODS[-1]
+        table.add_row(*start, *errors, budget, *sizes, f"{row['seconds'] * 1e3:.0f}", end_section=last)
     return table
 
 
@@ -287,7 +220,6 @@ def main(argv=None):
     told = options(argv)
     console = Console(stderr=told.json)
     console.width = max(console.width, WIDTH)  # a wrapped table is worse than a wide one
-    told.tokens = min(told.tokens, len(text(told.text)))
     rows = run(told, console)
     saved = as_figure(rows, told.figure)
     if told.json:

@@ -241,19 +241,21 @@ def _cut(heads: range, of: range) -> slice:
 _PART_BYTES, _PART_BYTES_ALONE, _MOST_PARTS = 10 * 2**20, 256 * 2**20, 4
 
 
+def part_count(q_bytes: int, g: int, alone: bool, dilated: bool, forward: bool) -> int:
+    """In how many parts a rank with so many bytes of q works: what is in flight stays small and each fills a GPU."""
+    # one strand has nothing to accumulate on one rank, and in a forward holds less whole than a backward in parts
+    if not dilated and (alone or forward):
+        return 1
+    return max(1, min(q_bytes // (_PART_BYTES_ALONE if alone else _PART_BYTES), g, _MOST_PARTS))
+
+
 @lru_cache(maxsize=64)
 def _plan(
     dilation: Dilation | None, h: int, g: int, row_bytes: int, table: Table, rank: int, causal: bool, forward: bool
 ) -> tuple[Part, ...]:
-    """As many parts as keep what is in flight small while a part still fills a GPU; alike on every
-    rank.
-    """
-    group, alone = h // g, len(table.keys) == 1
-    longest = max(map(len, (*table.queries, *table.keys)))
-    size = _PART_BYTES_ALONE if alone else _PART_BYTES
-    # one strand has nothing to accumulate on one rank, and in a forward holds less whole than a backward in parts
-    whole = dilation is None and (alone or forward)
-    count = 1 if whole else max(1, min(longest * row_bytes // size, g, _MOST_PARTS))
+    """The parts of a call, alike on every rank."""
+    group, longest = h // g, max(map(len, (*table.queries, *table.keys)))
+    count = part_count(longest * row_bytes, g, len(table.keys) == 1, dilation is not None, forward)
     # the widest strand first, which may cover all rows; then the narrow ones, for the last is the
     # cheapest to add
     order = strands(dilation, h)

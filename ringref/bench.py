@@ -1,174 +1,161 @@
-"""Measure: speed, memory, overlap and length, each result checked against float64 before it is
-timed.
+"""Measure: speed, memory, overlap and length; each result is checked against float64 before it is timed.
 
-`python -m ringref bench` runs on all GPUs of the machine (or a few CPU ranks), `torchrun … -m
-ringref bench` on the ranks that there are. Times are medians after warm-up, of the slower rank,
-between events on ranks that start together; inputs are larger than the cache. Every section prints
-a table and writes `figures/data/SECTION-MACHINE-xP.json` with machine, versions, date, command.
+`python -m ringref bench` runs on all GPUs of the machine (or a few CPU ranks), `torchrun … -m ringref bench` on the
+ranks that there are. Times are medians after warm-up, of the slower rank, between events on ranks that start together.
+Every section prints a table and writes `figures/data/SECTION-MACHINE-xP.json` with machine, versions, date, command.
 """
-
-from __future__ import annotations
 
 import argparse
 import datetime
 import json
 import platform
 import statistics
-import sys
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import partial
+from itertools import product
 from pathlib import Path
-from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.profiler import ProfilerActivity, profile
 
-from . import backends
-from .collective import collective_attention
+from . import backends, collective_attention, dense_attention, dilated_attention, ring_attention
 from .comm import ProcessRing
-from .dense import dense_attention
-from .dilated import dilated_attention
 from .launch import from_env, launch
 from .layout import Attended, Dilation, Shard, partition
-from .memory import predicted
-from .ring import ring_attention
+from .memory import measured, predicted
 
-LONGNET = Dilation([2048, 4096, 8192, 16384, 32768], [1, 2, 4, 6, 12])
+METHODS = {"ring": ring_attention, "collective": collective_attention}
+HEADS, HEAD_DIM, REPEATS = 16, 128, 10
 BUDGET = 3.0  # times the error that PyTorch's own attention makes in the same dtype on the same inputs
 LSE_BUDGET = 1e-5  # lse is float32 whatever the inputs are
 
 
-def main(argv: list[str]) -> int:
+def main(argv):
+    gpus = torch.cuda.device_count()
     parser = argparse.ArgumentParser(prog="python -m ringref bench", description=__doc__.split("\n\n")[0])
+    add = partial(parser.add_argument, type=int)
     parser.add_argument("--sections", nargs="+", default=list(SECTIONS), choices=list(SECTIONS))
-    parser.add_argument("--ranks", type=int, help="default: every GPU, or 2 CPU ranks")
-    parser.add_argument("--tokens", nargs="+", type=int, help="tokens per rank of the ring section")
-    parser.add_argument("--dilated-tokens", nargs="+", type=int, help="tokens in all, dilated section")
-    parser.add_argument("--longest", type=int, default=2**20, help="where the long section stops computing")
-    parser.add_argument("--heads", type=int, default=16)
-    parser.add_argument("--head-dim", type=int, default=128)
-    parser.add_argument("--repeats", type=int, default=10)
+    add("--ranks", default=gpus or 2, help="default: every GPU, or 2 CPU ranks")
+    add("--tokens", nargs="+", default=[8192, 32768] if gpus else [256], help="per rank, of ring and overlap")
+    add("--dilated-tokens", nargs="+", default=[2**i for i in range(15, 30)] if gpus else [1024], help="in all")
+    add("--longest", default=2**20 if gpus else 512, help="tokens from which the long section only allocates")
     parser.add_argument("--data", type=Path, default=Path("figures/data"), help="where the JSON goes")
     args = parser.parse_args(argv)
     args.command = "python -m ringref bench " + " ".join(argv)
-    gpus = torch.cuda.device_count()
-    args.tokens = args.tokens or ([8192, 32768] if gpus else [256])
-    args.dilated_compared = [x for x in args.dilated_tokens or [2**20] if x <= 2**20]
-    args.dilated_tokens = args.dilated_tokens or ([2**i for i in range(15, 30)] if gpus else [8192])
     if dist.is_torchelastic_launched():
         return int(not _run(args, from_env()))
-    p = args.ranks or gpus or 2
-    return int(not all(launch(partial(_run, args), p, "nccl" if gpus >= p else "gloo")))
+    return int(not all(launch(partial(_run, args), args.ranks, "nccl" if gpus >= args.ranks else "gloo")))
 
 
-def _run(args: argparse.Namespace, ring: ProcessRing) -> bool:
+def _run(args, ring):
     """Every section on one rank; true if all checks held."""
     torch.manual_seed(ring.rank)
-    bench, good = Bench(args, ring), True
+    bench, good = Bench(ring), True
     for name in args.sections:
-        rows = SECTIONS[name](bench)
+        rows = list(SECTIONS[name](bench, args))
         good &= all(row.get("checked", True) for row in rows)
         if ring.rank == 0 and rows:
-            bench.report(name, rows)
+            _report(bench, name, rows, args)
     return good
+
+
+def _report(bench, section, rows, args):
+    """Print a table and write the JSON."""
+    machine = f"{bench.ring.size} × {bench.machine}"
+    columns = list(dict.fromkeys(c for row in rows for c, x in row.items() if not isinstance(x, (dict, list))))
+    table = Table(*(c.replace("_", " ") for c in columns), title=f"{section} on {machine}", title_justify="left")
+    for row in rows:
+        cells = [row.get(c, "") for c in columns]
+        table.add_row(*(f"{x:.4g}" if isinstance(x, float) else str(x) for x in cells))
+    Console(width=180).print(table)
+    record = {"section": section, "machine": machine, "versions": bench.versions(), "command": args.command}
+    record |= {"date": datetime.date.today().isoformat(), "rows": rows}
+    args.data.mkdir(parents=True, exist_ok=True)
+    slug = "-".join(bench.machine.lower().removeprefix("nvidia ").split()[:2])
+    (args.data / f"{section}-{slug}-x{bench.ring.size}.json").write_text(json.dumps(record, indent=1) + "\n")
 
 
 class Bench:
     """One rank's clock, allocator and inputs."""
 
-    def __init__(self, args: argparse.Namespace, ring: ProcessRing):
-        self.args, self.ring = args, ring
-        self.cuda = torch.cuda.is_available() and torch.cuda.device_count() >= ring.size
+    def __init__(self, ring):
+        self.ring, self.cuda = ring, torch.cuda.device_count() >= ring.size
         self.device = torch.device("cuda", torch.cuda.current_device()) if self.cuda else torch.device("cpu")
         self.dtype = torch.bfloat16 if self.cuda else torch.float32
         self.machine = torch.cuda.get_device_name() if self.cuda else f"{platform.machine()} CPU"
 
-    def inputs(self, s: int, h: int, d: int) -> tuple[list[Tensor], Tensor]:
+    def inputs(self, s, h, d):
         """q, k, v that need gradients, and dO: b s h d with b = 1."""
         q, k, v, dout = (torch.randn(1, s, h, d, device=self.device, dtype=self.dtype) for _ in range(4))
         return [x.requires_grad_() for x in (q, k, v)], dout
 
-    def synchronise(self) -> None:
+    def worst(self, *values):
+        """Each value's largest over the ranks; NaN where any is."""
+        mine = torch.tensor(values, dtype=torch.float64).view(torch.int64)
+        every = self.ring.share(mine, [len(mine)] * self.ring.size)
+        return torch.stack(every).view(torch.float64).amax(0).tolist()
+
+    def synchronise(self):
         self.ring.announce([0])
         if self.cuda:
             torch.cuda.synchronize()
 
-    def slowest(self, x: float) -> float:
-        return max(row[0] for row in self.ring.announce([int(x * 1e6)])) / 1e6
-
-    def milliseconds(self, step: Callable[[], Any], repeats: int | None = None) -> tuple[float, float]:
+    def milliseconds(self, step):
         """Median over repeats of the slower rank's time, and the spread (max − min) around it.
 
-        Steps are queued one behind the other, as in training, each between two events of its own.
+        Steps are queued one behind the other, as in training, each between two marks of its own.
         """
-        marks, count = [], (repeats or self.args.repeats) + 3
-        for i in range(count):
-            if i in (0, 3):
-                self.synchronise()
-            marks.append(self._mark())
+        for _ in range(3):
             step()
-        marks.append(self._mark())
         self.synchronise()
-        times = [self._between(a, b) for a, b in zip(marks[3:], marks[4:], strict=False)]
-        every = self.ring.announce([int(x * 1e6) for x in times])
-        slower = [max(row) / 1e6 for row in zip(*every, strict=True)]
+        marks = [self._mark()]
+        for _ in range(REPEATS):
+            step()
+            marks.append(self._mark())
+        self.synchronise()
+        pairs = zip(marks, marks[1:], strict=False)
+        slower = self.worst(*(a.elapsed_time(b) if self.cuda else 1e3 * (b - a) for a, b in pairs))
         return statistics.median(slower), max(slower) - min(slower)
 
-    def _mark(self) -> Any:
+    def _mark(self):
         if not self.cuda:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
 
-    def _between(self, a: Any, b: Any) -> float:
-        return a.elapsed_time(b) if self.cuda else 1e3 * (b - a)
-
-    def peak(self, step: Callable[[], Any]) -> int | None:
-        """Peak bytes above what was allocated before, of the fuller rank (None on the CPU)."""
-        if not self.cuda:
-            return None
+    def peak(self, step):
+        """Bytes above what was there before, of the fuller rank."""
         self.synchronise()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        step()
-        torch.cuda.synchronize()
-        return int(self.slowest(torch.cuda.max_memory_allocated() - before))
+        with measured(self.device) as usage:
+            step()
+        return int(self.worst(usage.peak)[0])
 
-    def measure(self, fn: Callable, inputs: list[Tensor], dout: Tensor, scope=nullcontext) -> dict[str, Any]:
-        """Times and peaks of fn(q, k, v) -> out, forward and forward+backward; peaks in units of
-        q's shard.
-        """
-        unit = inputs[0].nbytes
+    def measure(self, fn, inputs, dout):
+        """Times, and peaks in units of q's shard, of fn(q, k, v) -> out, forward and forward+backward."""
 
         def forward():
-            with torch.no_grad(), scope():
+            with torch.no_grad():
                 fn(*inputs)
 
         def both():
-            for x in inputs:
-                x.grad = None
-            with scope():
-                fn(*inputs).backward(dout)
+            torch.autograd.grad(fn(*inputs), inputs, dout)
 
         row = {}
         for name, step in (("forward", forward), ("both", both)):
             row[f"{name}_ms"], row[f"{name}_spread_ms"] = self.milliseconds(step)
-            for x in inputs:
-                x.grad = None
-            peak = self.peak(step)
-            row[f"peak_{name}_q"] = None if peak is None else peak / unit
+            row[f"peak_{name}_q"] = self.peak(step) / inputs[0].nbytes
         return row
 
-    def plain(self, causal: bool) -> Callable:
+    def plain(self, causal):
         """PyTorch's attention on one device: cuDNN on a GPU."""
-        from torch.nn.attention import SDPBackend, sdpa_kernel
 
         def fn(q, k, v):
             with sdpa_kernel(SDPBackend.CUDNN_ATTENTION) if self.cuda else nullcontext():
@@ -177,149 +164,155 @@ class Bench:
 
         return fn
 
-    # ------------------------------------------------------------------------------------ the judge
+    def versions(self):
+        found = {"torch": torch.__version__, "python": platform.python_version()}
+        if not self.cuda:
+            return found
+        nccl = ".".join(map(str, torch.cuda.nccl.version()))
+        return {**found, "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version(), "nccl": nccl}
 
-    def judge(
-        self, fns: dict[str, Callable], shard: Shard, causal: bool, inputs: list[Tensor], dout: Tensor
-    ) -> dict[str, dict]:
-        """Worst error over heads of out, lse, dq, dk, dv on this rank's rows, against float64, and
-        the budgets.
+    def attempt(self, row, run, method, h, d, **how):
+        """The row with what run(inputs, dout) finds, if row["n"] tokens fit.
 
-        Head by head and in query chunks: each rank computes its own query rows against all keys,
-        and the partial dK, dV are summed over ranks.
+        Several ranks believe the prediction, for one that runs out of memory leaves the others waiting.
         """
-        ring, s = self.ring, inputs[0].shape[1]
-        results = {}
-        for name, fn in fns.items():
-            for x in inputs:
-                x.grad = None
-            out = fn(*inputs)
-            out, lse = out if isinstance(out, Attended) else (out, None)
-            out.backward(dout)
-            results[name] = [out.detach(), None if lse is None else lse.detach(), *(x.grad.clone() for x in inputs)]
-            del out
-        tensors = ("out", "lse", "dq", "dk", "dv")
-        worst = {name: dict.fromkeys(tensors, 0.0) for name in (*fns, "plain")}
-        here = Shard(shard.positions, None, torch.cat(ring.share(shard.positions, [s] * ring.size)))
-        order = here.kv_positions.argsort().to(self.device)
-        for head in range(inputs[0].shape[2]):
-            q, k, v, do = (x.detach()[:, :, head : head + 1] for x in (*inputs, dout))
-            every = [torch.cat(ring.gather(x.contiguous(), [x.shape] * ring.size), 1) for x in (q, k, v, do)]
-            wide = [x.double().requires_grad_() for x in (q, *every[1:3])]
-            out, lse = dense_attention(*wide, causal=causal, shard=here, q_chunk=512)
-            out.backward(do.double())
-            grads = [ring.reduce([(y.contiguous(),) for y in x.grad.split(s, 1)])[0] for x in wide[1:]]
-            truth = [out.detach(), lse.detach(), wide[0].grad, *grads]
-            whole = [x[:, order].requires_grad_() for x in every[:3]]
-            plain = self.plain(causal)(*whole)
-            plain.backward(every[3][:, order])
-            rows = shard.positions.to(self.device)
-            one = slice(head, head + 1)
-            given = {
-                name: [x if x is None else x[:, one] if i == 1 else x[:, :, one] for i, x in enumerate(result)]
-                for name, result in results.items()
-            }
-            given["plain"] = [plain.detach()[:, rows], None, *(x.grad[:, rows] for x in whole)]
-            for name, values in given.items():
-                for tensor, value, true in zip(tensors, values, truth, strict=True):
-                    if value is not None:
-                        error = float((value.double() - true).norm() / true.norm())
-                        worst[name][tensor] = max(worst[name][tensor], error if error == error else float("inf"))
-        worst = {name: {x: self.slowest(e * 1e3) / 1e3 for x, e in errors.items()} for name, errors in worst.items()}
-        budgets = {x: LSE_BUDGET if x == "lse" else BUDGET * worst["plain"][x] for x in tensors}
-        return {
-            name: {"errors": errors, "budgets": budgets, "checked": all(errors[x] <= budgets[x] for x in tensors)}
-            for name, errors in worst.items()
-            if name != "plain"
-        }
+        n, p, kernel = row["n"], self.ring.size, "cudnn" if self.cuda else "cpu_flash"
+        row["predicted_bytes"] = sum(predicted(method, n, p, h, d, dtype=self.dtype, kernel=kernel, **how).values())
+        row["fits"] = True
+        if self.cuda and p > 1:
+            free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+            inputs = 4 * n // p * h * d * self.dtype.itemsize
+            row["fits"] = inputs + row["predicted_bytes"] < 0.95 * -self.worst(-free)[0]
+        try:
+            if row["fits"]:
+                row |= run(*self.inputs(n // p, h, d))
+        except torch.OutOfMemoryError:
+            row["fits"] = False
+        torch.cuda.empty_cache()
+        return row
 
-    # ----------------------------------------------------------------------------------- the report
 
-    def report(self, section: str, rows: list[dict]) -> None:
-        """Print a table and write the JSON; rank 0 only."""
-        columns = list(dict.fromkeys(c for row in rows for c, x in row.items() if not isinstance(x, (dict, list))))
-        table = Table(title=f"{section} on {self.ring.size} × {self.machine}", title_justify="left")
-        for column in columns:
-            table.add_column(column.replace("_", " "), justify="right")
-        for row in rows:
-            table.add_row(
-                *(f"{row.get(c):.4g}" if isinstance(row.get(c), float) else str(row.get(c, "")) for c in columns)
-            )
-        Console(width=180).print(table)
-        slug = "-".join(self.machine.lower().removeprefix("nvidia ").split()[:2])
-        versions = {"torch": torch.__version__, "python": platform.python_version()}
-        if self.cuda:
-            versions |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
-            versions["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
-        record = {
-            "section": section,
-            "machine": f"{self.ring.size} × {self.machine}",
-            "versions": versions,
-            "date": datetime.date.today().isoformat(),
-            "command": self.args.command,
-            "rows": rows,
-        }
-        self.args.data.mkdir(parents=True, exist_ok=True)
-        (self.args.data / f"{section}-{slug}-x{self.ring.size}.json").write_text(json.dumps(record, indent=1) + "\n")
-        sys.stdout.flush()
+# ---------------------------------------------------------------------------------------- the judge
+
+
+def _results(fn, inputs, dout):
+    """Everything that can be wrong, all b s h d."""
+    inputs = [x.detach().requires_grad_() for x in inputs]
+    out, lse = fn(*inputs)
+    grads = torch.autograd.grad(out, inputs, dout)
+    found = dict(zip(("dq", "dk", "dv"), grads, strict=True), out=out.detach())
+    if lse is None:
+        return found
+    lse = lse.detach().transpose(1, 2)[..., None]
+    return {**found, "lse": lse.masked_fill(lse == -torch.inf, 0.0)}  # a query that saw nothing
+
+
+def _errors(given, true):
+    """Relative to the truth, of the worst head."""
+    norm = partial(torch.linalg.vector_norm, dim=(1, 3))
+    return {name: float((norm(x.double() - true[name]) / norm(true[name])).max()) for name, x in given.items()}
+
+
+def _verdict(bench, given, true, plain):
+    """plain: the errors of PyTorch's own attention."""
+    errors = _errors(given, true)
+    errors = dict(zip(errors, bench.worst(*errors.values()), strict=True))
+    budgets = dict(zip(plain, bench.worst(*(BUDGET * x for x in plain.values())), strict=True)) | {"lse": LSE_BUDGET}
+    return {"errors": errors, "budgets": budgets, "checked": all(errors[x] <= budgets[x] for x in budgets)}
+
+
+def _truth(bench, shard, causal, inputs, dout):
+    """float64 results for this rank's rows, and the errors of PyTorch's own attention.
+
+    Head by head and in query chunks: each rank computes its own query rows against all keys, and the partial dK, dV
+    are summed over ranks.
+    """
+    ring, s, heads, plain = bench.ring, len(shard.positions), [], []
+    everywhere = torch.cat(ring.share(shard.positions, [s] * ring.size))
+    order, rows = (x.to(bench.device) for x in (everywhere.argsort(), shard.positions))
+    define = partial(dense_attention, causal=causal, shard=Shard(shard.positions, None, everywhere), q_chunk=512)
+    for head in range(inputs[0].shape[2]):
+        q, k, v, do = (x.detach()[:, :, head : head + 1].contiguous() for x in (*inputs, dout))
+        whole = [torch.cat(ring.gather(x, [x.shape] * ring.size), 1) for x in (q, k, v, do)]
+        true = _results(define, [x.double() for x in (q, *whole[1:3])], do.double())
+        for name in ("dk", "dv"):
+            (true[name],) = ring.reduce([(x.contiguous(),) for x in true[name].split(s, 1)])
+        *qkv, do = (x[:, order] for x in whole)
+        theirs = _results(lambda *x: (bench.plain(causal)(*x), None), qkv, do)
+        heads.append(true)
+        plain.append(_errors({name: x[:, rows] for name, x in theirs.items()}, true))
+    together = {name: torch.cat([true[name] for true in heads], 2) for name in heads[0]}
+    return together, {name: max(errors[name] for errors in plain) for name in plain[0]}
+
+
+def _judge_dilated(bench, fn, dilation, inputs, dout):
+    """Against float64 on whole windows of the largest segment: the first, a random one and the last."""
+    w = max(dilation.segment_lengths)
+    last = dout.shape[1] // w - 1
+    windows = [slice(i * w, (i + 1) * w) for i in (0, int(torch.randint(last + 1, ())), last)]
+    define = partial(dense_attention, causal=True, dilation=dilation, q_chunk=256)
+    ours, true, plain = _results(fn, inputs, dout), [], []
+    for dtype, into in ((torch.float64, true), (bench.dtype, plain)):
+        into += [_results(define, [x[:, few].to(dtype) for x in inputs], dout[:, few].to(dtype)) for few in windows]
+    given = [{name: x[:, few] for name, x in ours.items()} for few in windows]
+    given, true, plain = ({name: torch.cat([x[name] for x in some]) for name in ours} for some in (given, true, plain))
+    # this definition multiplies in float32: its error is the dtype's own rounding and no more
+    floor = torch.finfo(bench.dtype).eps / 2
+    return _verdict(bench, given, true, {name: max(x, floor) for name, x in _errors(plain, true).items()})
 
 
 # ----------------------------------------------------------------------------------------- sections
 
 
-def ring_section(bench: Bench) -> list[dict]:
-    """Ring and collective beside the ideal (one device's time for the whole work, divided) and
+def ring_section(bench, args):
+    """Ring and collective beside the ideal, which is one device's time for the whole work, divided, and beside
     PyTorch's context_parallel.
     """
-    args, ring, rows = bench.args, bench.ring, []
-    for s in args.tokens:
-        shard = partition(s * ring.size, ring, "zigzag")
-        for causal in (True, False):
-            whole = bench.measure(bench.plain(causal), *bench.inputs(s * ring.size, args.heads, args.head_dim))
-            ideal = {x: whole[f"{x}_ms"] / ring.size for x in ("forward", "both")}
-            facts = {"tokens_per_gpu": s, "p": ring.size, "causal": causal}
-            rows.append({**facts, "method": "ideal", "forward_ms": ideal["forward"], "both_ms": ideal["both"]})
-            inputs, dout = bench.inputs(s, args.heads, args.head_dim)
-            ours = {name: partial(fn, causal=causal, shard=shard) for name, fn in METHODS.items()}
-            verdicts = bench.judge(ours, shard, causal, inputs, dout)
-            runs = {name: (partial(_out, fn), nullcontext) for name, fn in ours.items()}
-            runs |= _context_parallel(bench, causal)
-            for name, (fn, scope) in runs.items():
-                try:
-                    row = bench.measure(fn, inputs, dout, scope)
-                except (RuntimeError, TypeError) as error:
-                    rows.append({**facts, "method": name, "failed": str(error).splitlines()[0][:100]})
-                    continue
-                share = {f"share_{x}": 100 * ideal[x] / row[f"{x}_ms"] for x in ideal}
-                rows.append({**facts, "method": name, **row, **share, **verdicts.get(name, {})})
-            if ring.size > 1:  # the price of the ring's own code where nothing travels
-                alone = partial(_out, partial(ring_attention, causal=causal))
-                for name, fn in (("plain", bench.plain(causal)), ("ring", alone)):
-                    rows.append({**facts, "p": 1, "method": f"{name}, one rank", **bench.measure(fn, inputs, dout)})
-    return rows
+    for s, causal in product(args.tokens, (True, False)):
+        p, plain = bench.ring.size, bench.plain(causal)
+        shard, facts = partition(s * p, bench.ring, "zigzag"), {"tokens_per_gpu": s, "p": p, "causal": causal}
+        whole = bench.measure(plain, *bench.inputs(s * p, HEADS, HEAD_DIM))
+        ideal = {way: whole[f"{way}_ms"] / p for way in ("forward", "both")}
+        yield {**facts, "method": "ideal", **{f"{way}_ms": x for way, x in ideal.items()}}
+        inputs, dout = bench.inputs(s, HEADS, HEAD_DIM)
+        truth = _truth(bench, shard, causal, inputs, dout)
+        ours = {name: partial(method, causal=causal, shard=shard) for name, method in METHODS.items()}
+        verdicts = {name: _verdict(bench, _results(fn, inputs, dout), *truth) for name, fn in ours.items()}
+        del whole, truth
+        runs = {name: (partial(_out, fn), nullcontext()) for name, fn in ours.items()}
+        for rotation in ("allgather", "alltoall") if bench.cuda and p > 1 else ():
+            runs[f"context_parallel {rotation}"] = plain, _context_parallel(bench, rotation, causal)
+        for name, (fn, scope) in runs.items():
+            try:
+                with scope:
+                    row = bench.measure(fn, inputs, dout)
+            except Exception as error:  # a peer, a prototype, may fail as it likes
+                if name in ours:
+                    raise
+                yield {**facts, "method": name, "failed": str(error)[:100]}
+                continue
+            share = {f"share_{way}": 100 * x / row[f"{way}_ms"] for way, x in ideal.items()}
+            yield {**facts, "method": name, **row, **share, **verdicts.get(name, {})}
 
 
-def _out(fn: Callable, *inputs: Tensor) -> Tensor:
+def _out(fn, *inputs):
     return fn(*inputs).out
 
 
-def _context_parallel(bench: Bench, causal: bool) -> dict[str, tuple[Callable, Callable]]:
-    """PyTorch's own context parallelism on this process group; its head-tail load balance is the
-    zigzag layout.
+@contextmanager
+def _context_parallel(bench, rotation, causal):
+    """PyTorch's own context parallelism, which replaces F.scaled_dot_product_attention: its load balance is the zigzag
+    layout, for causal attention only.
     """
-    if not bench.cuda or bench.ring.size == 1:
-        return {}
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor.experimental import _attention, context_parallel
+    from torch.distributed.tensor.experimental import _attention
 
-    mesh = init_device_mesh("cuda", (bench.ring.size,))
-
-    def scope(method):
-        _attention.set_rotate_method(method)
-        return context_parallel(mesh)
-
-    names = {"allgather": "context_parallel all-gather", "alltoall": "context_parallel all-to-all"}
-    return {name: (bench.plain(causal), partial(scope, method)) for method, name in names.items()}
+    _attention.set_rotate_method(rotation)
+    _attention._cp_options.enable_load_balance = causal
+    mesh = dist.init_device_mesh(bench.device.type, (bench.ring.size,))
+    buffer = torch.zeros(2 * bench.ring.size, device=bench.device)  # it wants something to shard
+    untouched = mock.patch.object(F, "scaled_dot_product_attention", F.scaled_dot_product_attention)
+    with untouched, _attention.context_parallel(mesh, buffers=[buffer], buffer_seq_dims=[0]):
+        yield
 
 
 class Impatient(ProcessRing):
@@ -331,216 +324,128 @@ class Impatient(ProcessRing):
         return posted
 
 
-def overlap_section(bench: Bench) -> list[dict]:
-    """Message and compute kernels of one training step from a profiler trace; exposed is message
-    time with no compute under it.
-    """
-    args, ring, rows = bench.args, bench.ring, []
-    if not bench.cuda or ring.size == 1:
-        return rows
-    from torch.profiler import ProfilerActivity, profile
-
-    for s in args.tokens:
-        inputs, dout = bench.inputs(s, args.heads, args.head_dim)
-        row = {"tokens_per_gpu": s, "p": ring.size}
-        for name, kind in (("exposed_percent", ProcessRing), ("exposed_percent_waits_first", Impatient)):
-            shard = partition(s * ring.size, kind(ring.group), "zigzag")
-            for _ in range(3):
-                ring_attention(*inputs, causal=True, shard=shard).out.backward(dout)
-            bench.synchronise()
-            with profile(activities=[ProfilerActivity.CUDA]) as trace:
-                ring_attention(*inputs, causal=True, shard=shard).out.backward(dout)
-                torch.cuda.synchronize()
-            kernels = sorted(
-                (e.time_range.start, e.time_range.end, e.name) for e in trace.events() if e.device_type.name == "CUDA"
-            )
-            kernels = [k for k in kernels if not k[2].startswith(("Memcpy", "Memset"))]
-            exposed, step = exposed_time(kernels)
-            row[name] = bench.slowest(100 * exposed / step)
-            if kind is ProcessRing:
-                row["kernels"] = [
-                    {"name": x[:60], "kind": "message" if "nccl" in x.lower() else "compute",
-                     "start_us": a - kernels[0][0], "duration_us": b - a} for a, b, x in kernels
-                ]  # fmt: skip
-        rows.append(row)
-    return rows
+def overlap_section(bench, args):
+    """Message and compute kernels of one training step; exposed is message time with no compute under it."""
+    for s in args.tokens if bench.cuda and bench.ring.size > 1 else ():
+        row = {"tokens_per_gpu": s, "p": bench.ring.size}
+        for name, ring in (("_waits_first", Impatient(bench.ring.group)), ("", bench.ring)):
+            kernels = traced(bench, ring, s)
+            exposed, length = exposed_time(kernels)
+            (row[f"exposed_percent{name}"],) = bench.worst(100 * exposed / length)
+        yield {**row, "kernels": kernels}
 
 
-def exposed_time(kernels: list[tuple[float, float, str]]) -> tuple[float, float]:
+def traced(bench, ring, s):
+    """The kernels of one training step of a causal ring; NCCL's are messages."""
+    inputs, dout = bench.inputs(s, HEADS, HEAD_DIM)
+    attention = partial(ring_attention, causal=True, shard=partition(s * ring.size, ring, "zigzag"))
+
+    def step():
+        torch.autograd.grad(_out(attention, *inputs), inputs, dout)
+        torch.cuda.synchronize()
+
+    step()
+    with profile(activities=[ProfilerActivity.CUDA]) as trace:
+        step()  # profilers start at different times; after a step the ranks are together
+        step()
+    skipped = ("Memcpy", "Memset", "nccl:")  # the last are annotations around NCCL's kernels
+    events = [e for e in trace.events() if e.device_type.name == "CUDA" and not e.name.startswith(skipped)]
+    spans = sorted((e.time_range.start, e.time_range.end, e.name) for e in events)
+    spans = spans[len(spans) // 2 :]
+    kinds = {True: "message", False: "compute"}
+    return [
+        {"name": name[:60], "kind": kinds["nccl" in name.lower()], "start_us": a - spans[0][0], "duration_us": b - a}
+        for a, b, name in spans
+    ]
+
+
+def exposed_time(kernels):
     """How long message kernels ran with no compute kernel beside them, and the step's length."""
-    edges = []
-    for start, end, name in kernels:
-        message = "nccl" in name.lower()
-        edges += [(start, message, 1), (end, message, -1)]
-    running, exposed, last = {True: 0, False: 0}, 0.0, None
-    for at, message, change in sorted(edges):
-        if running[True] and not running[False]:
+    spans = [(k["start_us"], k["start_us"] + k["duration_us"], k["kind"]) for k in kernels]
+    edges = sorted(edge for a, b, kind in spans for edge in ((a, kind, 1), (b, kind, -1)))
+    running, exposed, last = {"message": 0, "compute": 0}, 0.0, 0.0
+    for at, kind, change in edges:
+        if running["message"] and not running["compute"]:
             exposed += at - last
-        running[message] += change
+        running[kind] += change
         last = at
-    return exposed, max(k[1] for k in kernels) - min(k[0] for k in kernels)
+    return exposed, edges[-1][0] - edges[0][0]
 
 
-def long_section(bench: Bench) -> list[dict]:
-    """Peak bytes for n doubling, computed up to `--longest` tokens, then allocated only, until it
-    does not fit.
+def dilated_section(bench, args):
+    """LongNet's setting (h = 12, d = 64, causal, w = 2k … 32k, r = 1, 2, 4, 6, 12), n doubling until it does not fit.
+
+    On several ranks also with a last branch over the whole sequence, which crosses them. At the largest n up to 1M
+    results are checked, and the head-grouped convention runs beside its best-known port.
     """
-    args, ring, rows = bench.args, bench.ring, []
-    if not bench.cuda:
-        return rows
-    chunked = partial(ring_attention, q_chunk=8192)
-    for name, fn in (
-        (*METHODS.items(), ("ring, q_chunk 8192", chunked)) if ring.size > 1 else (("ring", ring_attention),)
-    ):
-        n = 2**17
-        while True:
-            shard = partition(n, ring, "zigzag")
-            computed = n <= args.longest
-            row = {"p": ring.size, "method": name, "n": n, "computed": computed}
-            try:
-                inputs, dout = bench.inputs(n // ring.size, args.heads, args.head_dim)
-                with nullcontext() if computed else _allocations_only():
-                    took: list[float] = []
-
-                    def step(fn=fn, inputs=inputs, dout=dout, shard=shard, took=took):
-                        start = time.perf_counter()
-                        fn(*inputs, causal=True, shard=shard).out.backward(dout)
-                        torch.cuda.synchronize()
-                        took.append(time.perf_counter() - start)
-
-                    row["peak_bytes"] = bench.peak(step)
-                row["ms"] = 1e3 * took[0] if computed else None
-                row["fits"] = True
-            except torch.OutOfMemoryError:
-                row["fits"] = False
-            row["fits"] = all(x[0] for x in ring.announce([int(row["fits"])]))
-            row["predicted_bytes"] = sum(
-                predicted(
-                    name.split(",")[0],
-                    n,
-                    ring.size,
-                    args.heads,
-                    args.head_dim,
-                    dtype=bench.dtype,
-                    c=8192 if "q_chunk" in name else None,
-                    fused=True,
-                ).values()
-            )
-            rows.append(row)
-            inputs = dout = None
-            torch.cuda.empty_cache()
-            if not row["fits"]:
-                break
-            n *= 2
-    return rows
-
-
-class _allocations_only:
-    """Replace the block's kernels by their allocations, so that what fits is known without
-    computing it.
-    """
-
-    def __enter__(self):
-        self.kept = backends.forward, backends.backward
-
-        def forward(q, k, v, seen, call):
-            return Attended(torch.empty_like(q), q.new_empty(q.shape[:4], dtype=torch.float32))
-
-        def backward(dout, dlse, q, k, v, out, lse, seen, call):
-            q.new_empty(q.shape, dtype=torch.float32)  # cuDNN's own accumulator of dQ
-            return tuple(torch.empty_like(x) for x in (q, k, v))
-
-        backends.forward, backends.backward = forward, backward
-
-    def __exit__(self, *_):
-        backends.forward, backends.backward = self.kept
-
-
-def dilated_section(bench: Bench) -> list[dict]:
-    """LongNet's setting: h = 12, d = 64, causal, w = 2k … 32k, r = 1, 2, 4, 6, 12, for n doubling
-    until it does not fit.
-
-    On several ranks also with a last branch over the whole sequence, which crosses them; at the
-    longest n that `--dilated-tokens` names, the head-grouped convention beside its best-known port.
-    """
-    rows, ring, p = [], bench.ring, bench.ring.size
-    for n in bench.args.dilated_tokens:
-        over_all = Dilation([*LONGNET.segment_lengths, n], [*LONGNET.dilation_rates, 64])
-        kinds = {"LongNet": LONGNET, "LongNet + w = n, r = 64": over_all if p > 1 and n // p >= 64 else None}
-        grouped = Dilation(LONGNET.segment_lengths, LONGNET.dilation_rates, heads="grouped")
-        kinds["grouped"] = grouped if n == max(bench.args.dilated_compared) and p == 1 else None
-        runs = {x: partial(dilated_attention, causal=True, dilation=y) for x, y in kinds.items() if y is not None}
-        for name, fn in runs.items():
-            shard = partition(n, ring, "contiguous")
-            rows.append({"n": n, "p": p, "method": name, **_dilated(bench, n // p, partial(fn, shard=shard), name)})
-        peer = _dilated_peer(grouped) if kinds["grouped"] else None
-        if peer:
-            rows.append(
-                {"n": n, "p": p, "method": "dilated-attention-pytorch", **_dilated(bench, n // p, peer, "peer")}
-            )
+    p, lengths, rates = bench.ring.size, [(2048 if bench.cuda else 16) << i for i in range(5)], [1, 2, 4, 6, 12]
+    judged = max((n for n in args.dilated_tokens if n <= 2**20), default=0)
+    for n in args.dilated_tokens:
+        kinds = {"LongNet": Dilation(lengths, rates)}
+        if p > 1:
+            kinds["LongNet + w = n, r = 64"] = Dilation([*lengths, n], [*rates, 64])
+        if n == judged:
+            kinds["grouped"] = Dilation(lengths, rates, heads="grouped")
+        rows = []
+        for name, dilation in kinds.items():
+            fn = partial(dilated_attention, causal=True, dilation=dilation, shard=partition(n, bench.ring))
+            windows = dilation if n == judged and max(dilation.segment_lengths) <= n // p else None
+            row = {"n": n, "p": p, "method": name}
+            rows.append(bench.attempt(row, partial(_dilated, bench, fn, windows), "dilated", 12, 64, dilation=dilation))
+        if n == judged and p == 1 and (peer := _dilated_peer(lengths, rates)):
+            row = {"n": n, "p": p, "method": "dilated-attention-pytorch"}
+            rows.append(bench.attempt(row, partial(bench.measure, peer), "dilated", 12, 64, dilation=kinds["grouped"]))
+        yield from rows
         if not all(row["fits"] for row in rows):
-            break
-    return rows
+            return
 
 
-def _dilated(bench: Bench, s: int, fn: Callable, name: str) -> dict:
-    row: dict[str, Any] = {}
-    try:
-        inputs, dout = bench.inputs(s, 12, 64)
-        whole = s * bench.ring.size == max(bench.args.dilated_compared, default=0) and s >= 32768
-        if name == "LongNet" and whole:
-            row = _judge_windows(bench, fn, inputs, dout)
-        before = bench.ring.traffic.received
-        fn(*inputs)
-        row["received_forward_bytes"] = bench.ring.traffic.received - before
-        row |= bench.measure(fn if name == "peer" else partial(_out, fn), inputs, dout)
-        row["fits"] = True
-    except torch.OutOfMemoryError:
-        row["fits"] = False
-    row["fits"] = all(x[0] for x in bench.ring.announce([int(row["fits"])]))
-    inputs = dout = None
-    if bench.cuda:
-        torch.cuda.empty_cache()
-    return row
+def _dilated(bench, fn, windows, inputs, dout):
+    verdict = _judge_dilated(bench, fn, windows, inputs, dout) if windows else {}
+    before = bench.ring.traffic.received
+    fn(*inputs)
+    received = int(bench.worst(bench.ring.traffic.received - before)[0])
+    return {"received_forward_bytes": received, **bench.measure(partial(_out, fn), inputs, dout), **verdict}
 
 
-def _dilated_peer(grouped: Dilation) -> Callable | None:
+def _dilated_peer(lengths, rates):
     try:
         from dilated_attention_pytorch.dilated_attention import DilatedAttention
     except ImportError:
         return None
-    return partial(DilatedAttention(list(grouped.segment_lengths), list(grouped.dilation_rates)), is_causal=True)
+    return partial(DilatedAttention(lengths, rates), is_causal=True)
 
 
-def _judge_windows(bench: Bench, fn: Callable, inputs: list[Tensor], dout: Tensor) -> dict:
-    """float64 on whole windows of the largest segment: the first, a random one and the last;
-    gradients included.
-    """
-    w, s = max(LONGNET.segment_lengths), inputs[0].shape[1]
-    out, lse = fn(*inputs)
-    out.backward(dout)
-    given = [out.detach(), lse.detach().transpose(1, 2), *(x.grad for x in inputs)]
-    windows = {0, int(torch.randint(s // w, ())), s // w - 1}
-    worst = dict.fromkeys(("out", "lse", "dq", "dk", "dv"), 0.0)
-    plain = dict(worst)
-    for i in windows:
-        rows = slice(i * w, (i + 1) * w)
-        truth = None
-        for dtype in (torch.float64, bench.dtype):
-            few = [x.detach()[:, rows].to(dtype).requires_grad_() for x in inputs]
-            out, lse = dense_attention(*few, causal=True, dilation=LONGNET, q_chunk=256)
-            out.backward(dout[:, rows].to(dtype))
-            values = [out.detach(), lse.detach().transpose(1, 2), *(x.grad for x in few)]
-            truth = values if truth is None else truth
-            for into, ours in ((worst, [x[:, rows] for x in given]), (plain, values)):
-                for name, value, true in zip(worst, ours, truth, strict=True):
-                    into[name] = max(into[name], float((value.double() - true).norm() / true.norm()))
-    # `plain` is the definition in this dtype, whose products are float32: the dtype's own rounding,
-    # no more
-    budgets = {x: LSE_BUDGET if x == "lse" else BUDGET * max(plain[x], torch.finfo(bench.dtype).eps / 2) for x in worst}
-    worst = {x: bench.slowest(e * 1e3) / 1e3 for x, e in worst.items()}
-    return {"errors": worst, "budgets": budgets, "checked": all(worst[x] <= budgets[x] for x in worst)}
+def long_section(bench, args):
+    """Peak bytes for n doubling until it does not fit; beyond `--longest` tokens the kernels only allocate."""
+    p, chunk = bench.ring.size, 8192 if bench.cuda else 64
+    methods = {"dense": (dense_attention, None), **{name: (fn, None) for name, fn in METHODS.items()}}
+    methods[f"ring, q_chunk {chunk}"] = ring_attention, chunk
+    for name, (fn, c) in methods.items():
+        for n in (2**i for i in (range(12, 40) if bench.cuda else range(7, 10))):
+            step = partial(fn, causal=True, shard=partition(n, bench.ring, "zigzag"), q_chunk=c)
+            row = {"n": n, "p": p, "method": name, "computed": n <= args.longest}
+            row = bench.attempt(
+                row, partial(_long, bench, step, row["computed"]), name.split(",")[0], HEADS, HEAD_DIM, c=c
+            )
+            yield row
+            if not row["fits"]:
+                break
 
 
-METHODS = {"ring": ring_attention, "collective": collective_attention}
+def _long(bench, fn, computed, inputs, dout):
+    with nullcontext() if computed else mock.patch.multiple(backends, **ONLY_ALLOCATE):
+        return {"peak_bytes": bench.peak(lambda: torch.autograd.grad(_out(fn, *inputs), inputs, dout))}
+
+
+def _allocate_forward(q, k, v, seen, call):
+    return Attended(torch.empty_like(q), q.new_empty(q.shape[:4], dtype=torch.float32))
+
+
+def _allocate_backward(dout, dlse, q, k, v, out, lse, seen, call):
+    q.new_empty(q.shape, dtype=torch.float32)  # cuDNN's own dQ
+    return tuple(torch.empty_like(x) for x in (q, k, v))
+
+
+ONLY_ALLOCATE = {"forward": _allocate_forward, "backward": _allocate_backward}
 SECTIONS = {"ring": ring_section, "overlap": overlap_section, "dilated": dilated_section, "long": long_section}

@@ -15,6 +15,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 COLOURS = ("#0072B2", "#F0E442", "#000000", "#56B4E9", "#D55E00", "#E69F00", "#009E73", "#CC79A7")
 HATCHES = ("", "//", "", "..", "xx", "\\\\", "oo", "++")
+INKS = ("#0072B2", "#D55E00", "#000000", "#56B4E9", "#009E73", "#E69F00", "#CC79A7", "#7F7F7F")  # lines: no yellow
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 DASHES = ("-", "--", ":", "-.", (0, (5, 1)), (0, (1, 1)), (0, (3, 1, 1, 1)), (0, (8, 3)))
 STYLE = {
@@ -83,13 +84,16 @@ def square(owner, labels=None, ax=None, title="", visible=None):
             style = {**colour(who), **plain, **({"alpha": 0.18, "hatch": ""} if faint else {})}
             for row, first, length in _runs((owner == who) & (visible != faint)):
                 ax.add_patch(Rectangle((first, row), length, 1, **style))
-    ax.set(xlim=(0, owner.shape[1]), ylim=(owner.shape[0], 0), aspect="equal", title=title)
-    ax.set(xlabel="key position", ylabel="query position")
+    ax.set(xlim=(0, owner.shape[1]), ylim=(owner.shape[0], 0), aspect="equal")
+    ax.set(xlabel="key position", ylabel="query position", title=title)
     ax.spines[["top", "right"]].set_visible(True)
     if labels is not None:
-        patches = [Patch(label=text, **colour(i)) for i, text in enumerate(labels)]
-        ax.legend(handles=patches, loc="center left", bbox_to_anchor=(1.0, 0.5), handleheight=1.2)
+        _legend(ax, handles=[Patch(label=text, **colour(i)) for i, text in enumerate(labels)])
     return ax
+
+
+def _legend(ax, **kwargs):
+    ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), handleheight=1.2, **kwargs)
 
 
 def _runs(where):
@@ -102,15 +106,15 @@ def _runs(where):
 
 
 @_styled
-def timeline(bars, kinds=None, ax=None, title="", unit="ms"):
+def timeline(bars, ax=None, title="", unit="ms"):
     """Lanes of what happens when: one lane per rank, or per rank and stream.
 
     bars: (lane, start, end, kind) with lane and kind as text; lanes are drawn in order of
-    appearance, top first. kinds: order of the legend.
+    appearance, top first.
     """
     bars = list(bars)
     lanes = list(dict.fromkeys(lane for lane, *_ in bars))
-    kinds = list(dict.fromkeys(kind for *_, kind in bars)) if kinds is None else list(kinds)
+    kinds = list(dict.fromkeys(kind for *_, kind in bars))
     ax = figure(6.4, 0.9 + 0.38 * len(lanes))[1] if ax is None else ax
     for lane, start, end, kind in bars:
         if end > start:
@@ -118,8 +122,7 @@ def timeline(bars, kinds=None, ax=None, title="", unit="ms"):
             ax.barh(lanes.index(lane), end - start, left=start, height=0.7, **style)
     ax.set(xlabel=unit, title=title, yticks=range(len(lanes)), yticklabels=lanes)
     ax.set_ylim(len(lanes) - 0.4, -0.6)
-    patches = [Patch(label=kind, **colour(i)) for i, kind in enumerate(kinds)]
-    ax.legend(handles=patches, loc="center left", bbox_to_anchor=(1.0, 0.5), handleheight=1.2)
+    _legend(ax, handles=[Patch(label=kind, **colour(i)) for i, kind in enumerate(kinds)])
     return ax
 
 
@@ -132,7 +135,7 @@ def curves(lines, points=None, ax=None, title="", x="", y="", log=True):
     points = points or {}
     ax = figure()[1] if ax is None else ax
     for i, label in enumerate(dict.fromkeys([*lines, *points])):
-        look = {"color": _ink(i), "zorder": 2}
+        look = {"color": INKS[i % 8], "zorder": 2}
         marker = {"marker": MARKERS[i % 8], "markeredgecolor": "black", "markersize": 5}
         if label in lines:
             ax.plot(*lines[label], linestyle=DASHES[i % 8], label=label, linewidth=1.6, **look)
@@ -164,7 +167,7 @@ def bars(groups, ax=None, title="", y="", log=False):
     if log:
         ax.set_yscale("log")
     ax.set(xticks=range(len(labels)), xticklabels=labels, ylabel=y, title=title)
-    ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), handleheight=1.2)
+    _legend(ax)
     return ax
 
 
@@ -175,12 +178,6 @@ def short(value):
             scaled = value / power  # 1000 to 1023 need a fourth digit
             return f"{scaled:.0f}{suffix}" if abs(scaled) >= 999.5 else f"{scaled:.3g}{suffix}"
     return f"{value:.3g}"
-
-
-def _ink(i):
-    """Line colour i: the palette's yellow is too pale for a thin line on white."""
-    dark = ("#0072B2", "#D55E00", "#000000", "#56B4E9", "#009E73", "#E69F00", "#CC79A7", "#7F7F7F")
-    return dark[i % len(dark)]
 
 
 @_styled

@@ -1,0 +1,76 @@
+"""The benchmark on the CPU: every section runs, checks what it times and writes what it found; its arithmetic."""
+
+import json
+from argparse import Namespace
+
+import pytest
+import torch.nn.functional as F
+
+import ringref
+from ringref import bench
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    monkeypatch.setattr(bench, "HEADS", 2)
+    monkeypatch.setattr(bench, "REPEATS", 2)
+
+
+def rows(section, p=2, **args):
+    return ringref.simulate(lambda ring: list(section(bench.Bench(ring), Namespace(**args))), p)[0]
+
+
+def test_ring_and_collective_are_checked_and_timed():
+    found = rows(bench.ring_section, tokens=[32])
+    assert [row["method"] for row in found] == ["ideal", "ring", "collective"] * 2
+    for row in found:
+        assert row["both_ms"] > 0
+        if row["method"] != "ideal":
+            assert row["checked"] and 4 < row["peak_both_q"] < 20 and row["share_both"] > 0
+
+
+def test_a_wrong_result_is_noticed(monkeypatch):
+    scaled = lambda *x, **how: ringref.ring_attention(*x, scale=0.1, **how)
+    monkeypatch.setitem(bench.METHODS, "ring", scaled)
+    found = {row["method"]: row for row in rows(bench.ring_section, tokens=[32])}
+    assert found["collective"]["checked"] and not found["ring"]["checked"]
+
+
+def test_dilated_windows_are_checked():
+    found = {row["method"]: row for row in rows(bench.dilated_section, dilated_tokens=[1024])}
+    assert found["LongNet"]["checked"] and found["grouped"]["checked"]
+    assert found["LongNet"]["received_forward_bytes"] == 0 < found["LongNet + w = n, r = 64"]["received_forward_bytes"]
+
+
+def test_kernels_that_only_allocate_take_what_kernels_take():
+    computed, allocated = (rows(bench.long_section, longest=longest) for longest in (1024, 0))
+    for row, other in zip(computed, allocated):
+        assert row["n"] == other["n"] and row["fits"] and other["fits"]
+        if row["method"] != "dense":  # and the dQ that cuDNN keeps, which CPU kernels do not
+            assert 0.98 * row["peak_bytes"] < other["peak_bytes"] < 1.2 * row["peak_bytes"]
+
+
+def test_exposed_is_message_time_with_no_compute_under_it():
+    spans = [("compute", 0, 4), ("message", 2, 6), ("compute", 5, 7), ("message", 9, 10)]
+    kernels = [{"kind": kind, "start_us": a, "duration_us": b - a} for kind, a, b in spans]
+    assert bench.exposed_time(kernels) == (1 + 1, 10)
+
+
+def test_the_command_writes_what_it_found(tmp_path):
+    assert bench.main(["--ranks", "1", "--sections", "long", "--longest", "0", "--data", str(tmp_path)]) == 0
+    (file,) = tmp_path.glob("long-*-x1.json")
+    record = json.loads(file.read_text())
+    assert {"machine", "versions", "date", "command"} < set(record) and record["rows"][0]["predicted_bytes"] > 0
+
+
+def in_context_parallel(ring):
+    before, seen = F.scaled_dot_product_attention, []
+    for rotation, causal in (("allgather", True), ("alltoall", False)):
+        with bench._context_parallel(bench.Bench(ring), rotation, causal):
+            seen.append(F.scaled_dot_product_attention is not before)
+        seen.append(F.scaled_dot_product_attention is before)
+    return seen
+
+
+def test_torch_context_parallel_is_entered_and_left():
+    assert ringref.launch(in_context_parallel, 2, "gloo") == [[True] * 4] * 2
