@@ -192,10 +192,12 @@ class Gradients(NamedTuple):
         beginning of the sum.
         """
         if arrived is None:
-            return self.dk.wide(), self.dv.wide()
-        for mine, total in zip(self, arrived, strict=True):
-            mine.onto(total)
-            mine.total = mine.last = None  # before the next buffers are made
+            arrived = tuple(mine.wide() for mine in self)
+        else:
+            for mine, total in zip(self, arrived, strict=True):
+                mine.onto(total)
+        for mine in self:  # before the next buffers are made
+            mine.total = mine.last = None
         return arrived
 
 

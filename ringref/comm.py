@@ -155,6 +155,7 @@ class Ring:
             self.exchange({to: parts[to]}, {come: arriving}).wait()
             for x, y in zip(total, arriving, strict=True):
                 x += y
+            del arriving, y  # before the next buffers are made
         return total
 
     def among(self, members: Sequence[int]) -> Ring:

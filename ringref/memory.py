@@ -89,8 +89,8 @@ def predicted(
         # blocks of K and V: while my own are in work, while others' are, and while gradients come home;
         # blocks of dK and dV: while the last K and V are in work, and while they come home
         first, later, last, flying, home = {
-            "ring": (min(2, others + sends), min(2, others, max(1, others - 1)), min(1, others), 2 * (others > 1), 2),
-            "collective": (*[others + sends] * 3, max(0, others - 1), others + 2 + (others > 1)),
+            "ring": (min(2, others + sends), min(2, others, max(1, others - 1)), 0, 2 * (others > 1), 2),
+            "collective": (*[others + sends] * 3, max(0, others - 1), others + 2),
             "dilated": (others * (1 + sends), others, others, max(0, others - 1), 2 * others),
         }[method]
         scores = (1 + backward) * b * heads * rows * ceil(min(w, s) / r) * wide if kernel == "math" else 0
@@ -108,6 +108,8 @@ def predicted(
             if others:  # a part's gradients come home under the first block of the next
                 next_part = int(parts > 1)
                 moments.append((out + gradients * (parts > 2), sums, last + first * next_part, home, next_part))
+                came = others if method == "dilated" else 1  # what was sent is let go of, and the sums but for dV's
+                moments.append((out + gradients * next_part, kv // 2 * made, first * next_part, came, next_part))
         else:
             work = block * made + keys // 2 * copied + repeated * size + grouped * (copied > 0)
             moments = [(out * (parts > 1), q * made * several, first, 0, 1)]

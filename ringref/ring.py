@@ -54,10 +54,11 @@ def rotating(trip: Trip):
     for hop in range(1, p):
         source = (ring.rank - hop) % p
         before = trip.load((source - 1) % p)
-        keys = arriving.wait()
+        keys, arriving = arriving.wait(), None
         if hop < p - 1:  # posted before this block is computed, waited for after it
             arriving = ring.rotate(keys, trip.space(before))
         gradients = yield trip.block(trip.load(source), keys)
+        keys = None  # before the gradients' buffers are made
         if gradients is not None:
             gradients = gradients.onto(returning.wait() if returning else None)
             returning = ring.rotate(gradients, trip.space(before, gradients=True))
