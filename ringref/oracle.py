@@ -716,7 +716,9 @@ class Truth:
             return math.inf, 1.0
         # a rank whose own share is zero by structure is measured against the others' typical norm
         every = self.whole[name]
-        typical = max(0.05 * every[every.isfinite()].norm().item() / math.sqrt(self.case.p), 1e-30)
+        total, terms = every[every.isfinite()].norm().item(), self.whole["dv"].norm().item()
+        # where each query sees one key, dq and dk cancel everywhere: what rounding leaves of terms as large as dv
+        typical = max(0.05 * total if total > 1e-9 * terms else terms, 1e-30) / math.sqrt(self.case.p)
         error, *rough = (_distance(*(y.masked_fill(blind, 0.0) for y in (x, want)), typical) for x in (got, *roughs))
         return error, MULTIPLE[self.case.dtype] * max(*rough, FLOOR[self.case.dtype] * self.eps)
 

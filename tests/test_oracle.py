@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from ringref.oracle import cases, check, main
+from ringref.oracle import Case, cases, check, main
 
 # ------------------------------------------------------------- two correct candidates, as somebody
 # would write them
@@ -302,6 +302,28 @@ def sliced(q, k, v, **told):
 
 WORDS = ("--features", "causal", "--ranks", "2", "--quick")
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m")
+
+
+def fused(q, k, v, *, causal, group, window):
+    """PyTorch's own kernel on one device: what cancels in dq and dk leaves rounding, not zeros."""
+    step = torch.arange(q.shape[1]) - torch.arange(q.shape[1])[:, None]
+    seen = (step >= -window[0]) & (step <= window[1]) & ((step <= 0) | (not causal))
+    k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], 2) for x in (k, v))
+    heads_first = (x.transpose(1, 2) for x in (q, k, v))
+    return torch.nn.functional.scaled_dot_product_attention(*heads_first, attn_mask=seen).transpose(1, 2)
+
+
+def leaking(q, k, v, **told):
+    """dq of 1e-4 where it should be zero."""
+    return fused(q, k, v, **told) + 1e-4 * (q - q.detach())
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_gradients_that_vanish_are_judged_by_the_terms_that_cancel(dtype, pool):
+    case = Case("each query sees one key", p=1, n=6, g=2, causal=True, window=(0, 7), dtype=dtype)
+    case.check(fused, pool=pool)
+    with pytest.raises(AssertionError, match="dq rank 0"):
+        case.check(leaking, pool=pool)
 
 
 @pytest.mark.parametrize("launcher", [("-m",), TORCHRUN], ids=["python", "torchrun"])
