@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -324,6 +325,46 @@ def test_gradients_that_vanish_are_judged_by_the_terms_that_cancel(dtype, pool):
     case.check(fused, pool=pool)
     with pytest.raises(AssertionError, match="dq rank 0"):
         case.check(leaking, pool=pool)
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        {"features": "causal, cuasal"},
+        {"ranks": "4"},
+        {"ranks": 2.5},
+        {"deadline": 0},
+        {"stop_after": 0},
+        {"backend": "mpi"},
+        {"fn": "gathering"},
+    ],
+    ids=lambda told: next(iter(told)),
+)
+def test_bad_arguments_of_a_call_are_named_before_anything_runs(told):
+    with pytest.raises(ValueError, match=next(iter(told))):
+        check(**{"fn": gathering} | told)
+
+
+def test_a_candidate_that_cannot_travel_is_named(pool):
+    with pytest.raises(TypeError, match="fn: .*gathering.* cannot be sent"):
+        check(functools.partial(gathering, wrap=threading.Lock()), pool=pool, ranks=1)
+
+
+def triple(q, k, v, *, causal, group):
+    return q, None, None
+
+
+def leaving(q, k, v, *, causal, group):
+    if dist.get_rank(group) == 1:
+        os._exit(0)
+    return gathering(q, k, v, causal=causal, group=group)
+
+
+@pytest.mark.parametrize("fn, p, text", [(triple, 1, "returned tuple of 3"), (leaving, 3, "the process died")])
+def test_the_first_cause_is_told(fn, p, text, pool):
+    with pytest.raises(AssertionError) as told:
+        Case("first cause", p=p, n=4 * p).check(fn, pool=pool)
+    assert text in " ".join(str(told.value).replace("│", " ").split())
 
 
 @pytest.mark.parametrize("launcher", [("-m",), TORCHRUN], ids=["python", "torchrun"])
