@@ -230,6 +230,8 @@ def sights(s: Scene) -> Iterator[tuple[str, Tensor]]:
             **{f"only branch {m} counts": kept(i, j) & (branch == m) for m in range(len(w))},
         }
         yield "a key seen through several branches counts once", s.times.clamp(max=1)
+    if not case.causal:
+        yield "a causal mask though causal is False", s.times * (j <= i)
 
     views = [("with query and key swapped", j, i), ("by rank instead of position", mine, theirs)]
     views += [(f"off by one (key j taken for j {by:+d})", i, j + by) for by in (1, -1)]
@@ -330,6 +332,16 @@ def forwards(s: Scene) -> Iterator[Guess]:
     for text, changed in ingredients(s):
         yield text, s.forward(**changed)
     yield from merges(s)
+    own = s.hop == 0
+    split = {"times": torch.cat([s.times * own, s.times * ~own], -1)}  # keys as they are, and as they are received
+    for text, (K, V) in {
+        "K is taken for V": (s.K, s.K),
+        "V is taken for K": (s.V, s.V),
+        "K and V swap": (s.V, s.K),
+    }.items():
+        yield f"{text}, everywhere", s.forward(K=K, V=V)
+        received = {"K": torch.cat([s.K, K], 1), "V": torch.cat([s.V, V], 1)}
+        yield f"{text}, in received blocks", s.forward(**split, **received)
     yield "out is divided by lse instead of exp(lse − max)", {"out": s.O * rows((s.L - s.top).exp() / s.L)}
     yield "out is divided by lse instead of exp(lse)", {"out": s.O * rows(s.L.exp() / s.L)}
     yield "out is not normalised", {"out": s.O * rows(s.L.exp())}
@@ -474,8 +486,8 @@ def _factor(pairs: list[tuple[Tensor, Tensor]]) -> float:
 def _off(what: str, factor: float, s: Scene) -> str:
     """What a factor means, by its name if it has one."""
     known = {"1/p": 1 / s.p, "p": s.p, "1/√d": s.scale, "√d": 1 / s.scale, "1/d": s.scale**2, "h/g": s.e}
-    known |= {"g/h": 1 / s.e, "ln 2": math.log(2), "log2 e": math.log2(math.e), "2": 2, "1/2": 0.5, "−1": -1}
-    near = (text for text, x in known.items() if x != 1 and abs(factor / x - 1) < 1e-3)
+    known |= {"g/h": 1 / s.e, "ln 2": math.log(2), "log2 e": math.log2(math.e)}
+    near = (f"{text} = {factor:.3g}" for text, x in known.items() if x != 1 and abs(factor / x - 1) < 1e-3)
     return f"{what} is wrong by a factor {next(near, f'{factor:.3g}')}" if abs(factor) > 1e-3 else f"{what} is zero"
 
 

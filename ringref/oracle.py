@@ -34,6 +34,7 @@ import io
 import json
 import math
 import os
+import re
 import sys
 import time
 from collections import Counter
@@ -290,6 +291,11 @@ ONCE = (  # causal if the candidate can
 )
 
 
+def _names(features: Any) -> set[str]:
+    """{"causal", "gqa"}, or "causal,gqa" as the command line has it."""
+    return set(re.findall(r"[^\s,]+", features) if isinstance(features, str) else features)
+
+
 def cases(*, features=(), layout="contiguous", ranks=4, quick=False, claims=None, seed=0) -> list[Case]:
     """The cases of a sweep, smallest first.
 
@@ -304,13 +310,13 @@ def cases(*, features=(), layout="contiguous", ranks=4, quick=False, claims=None
     Raises:
         ValueError: an unknown feature, layout or claim, or no ranks.
     """
-    can = set(features)
+    can = _names(features)
     known = {"features": (can, FEATURES), "layout": ({layout}, LAYOUTS), "claims": ({claims} - {None}, ("ring",))}
     for name, (given, choices) in known.items():
         if unknown := given - set(choices):
             raise ValueError(f"{name}: {', '.join(sorted(unknown))} unknown; choose from {', '.join(choices)}")
-    if ranks < 1:
-        raise ValueError(f"ranks: expected at least 1, got {ranks}")
+    if not isinstance(ranks, int) or ranks < 1:
+        raise ValueError(f"ranks: expected a whole number of at least 1, got {ranks!r}")
     common = {"layout": layout, "dlse": "lse" in can, "positions": bool(can & {"uneven", "empty"}), "seed": seed}
     ways = [("full ", False, EACH), ("causal ", True, EACH)][: 1 + ("causal" in can)]
     made = []
@@ -374,7 +380,9 @@ class Report:
     def diagnosis(self) -> str | None:
         """The cause that explains most findings, of the smallest case where several do."""
         votes = Counter(cause for f in self.findings for cause in dict.fromkeys(f.causes))
-        known = [cause for cause in votes if not cause.startswith(diagnose.VAGUE)]
+        # a NaN that no mask can explain is not a mask's
+        vague = (*diagnose.VAGUE, "NaN where") if "NaN or inf" in votes else diagnose.VAGUE
+        known = [cause for cause in votes if not cause.startswith(vague)]
         return max(known or votes, key=votes.__getitem__) if votes else None
 
     def to_json(self) -> str:
@@ -441,7 +449,15 @@ def check(
         progress: a progress bar; None shows one on a terminal.
         pool: workers to use, for many sweeps in a row.
     """
-    features = set(features)
+    for name, given, fits, wanted in (
+        ("fn", fn, callable(fn), "a function"),
+        ("backend", backend, backend in ("gloo", "nccl"), "gloo or nccl"),
+        ("deadline", deadline, deadline > 0, "more than 0"),
+        ("stop_after", stop_after, stop_after > 0, "more than 0"),
+    ):
+        if not fits:
+            raise ValueError(f"{name}: expected {wanted}, got {given!r}")
+    features = _names(features)
     todo = cases(features=features, layout=layout, ranks=ranks, quick=quick, claims=claims, seed=seed)
     size = max(case.world for case in todo)
     if pool is None:
@@ -494,7 +510,10 @@ class Judge:
 
     def __init__(self, fn: Callable, pool: Any, report: Report, deadline: float):
         self.fn, self.pool, self.report, self.deadline = fn, pool, report, deadline
-        self.pickled = cloudpickle.dumps(fn)
+        try:
+            self.pickled = cloudpickle.dumps(fn)
+        except Exception as error:  # whatever holds a lock, a file, a process group
+            raise TypeError(f"fn: {report.candidate} cannot be sent to other processes: {error}") from error
         self.form: tuple[str, str] | None = None  # of the lse: its base and shape, and where it was first seen
         self.bytes: dict[tuple[int, int], tuple[float, float]] = {}
         self.refusals: dict[str, list[str]] = {}
@@ -549,9 +568,12 @@ class Judge:
         def tell(kind: str, cause: str, detail: str, rank: int, line: Any = None) -> Finding:
             return _finding(case, kind, cause, detail, rank=rank, where=where(line) if line else None)
 
+        died = [rank for rank, r in results.items() if "crash" in r]
         errors = {rank: r["error"] for rank, r in results.items() if r["error"]}
+        # nor does a rank that lost its connection to one that died have a story of its own
+        errors = {rank: e for rank, e in errors.items() if not died or "onnection" not in e["text"]}
         seen = [(rank, f) for rank, r in results.items() for f in r.get("findings", ())]
-        seen = [(rank, f) for rank, f in seen if not (errors and f["kind"] == "unfinished")]
+        seen = [(rank, f) for rank, f in seen if not ((errors or died) and f["kind"] == "unfinished")]
         if differ := diagnose.mismatched(results):
             return [tell("message", *differ[0])]
         if seen:
@@ -563,9 +585,8 @@ class Judge:
             cause, text = diagnose.crash(e)
             ours = case.groups and e["type"] not in ("NameError", "ImportError", "ModuleNotFoundError")
             return [tell("crash", diagnose.GROUP if ours else cause, text, rank, e["line"])]
-        for rank, r in results.items():
-            if "crash" in r:
-                return [tell("crash", "the process died", "a fault in native code, or os._exit", rank)]
+        if died:
+            return [tell("crash", "the process died", "a fault in native code, or os._exit", died[0])]
         if any("hang" in r for r in results.values()):
             return [tell("hang", *diagnose.hang(case, results))]
         written = [(rank, r["written"]) for rank, r in results.items() if r["written"]]
@@ -716,7 +737,9 @@ class Truth:
             return math.inf, 1.0
         # a rank whose own share is zero by structure is measured against the others' typical norm
         every = self.whole[name]
-        typical = max(0.05 * every[every.isfinite()].norm().item() / math.sqrt(self.case.p), 1e-30)
+        total, terms = every[every.isfinite()].norm().item(), self.whole["dv"].norm().item()
+        # where each query sees one key, dq and dk cancel everywhere: what rounding leaves of terms as large as dv
+        typical = max(0.05 * total if total > 1e-9 * terms else terms, 1e-30) / math.sqrt(self.case.p)
         error, *rough = (_distance(*(y.masked_fill(blind, 0.0) for y in (x, want)), typical) for x in (got, *roughs))
         return error, MULTIPLE[self.case.dtype] * max(*rough, FLOOR[self.case.dtype] * self.eps)
 
@@ -781,7 +804,7 @@ def main(argv: list[str] | None = None) -> int:
     torchrun = "RANK" in os.environ
     sweep = {name: getattr(told, name) for name in ("layout", "claims", "quick", "seed")}
     sweep["ranks"] = min(told.ranks, int(os.environ["WORLD_SIZE"])) if torchrun else told.ranks
-    sweep["features"] = list(filter(None, told.features.split(",")))
+    sweep["features"] = told.features
     try:
         fn = find(told.candidate)
         fn = getattr(adapt, told.adapt)(fn) if told.adapt else fn
@@ -813,7 +836,7 @@ def find(spec: str) -> Callable:
         place = os.path.basename(place)[:-3]
     try:
         found = functools.reduce(getattr, name.split("."), importlib.import_module(place))
-    except Exception as error:  # anything may go wrong while somebody's file is imported
+    except (Exception, SystemExit) as error:  # anything may go wrong while somebody's file is imported
         raise ValueError(f"candidate: {spec!r} gives {type(error).__name__}: {error}") from error
     if not callable(found):
         raise ValueError(f"candidate: {spec!r} is a {type(found).__name__}, not a function")

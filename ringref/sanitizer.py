@@ -447,9 +447,11 @@ def _passes(fn: Callable, job: dict, mask: Any, device: str, result: dict) -> No
             with torch.set_grad_enabled(phase == "forward"):
                 heads = [x.shape[2] for x in leaves]
                 returned = fn(*(torch.cat(leaves, 2).split(heads, 2) if job.get("packed") else leaves))
-            out, lse = returned if isinstance(returned, (tuple, list)) else (returned, None)
-            if not isinstance(out, Tensor):
-                raise TypeError(f"the candidate returned {type(out).__name__}, not a tensor or (out, lse)")
+            pair = returned if isinstance(returned, (tuple, list)) else (returned, None)
+            if len(pair) != 2 or not isinstance(pair[0], Tensor):
+                what = f"{type(returned).__name__} of {len(pair)}" if pair is returned else type(returned).__name__
+                raise TypeError(f"the candidate returned {what}, not a tensor or (out, lse)")
+            out, lse = pair
             live[i] = leaves, out, lse
             done |= {"out": _plain(out), "lse": _plain(lse)}
         for name, x in zip("qkv", live[i][0], strict=True):

@@ -6,13 +6,14 @@ import math
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from ringref.oracle import cases, check, main
+from ringref.oracle import Case, cases, check, main
 
 # ------------------------------------------------------------- two correct candidates, as somebody
 # would write them
@@ -302,6 +303,68 @@ def sliced(q, k, v, **told):
 
 WORDS = ("--features", "causal", "--ranks", "2", "--quick")
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m")
+
+
+def fused(q, k, v, *, causal, group, window):
+    """PyTorch's own kernel on one device: what cancels in dq and dk leaves rounding, not zeros."""
+    step = torch.arange(q.shape[1]) - torch.arange(q.shape[1])[:, None]
+    seen = (step >= -window[0]) & (step <= window[1]) & ((step <= 0) | (not causal))
+    k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], 2) for x in (k, v))
+    heads_first = (x.transpose(1, 2) for x in (q, k, v))
+    return torch.nn.functional.scaled_dot_product_attention(*heads_first, attn_mask=seen).transpose(1, 2)
+
+
+def leaking(q, k, v, **told):
+    """dq of 1e-4 where it should be zero."""
+    return fused(q, k, v, **told) + 1e-4 * (q - q.detach())
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_gradients_that_vanish_are_judged_by_the_terms_that_cancel(dtype, pool):
+    case = Case("each query sees one key", p=1, n=6, g=2, causal=True, window=(0, 7), dtype=dtype)
+    case.check(fused, pool=pool)
+    with pytest.raises(AssertionError, match="dq rank 0"):
+        case.check(leaking, pool=pool)
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        {"features": "causal, cuasal"},
+        {"ranks": "4"},
+        {"ranks": 2.5},
+        {"deadline": 0},
+        {"stop_after": 0},
+        {"backend": "mpi"},
+        {"fn": "gathering"},
+    ],
+    ids=lambda told: next(iter(told)),
+)
+def test_bad_arguments_of_a_call_are_named_before_anything_runs(told):
+    with pytest.raises(ValueError, match=next(iter(told))):
+        check(**{"fn": gathering} | told)
+
+
+def test_a_candidate_that_cannot_travel_is_named(pool):
+    with pytest.raises(TypeError, match="fn: .*gathering.* cannot be sent"):
+        check(functools.partial(gathering, wrap=threading.Lock()), pool=pool, ranks=1)
+
+
+def triple(q, k, v, *, causal, group):
+    return q, None, None
+
+
+def leaving(q, k, v, *, causal, group):
+    if dist.get_rank(group) == 1:
+        os._exit(0)
+    return gathering(q, k, v, causal=causal, group=group)
+
+
+@pytest.mark.parametrize("fn, p, text", [(triple, 1, "returned tuple of 3"), (leaving, 3, "the process died")])
+def test_the_first_cause_is_told(fn, p, text, pool):
+    with pytest.raises(AssertionError) as told:
+        Case("first cause", p=p, n=4 * p).check(fn, pool=pool)
+    assert text in " ".join(str(told.value).replace("│", " ").split())
 
 
 @pytest.mark.parametrize("launcher", [("-m",), TORCHRUN], ids=["python", "torchrun"])
