@@ -28,7 +28,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import html
 import importlib
 import io
 import json
@@ -48,6 +47,7 @@ import torch
 from rich.console import Console
 from rich.progress import track
 from rich.table import Column, Table
+from rich.text import Text
 from torch import Tensor
 
 from . import adapt, diagnose
@@ -392,9 +392,10 @@ class Report:
     def __rich_console__(self, console: Console, _: Any) -> Iterator[Any]:
         verdict = "passes" if self else "is wrong" if self.findings else "was not judged"
         total = len(self.passed) + len({(f.case, f.p) for f in self.findings})
-        yield f"{self.candidate} {verdict}: {len(self.passed)} of {total} cases pass, {self.seconds:.0f} s"
+        told = f"{self.candidate} {verdict}: {len(self.passed)} of {total} cases pass, {self.seconds:.0f} s"
+        yield Text(told, style="bold green" if self else "bold red")
         if self.findings:
-            yield f"most likely: {self.diagnosis}"
+            yield Text(f"most likely: {self.diagnosis}", style="bold")
             heads = ("case", "p", "where", "error/budget", "finding")
             table = Table(*(Column(head, overflow="fold") for head in heads), pad_edge=False)
             for f in self.findings[:12]:
@@ -414,16 +415,19 @@ class Report:
         if self.not_judged:
             yield "not judged: " + "; ".join(self.not_judged)
 
-    def __str__(self) -> str:
-        plain = {"highlight": False, "markup": False, "force_jupyter": False, "color_system": None}
-        console = Console(width=80, file=io.StringIO(), **plain)
+    def _printed(self, **how: Any) -> Console:
+        console = Console(width=80, file=io.StringIO(), highlight=False, markup=False, force_jupyter=False, **how)
         console.print(self)
-        return console.file.getvalue()
+        return console
+
+    def __str__(self) -> str:
+        return self._printed(color_system=None).file.getvalue()
 
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        return f"<pre style='line-height:1.2'>{html.escape(str(self))}</pre>"
+        html = self._printed(record=True)
+        return html.export_html(inline_styles=True, code_format="<pre style='line-height:1.2'>{code}</pre>")
 
 
 def _finding(case: Case, kind: str, cause: str, detail: str = "", **told: Any) -> Finding:

@@ -22,6 +22,17 @@ def pool():
         yield workers
 
 
+def pytest_sessionfinish(session):
+    if hasattr(session.config, "workeroutput"):  # a process of pytest-xdist tells the one that prints
+        session.config.workeroutput["swap"] = taken, skipped
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    for mine, theirs in zip((taken, skipped), getattr(node, "workeroutput", {}).get("swap", ())):
+        mine.extend(theirs)
+
+
 def pytest_terminal_summary(terminalreporter):
     if taken or skipped:
         terminalreporter.write_line(f"swap test: {len(taken)} compared, {len(skipped)} skipped")
