@@ -486,8 +486,8 @@ def _factor(pairs: list[tuple[Tensor, Tensor]]) -> float:
 def _off(what: str, factor: float, s: Scene) -> str:
     """What a factor means, by its name if it has one."""
     known = {"1/p": 1 / s.p, "p": s.p, "1/√d": s.scale, "√d": 1 / s.scale, "1/d": s.scale**2, "h/g": s.e}
-    known |= {"g/h": 1 / s.e, "ln 2": math.log(2), "log2 e": math.log2(math.e)}
-    near = (f"{text} = {factor:.3g}" for text, x in known.items() if x != 1 and abs(factor / x - 1) < 1e-3)
+    known |= {"g/h": 1 / s.e, "ln 2": math.log(2), "log2 e": math.log2(math.e), "2": 2, "1/2": 0.5, "−1": -1}
+    near = (text for text, x in known.items() if x != 1 and abs(factor / x - 1) < 1e-3)
     return f"{what} is wrong by a factor {next(near, f'{factor:.3g}')}" if abs(factor) > 1e-3 else f"{what} is zero"
 
 
