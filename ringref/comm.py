@@ -23,6 +23,7 @@ from torch import Tensor
 
 Message = Sequence[Tensor]
 log = logging.getLogger(__name__)  # at DEBUG: every hop, so that a survivor's log names its last
+watchers: list[Callable[[str], Any]] = []  # told the same, whatever is logged
 _HEADER = 32  # integers in a header
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.bool)
 
@@ -212,7 +213,7 @@ class ProcessRing(Ring):
         ops = [dist.P2POp(dist.isend, x, self._world_ranks[r], self.group) for r, x in sends]
         ops += [dist.P2POp(dist.irecv, x, self._world_ranks[r], self.group) for r, m in into.items() for x in m]
         where = f"rank {self.rank}, hop {hop}: the exchange with ranks {peers}"
-        log.debug("%s is posted", where)
+        _tell(f"{where} is posted")
         with _named(where):
             works = dist.batch_isend_irecv(ops)
 
@@ -220,7 +221,7 @@ class ProcessRing(Ring):
             with _named(where):
                 for work in works:
                     work.wait()
-            log.debug("%s is done", where)
+            _tell(f"{where} is done")
             sends.clear()  # the buffers had to live until here
 
         return finish
@@ -238,6 +239,12 @@ class ProcessRing(Ring):
             dist.all_gather(list(rows), mine, group=self.group)
             every = rows.cpu()
         return [every[r, : lengths[r]] for r in range(self.size)]
+
+
+def _tell(what: str) -> None:
+    log.debug("%s", what)
+    for watch in watchers:
+        watch(what)
 
 
 @contextmanager

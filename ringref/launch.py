@@ -33,7 +33,7 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalEx
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from ringref.comm import ProcessRing
+from ringref.comm import ProcessRing, watchers
 
 BACKENDS = {"gloo": "gloo", "nccl": "cpu:gloo,cuda:nccl"}  # nccl ranks may exchange CPU tensors too
 PRELOAD = ["torch.distributed.launcher.api", "numpy", "cloudpickle", "einops"]
@@ -198,7 +198,9 @@ def _rank_main(job, environ, typed, folder):
         linecache.cache.update(typed)
         fn, backend, timeout, threads = pickle.loads(job)
         torch.set_num_threads(threads)
-        _LastHop(Path(folder, f"hop.{rank}")).follow("ringref.comm")
+        # the last hop outlives a rank that NCCL's watchdog or a signal ends
+        note = os.open(Path(folder, f"hop.{rank}"), os.O_CREAT | os.O_WRONLY)
+        watchers.append(lambda hop: os.pwrite(note, hop.ljust(160).encode(), 0))
         store = _join_group(backend, timeout)
         result = _pickled(fn(ProcessRing()))
         _wait_for_the_others(store, folder)
@@ -244,22 +246,6 @@ def _wait_for_the_others(store, folder):
             Path(folder, f"left.{dist.get_rank()}").touch()
             return
         time.sleep(0.01)
-
-
-class _LastHop(logging.Handler):
-    """Keeps a logger's last line in a file: it outlives a rank that NCCL's watchdog or a signal ends."""
-
-    def __init__(self, path):
-        super().__init__(logging.DEBUG)
-        self.file = os.open(path, os.O_CREAT | os.O_WRONLY)
-
-    def emit(self, record):
-        os.pwrite(self.file, record.getMessage().ljust(160).encode(), 0)
-
-    def follow(self, name):
-        logger = logging.getLogger(name)
-        logger.addHandler(self)
-        logger.setLevel(logging.DEBUG)
 
 
 class _ToCpu(cloudpickle.Pickler):

@@ -525,8 +525,8 @@ class Rows:
 
     def follows(self, other: Rows) -> bool:
         """Whether these are the other's rows, each one further, and both are views."""
-        mine, its = ((x.strided, x.start, x.step, x.hop, x.m, x.c) for x in (self, other))
-        return self.strided and mine == (True, other.start + 1, *its[2:])
+        mine, its = ((x.step, x.hop, x.m, x.c) for x in (self, other))
+        return self.strided and other.strided and self.start == other.start + 1 and mine == its
 
     def all_of(self, s: int) -> bool:
         """Whether these are rows 0 … s−1 in order."""

@@ -12,6 +12,7 @@ from hypothesis import given as drawn
 from torch.nn.functional import scaled_dot_product_attention
 
 from ringref import Attended, Dilation, merge, partition, simulate
+from ringref.layout import Rows
 
 # --------------------------------------------------------------------------------------- identities
 
@@ -277,3 +278,9 @@ def test_many_branches_do_not_lose_bits(method, dtype):
     for one, theirs, true in zip(found, yardstick, exact, strict=True):
         for what, x, y, z in zip(Results._fields, one, theirs, true, strict=True):
             assert error(x, z) <= 3 * error(y, z) + torch.finfo(x.dtype).eps, (what, error(x, z), error(y, z))
+
+
+def test_only_views_are_slanted_together():
+    """Rows that agree in all but a gap are not the neighbour's one further: there is no view of both."""
+    even, gap, after = (Rows(torch.tensor([rows])) for rows in ([0, 2, 4], [0, 2, 5], [1, 3, 5]))
+    assert after.follows(even) and not after.follows(gap) and not even.follows(after)
