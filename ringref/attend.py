@@ -7,8 +7,8 @@ travel and nothing else.
 
 A backward, and a forward of many strands, works part by part: a part is a contiguous range of
 key/value heads with their query heads, so what is in flight and what accumulates is a part's share.
-Running out, lse and gradients are float32 (float64 for float64); K and V travel in their own dtype,
-dK and dV in the accumulating one.
+Running out, lse and gradients are float32 (float64 for float64). K and V travel in their own dtype; so do
+one rank's dK and dV, which kernels return in it, and sums over ranks in the accumulating one.
 """
 
 from __future__ import annotations
@@ -154,13 +154,15 @@ class Sum:
             self.last = None
         return self.total
 
-    def onto(self, total: Tensor) -> None:
-        """Add the sum to a whole tensor, in place."""
+    def onto(self, total: Tensor) -> Tensor:
+        """The sum added to a whole tensor, in place where that is in the accumulating dtype."""
+        total = total.to(wide(self.like.dtype))
         if self.total is not None:
             total += self.total
         if self.last is not None:
             rows, heads, x = self.last
             rows.change(total, heads, lambda part: part.add_(x))
+        return total
 
     def result(self, into: Tensor | None) -> Tensor:
         """The sum in the inputs' dtype, written into this tensor if it is given."""
@@ -187,18 +189,18 @@ class Gradients(NamedTuple):
     dk: Sum
     dv: Sum
 
-    def onto(self, arrived: Message | None) -> Message:
-        """Added in place to what came from the rank before; on the first stop they are the
-        beginning of the sum.
-        """
-        if arrived is None:
-            arrived = tuple(mine.wide() for mine in self)
-        else:
-            for mine, total in zip(self, arrived, strict=True):
-                mine.onto(total)
+    def alone(self) -> Message:
+        """One rank's share, in the inputs' dtype: float32 would add nothing to what a kernel returned."""
+        return self._let_go(tuple(mine.result(None) for mine in self))
+
+    def onto(self, arrived: Message) -> Message:
+        """Added to what came from the rank before, in the accumulating dtype."""
+        return self._let_go(tuple(mine.onto(total) for mine, total in zip(self, arrived, strict=True)))
+
+    def _let_go(self, message: Message) -> Message:
         for mine in self:  # before the next buffers are made
             mine.total = mine.last = None
-        return arrived
+        return message
 
 
 # ----------------------------------------------------------------------------------------- the plan
@@ -240,15 +242,18 @@ def _cut(heads: range, of: range) -> slice:
     return slice((heads[0] - of.start) // of.step, (heads[-1] - of.start) // of.step + 1, max(1, heads.step // of.step))
 
 
-_PART_BYTES, _PART_BYTES_ALONE, _MOST_PARTS = 10 * 2**20, 256 * 2**20, 4
+_MOST_PARTS = 4
+_PART_BYTES = {1: 512 * 2**20, 2: 64 * 2**20, 3: 10 * 2**20}  # of q, by how many ranks exchange keys; 3 is "or more"
 
 
-def part_count(q_bytes: int, g: int, alone: bool, dilated: bool, forward: bool) -> int:
-    """In how many parts a rank with so many bytes of q works: what is in flight stays small and each fills a GPU."""
-    # one strand has nothing to accumulate on one rank, and in a forward holds less whole than a backward in parts
-    if not dilated and (alone or forward):
+def part_count(q_bytes: int, g: int, ranks: int, dilated: bool, forward: bool) -> int:
+    """In how many parts a rank with so many bytes of q works: what is in flight stays small, each part fills a GPU,
+    and messages of one travel under the next.
+    """
+    # one strand has nothing to add up on one rank, and in a forward holds less whole than a backward in parts
+    if not dilated and (ranks == 1 or forward):
         return 1
-    return max(1, min(q_bytes // (_PART_BYTES_ALONE if alone else _PART_BYTES), g, _MOST_PARTS))
+    return max(1, min(q_bytes // _PART_BYTES[min(ranks, 3)], g, _MOST_PARTS))
 
 
 @lru_cache(maxsize=64)
@@ -257,10 +262,11 @@ def _plan(
 ) -> tuple[Part, ...]:
     """The parts of a call, alike on every rank."""
     group, longest = h // g, max(map(len, (*table.queries, *table.keys)))
-    count = part_count(longest * row_bytes, g, len(table.keys) == 1, dilation is not None, forward)
+    order = strands(dilation, h)
+    ranks = len(table.keys) if any(travels(strand, table) for strand in order) else 1
+    count = part_count(longest * row_bytes, g, ranks, dilation is not None, forward)
     # the widest strand first, which may cover all rows; then the narrow ones, for the last is the
     # cheapest to add
-    order = strands(dilation, h)
     order = order[:1] + sorted(order[1:], key=lambda strand: -strand.r)
 
     def serves(kv_head: int) -> list[tuple[int, int]]:
@@ -389,9 +395,9 @@ class Trip:
         """My K and V of this load, ready to be sent."""
         return tuple(load.rows.of(x, slice(None))[:, 0].contiguous() for x in (self._k, self._v))
 
-    def space(self, load: Load, gradients: bool = False) -> Message:
-        """Buffers for the K and V, or dK and dV, of this load."""
-        dtype = wide(self._k.dtype) if gradients else self._k.dtype
+    def space(self, load: Load, summed: bool = False) -> Message:
+        """Buffers for the K and V of this load, or its dK and dV, which may be summed already."""
+        dtype = wide(self._k.dtype) if summed else self._k.dtype
         shape = (self._k.shape[0], len(load), *self._k.shape[2:])
         return tuple(self._k.new_empty(shape, dtype=dtype) for _ in range(2))
 

@@ -47,7 +47,7 @@ def gathering(trip: Trip):
     for source in others:
         gradients = yield trip.block(trip.load(source), gathered[source])
         if gradients is not None:
-            parts[source] = gradients.onto(None)
+            parts[source] = gradients.alone()
     yield None
-    parts[me] = tuple(x.zero_() for x in trip.space(trip.load(me), gradients=True))
+    parts[me] = tuple(x.zero_() for x in trip.space(trip.load(me), summed=True))
     return [(trip.load(me), ring.reduce([parts[r] for r in range(ring.size)]))] if others else []

@@ -147,12 +147,12 @@ class Ring:
         share for rank r.
 
         Neighbour by neighbour, so that one share is in flight at a time; my own part is added to in
-        place.
+        place, and its dtype, which may be wider than that of the shares, is the sum's.
         """
         total = parts[self.rank]
         for step in range(1, self.size):
             to, come = (self.rank + step) % self.size, (self.rank - step) % self.size
-            arriving = tuple(torch.empty_like(x) for x in total)
+            arriving = tuple(torch.empty_like(x, dtype=y.dtype) for x, y in zip(total, parts[to], strict=True))
             self.exchange({to: parts[to]}, {come: arriving}).wait()
             for x, y in zip(total, arriving, strict=True):
                 x += y

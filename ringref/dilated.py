@@ -50,8 +50,8 @@ def fetching(trip: Trip):
     for source, load in needed.items():
         gradients = yield trip.block(load, fetched[source])
         if gradients is not None:
-            parts[source] = gradients.onto(None)
-    home = {r: trip.space(load, gradients=True) for r, load in asked.items()} if parts else {}
+            parts[source] = gradients.alone()
+    home = {r: trip.space(load) for r, load in asked.items()} if parts else {}
     returning = ring.exchange(parts, home) if parts else None
     yield None
     if returning:

@@ -70,13 +70,13 @@ def predicted(
         whole = b * n * (h + (h + 2 * g) * backward) * d * wide
         return {**always, "out": out, "gathered": gathered, "whole out, and gradients": whole, "scores": scores}
 
-    parts = part_count(out, g, p == 1, dilation is not None, not backward)
+    lengths, rates = (dilation.segment_lengths, dilation.dilation_rates) if dilation else ([n], [1])
+    parts = part_count(out, g, min(p, ceil(max(lengths) / s)), dilation is not None, not backward)
     group, kv_heads = h // g, ceil(g / parts)
     q, kv = b * s * kv_heads * group * d, 2 * b * s * kv_heads * d  # numbers in the largest part
     made = wide if kernel == "math" else size  # bytes of a number as a block's result comes
     widened = wide if made < wide else 0  # a sum of more than two is kept in these: a copy
     copied = wide if size < made else 0  # the einsum block works on wide copies
-    lengths, rates = (dilation.segment_lengths, dilation.dilation_rates) if dilation else ([n], [1])
     fullest = always
     for w, r in zip(lengths, rates, strict=True):
         # a strand: the heads of one offset, on the ranks that share a segment
@@ -86,12 +86,18 @@ def predicted(
         pieces = rows < s or len(lengths) > 1
         several, many = others > 0 or pieces, others > 1 or pieces  # results to be added up; more than two
         sends = others > 0 and (parts > 1 or r > 1)  # my own rows are copied to be sent
-        # blocks of K and V: while my own are in work, while others' are, and while gradients come home;
-        # blocks of dK and dV: while the last K and V are in work, and while they come home
-        first, later, last, flying, home = {
-            "ring": (min(2, others + sends), min(2, others, max(1, others - 1)), 0, 2 * (others > 1), 2),
-            "collective": (*[others + sends] * 3, max(0, others - 1), others + 2),
-            "dilated": (others * (1 + sends), others, others, max(0, others - 1), 2 * others),
+        # blocks of K and V: while my own are in work, while others' are, and while gradients come home
+        first, later, last = {
+            "ring": (min(2, others + sends), min(2, others, max(1, others - 1)), 0),
+            "collective": [others + sends] * 3,
+            "dilated": (others * (1 + sends), others, others),
+        }[method]
+        # bytes per number of dK and dV: while the last K and V are in work, while they come home, and once they came
+        ring_home = wide if others > 1 else size  # sums over ranks are wide, one rank's share is not
+        flying, home, came = {
+            "ring": (2 * size * (others > 1), 2 * ring_home, ring_home),
+            "collective": (max(0, others - 1) * size, (others + 1) * size + wide, wide),
+            "dilated": (max(0, others - 1) * size, 2 * others * size, others * size),
         }[method]
         scores = (1 + backward) * b * heads * rows * ceil(min(w, s) / r) * wide if kernel == "math" else 0
         repeated = keys * group if kernel == "cpu_flash" and group > 1 else 0
@@ -102,13 +108,15 @@ def predicted(
             work = (block + (repeated or keys)) * made + scratch + 2 * grouped
             dq = block * made + q * (wide if many else made)  # the last result waits, to be added as dQ is written
             dkv = kv * (wide if pieces else made) + keys * made * pieces
-            flying += 2 * (c is not None and others > 0)  # sums over the chunks
+            flying += 2 * wide * (c is not None and others > 0)  # sums over the chunks
             sums = (dq + dkv) * several
             moments = [(out + gradients * (parts > 1), sums + q * widened * many, later, flying, 1)]
+            if method == "ring" and others > 2:  # sums over ranks travel, and dQ is wide already
+                moments.append((out + gradients * (parts > 1), sums, min(2, others - 2), 2 * wide, 1))
             if others:  # a part's gradients come home under the first block of the next
                 next_part = int(parts > 1)
                 moments.append((out + gradients * (parts > 2), sums, last + first * next_part, home, next_part))
-                came = others if method == "dilated" else 1  # what was sent is let go of, and the sums but for dV's
+                # what was sent is let go of, and the sums but for dV's
                 moments.append((out + gradients * next_part, kv // 2 * made, first * next_part, came, next_part))
         else:
             work = block * made + keys // 2 * copied + repeated * size + grouped * (copied > 0)
@@ -123,7 +131,7 @@ def predicted(
                 "out, dQ, dK, dV": mine,
                 "sums of a part": sums,
                 "K, V of others": keys_here * keys * size,
-                "dK, dV of others": gradients_here * keys * wide,
+                "dK, dV of others": gradients_here * keys,
                 "block in work": work * working,
                 "scores": scores * working,
             }

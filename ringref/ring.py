@@ -30,8 +30,8 @@ def ring_attention(
     at p = 2). Forward, it receives 2·d·g·(n − s) elements. With a dilation only a branch's rows
     travel, only among ranks that share a segment with it: on aligned shards at most
     2·d·g·min(r, h/g)·(⌈w/r⌉ − ⌊s/r⌋) elements per branch with w > s, none when w divides s. The
-    backward moves K and V again, and as many elements of dK and dV in float32 (float64 for
-    float64), which also come home.
+    backward moves K and V again, and as many elements of dK and dV, which come home: in the inputs'
+    dtype from the first rank to add to them, in float32 (float64 for float64) once they are sums.
 
     `q_chunk` bounds the query rows in work on this rank. `backend` is "auto", "math", "torch" or
     "xformers".
@@ -60,8 +60,8 @@ def rotating(trip: Trip):
         gradients = yield trip.block(trip.load(source), keys)
         keys = None  # before the gradients' buffers are made
         if gradients is not None:
-            gradients = gradients.onto(returning.wait() if returning else None)
-            returning = ring.rotate(gradients, trip.space(before, gradients=True))
+            gradients = gradients.onto(returning.wait()) if returning else gradients.alone()
+            returning = ring.rotate(gradients, trip.space(before, summed=hop > 1))
     yield None
     # after p − 1 hops the next rank round is the owner
     return [(trip.load(ring.rank), returning.wait())] if returning else []
