@@ -26,7 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 
 from . import backends, collective_attention, dense_attention, dilated_attention, ring_attention
-from .comm import ProcessRing
+from .comm import ProcessRing, simulate
 from .launch import from_env, launch
 from .layout import Attended, Dilation, Shard, partition
 from .memory import measured, predicted
@@ -416,6 +416,26 @@ def _dilated_peer(lengths, rates):
     return partial(DilatedAttention(lengths, rates), is_causal=True)
 
 
+def flat_section(bench, args):
+    """One device plays p ranks, for fixed tokens per rank: the fullest one's peak of a training step, counted as
+    tensors live and die, without what a kernel takes and gives back.
+    """
+    for s, p, name in product(args.tokens, (1, 2, 3, 4, 8), METHODS) if bench.ring.size == 1 else ():
+
+        def rank(ring, s=s, name=name):
+            inputs, dout = bench.inputs(s, HEADS, HEAD_DIM)
+            fn = partial(METHODS[name], causal=True, shard=partition(s * ring.size, ring, "zigzag"))
+            for _ in range(2):  # the first time also makes the plans
+                with measured() as usage:
+                    torch.autograd.grad(_out(fn, *inputs), inputs, dout)
+            return usage.peak / dout.nbytes
+
+        bound = predicted(name, s * p, p, HEADS, HEAD_DIM, dtype=bench.dtype, kernel="cpu_flash")
+        expected = sum(bound.values()) / (s * HEADS * HEAD_DIM * bench.dtype.itemsize)
+        facts = {"tokens_per_gpu": s, "p": p, "simulated": True, "method": name}
+        yield {**facts, "peak_both_q": max(simulate(rank, p)), "predicted_q": expected}
+
+
 def long_section(bench, args):
     """Peak bytes for n doubling until it does not fit; beyond `--longest` tokens the kernels only allocate."""
     p, chunk = bench.ring.size, 8192 if bench.cuda else 64
@@ -448,4 +468,7 @@ def _allocate_backward(dout, dlse, q, k, v, out, lse, seen, call):
 
 
 ONLY_ALLOCATE = {"forward": _allocate_forward, "backward": _allocate_backward}
-SECTIONS = {"ring": ring_section, "overlap": overlap_section, "dilated": dilated_section, "long": long_section}
+SECTIONS = {
+    "ring": ring_section, "overlap": overlap_section, "dilated": dilated_section, "flat": flat_section,
+    "long": long_section,
+}  # fmt: skip

@@ -50,6 +50,13 @@ def test_kernels_that_only_allocate_take_what_kernels_take():
             assert 0.98 * row["peak_bytes"] < other["peak_bytes"] < 1.2 * row["peak_bytes"]
 
 
+def test_simulated_ranks_hold_what_is_predicted():
+    found = rows(bench.flat_section, p=1, tokens=[64])
+    assert {(row["method"], row["p"]) for row in found} == {(x, p) for x in bench.METHODS for p in (1, 2, 3, 4, 8)}
+    assert all(row["simulated"] and 0.9 < row["peak_both_q"] / row["predicted_q"] < 1.1 for row in found), found
+    assert not rows(bench.flat_section, p=2, tokens=[64])
+
+
 def test_exposed_is_message_time_with_no_compute_under_it():
     spans = [("compute", 0, 4), ("message", 2, 6), ("compute", 5, 7), ("message", 9, 10)]
     kernels = [{"kind": kind, "start_us": a, "duration_us": b - a} for kind, a, b in spans]
