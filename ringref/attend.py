@@ -122,59 +122,48 @@ def _scaled(x: Tensor, factor: Tensor) -> Tensor:
 class Sum:
     """A running sum of blocks of rows, `b s h d`.
 
-    The first block is kept as it came and the last is added as the result is written, so up to two
-    cost no extra copy.
+    The first block is kept as it came, and the second is added as the result is written: so up to
+    two cost no copy. More are added up in the accumulating dtype.
     """
 
     def __init__(self, like: Tensor, rows: int, heads: int):
-        self.shape, self.like = (like.shape[0], rows, heads, like.shape[3]), like
+        self.shape, self.like, self.dtype = (like.shape[0], rows, heads, like.shape[3]), like, wide(like.dtype)
         self.total = self.last = None
 
     def add(self, rows: Rows, heads: slice, x: Tensor) -> None:
         if self.total is None and _covers(rows, x, self.shape):
             self.total = x.flatten(1, 2)
-            return
-        if self.last is not None:
-            self.wide()
-        self.last = rows, heads, x
-
-    def _add_last(self, into: Tensor) -> None:
-        rows, heads, x = self.last
-        if into is self.total:
-            rows.change(into, heads, lambda part: part.add_(x))
+        elif self.last is None and (self.total is None or self.total.dtype != self.dtype):
+            self.last = rows, heads, x
         else:
-            rows.change(into, heads, lambda part: torch.add(rows.of(self.total, heads), x, out=part))
+            rows.change(self.wide(), heads, lambda part: part.add_(x))
 
     def wide(self) -> Tensor:
         """The sum, in the accumulating dtype and free to be added to."""
-        dtype = wide(self.like.dtype)
-        self.total = self.like.new_zeros(self.shape, dtype=dtype) if self.total is None else self.total.to(dtype)
-        if self.last is not None:
-            self._add_last(self.total)
-            self.last = None
+        nothing = self.total is None
+        self.total = self.like.new_zeros(self.shape, dtype=self.dtype) if nothing else self.total.to(self.dtype)
+        self._add_last(self.total)
         return self.total
+
+    def _add_last(self, into: Tensor) -> None:
+        if self.last is not None:
+            (rows, heads, x), self.last = self.last, None
+            rows.change(into, heads, lambda part: part.add_(x))
 
     def onto(self, total: Tensor) -> Tensor:
         """The sum added to a whole tensor, in place where that is in the accumulating dtype."""
-        total = total.to(wide(self.like.dtype))
+        total = total.to(self.dtype)
         if self.total is not None:
             total += self.total
-        if self.last is not None:
-            rows, heads, x = self.last
-            rows.change(total, heads, lambda part: part.add_(x))
+        self._add_last(total)
         return total
 
     def result(self, into: Tensor | None) -> Tensor:
         """The sum in the inputs' dtype, written into this tensor if it is given."""
         if self.total is None:
             self.total = self.like.new_zeros(self.shape)
-        if into is None and self.last is None:
-            return self.total.to(self.like.dtype)
-        into = self.like.new_empty(self.shape) if into is None else into
-        if self.last is None or not _covers(*self.last[::2], self.shape):
-            into.copy_(self.total)
-        if self.last is not None:
-            self._add_last(into)
+        into = self.total.to(self.like.dtype) if into is None else into.copy_(self.total)
+        self._add_last(into)
         return into
 
 
@@ -242,8 +231,8 @@ def _cut(heads: range, of: range) -> slice:
     return slice((heads[0] - of.start) // of.step, (heads[-1] - of.start) // of.step + 1, max(1, heads.step // of.step))
 
 
-_MOST_PARTS = 4
-_PART_BYTES = {1: 512 * 2**20, 2: 64 * 2**20, 3: 10 * 2**20}  # of q, by how many ranks exchange keys; 3 is "or more"
+# of q; two ranks have one rank's share in flight and no sums, more have both
+_PART_BYTES_OF_TWO, _PART_BYTES, _MOST_PARTS = 2**30, 10 * 2**20, 4
 
 
 def part_count(q_bytes: int, g: int, ranks: int, dilated: bool, forward: bool) -> int:
@@ -253,7 +242,7 @@ def part_count(q_bytes: int, g: int, ranks: int, dilated: bool, forward: bool) -
     # one strand has nothing to add up on one rank, and in a forward holds less whole than a backward in parts
     if not dilated and (ranks == 1 or forward):
         return 1
-    return max(1, min(q_bytes // _PART_BYTES[min(ranks, 3)], g, _MOST_PARTS))
+    return max(1, min(q_bytes // (_PART_BYTES if ranks > 2 else _PART_BYTES_OF_TWO), g, _MOST_PARTS))
 
 
 @lru_cache(maxsize=64)
@@ -506,7 +495,11 @@ class _Attend(torch.autograd.Function):
                     block = None
                     block = walk.send(theirs)
                 travelling = walk, part, leg, sums, wholes, (q, k, v)
-        _come_home(*travelling)
+                if len(leg.route.members) == 1:  # nothing is on its way
+                    _come_home(*travelling)
+                    travelling = None
+        if travelling:
+            _come_home(*travelling)
         return *wholes, None, None
 
 
@@ -542,14 +535,14 @@ def _come_home(walk: Generator, part: Part, leg: Leg, sums: list[Sum], wholes: l
                 total.add(load.rows, _cut(leg.kv_heads, part.kv_heads), x[:, None])
     if leg is not part.legs[-1]:
         return
-    for i, (total, heads, x) in enumerate(zip(sums, (part.heads, part.kv_heads, part.kv_heads), inputs, strict=True)):
+    for i, (heads, x) in enumerate(zip((part.heads, part.kv_heads, part.kv_heads), inputs, strict=True)):
+        total, sums[i] = sums[i], None  # let go of one before the next is written
         if len(heads) == x.shape[2]:
             wholes[i] = total.result(None)
             continue
         if wholes[i] is None:
             wholes[i] = torch.empty_like(x, memory_format=torch.contiguous_format)
         total.result(wholes[i][:, :, heads.start : heads.stop])
-        sums[i] = None
 
 
 def attend(conduct: Conductor, method: str, q: Tensor, k: Tensor, v: Tensor, **arguments) -> Attended:

@@ -44,17 +44,18 @@ def table(n, p, d, c):
 
 
 def predicted(
-    method, n, p, h, d, *, g=None, b=1, dtype=torch.float32, c=None, dilation=None, kernel="math", backward=True
-):
+    method, n, p, h, d, *, g=None, b=1, dtype=torch.float32, causal=False, c=None, dilation=None, kernel="math",
+    backward=True,
+):  # fmt: skip
     """Peak bytes that a call adds on one rank, {what: bytes}, at the moment when most is live.
 
-    c: q_chunk. backward: the peak of forward and backward, else of the forward alone. kernel: "math" keeps score
-    matrices; "cpu_flash" repeats K and V for query heads that share them; "cudnn" stands for the fused CUDA kernels,
-    which keep a float32 dQ of their own.
+    c: q_chunk, to which alone causal matters. backward: the peak of forward and backward, else of the forward alone.
+    kernel: "math" keeps score matrices; "cpu_flash" repeats K and V for query heads that share them; "cudnn" stands
+    for the fused CUDA kernels, which keep a float32 dQ of their own.
 
-    Measured within 10 % for ring and collective with a fused kernel, g = h and one block a hop. Not counted: masks and
-    index tensors, what NCCL allocates. Counted too fully, so that 0.6 of it and more was measured: dense's autograd,
-    heads that share keys, and a dilation's strands, which are taken to lie along the shards and to end together.
+    Measured within 10 % for ring and collective with a fused kernel and g = h, in chunks 20 %. Not counted: masks and
+    index tensors, what NCCL allocates. Counted too fully: heads that share keys (0.75 of it and more was measured),
+    dense's autograd and a dilation in chunks (0.5), a dilation whose strands travel, as if all ended together.
     """
     for name, given, known in (("method", method, METHODS), ("kernel", kernel, KERNELS)):
         if given not in known:
@@ -73,22 +74,24 @@ def predicted(
     lengths, rates = (dilation.segment_lengths, dilation.dilation_rates) if dilation else ([n], [1])
     parts = part_count(out, g, min(p, ceil(max(lengths) / s)), dilation is not None, not backward)
     group, kv_heads = h // g, ceil(g / parts)
+    if parts > 1:  # the first part is the largest, but the fullest moment is in a later one
+        kv_heads = (g - kv_heads) / (parts - 1)
     q, kv = b * s * kv_heads * group * d, 2 * b * s * kv_heads * d  # numbers in the largest part
     made = wide if kernel == "math" else size  # bytes of a number as a block's result comes
     widened = wide if made < wide else 0  # a sum of more than two is kept in these: a copy
     copied = wide if size < made else 0  # the einsum block works on wide copies
     fullest = always
-    for w, r in zip(lengths, rates, strict=True):
+    for i, (r, w) in enumerate(sorted(zip(rates, lengths, strict=True))):
         # a strand: the heads of one offset, on the ranks that share a segment
         others, heads = min(p, ceil(w / s)) - 1, ceil(kv_heads * group / min(r, h))
         rows = min(c or s, ceil(s / r))
         block, keys = b * heads * rows * d, 2 * b * min(kv_heads, heads) * ceil(s / r) * d
-        pieces = rows < s or len(lengths) > 1
+        pieces = rows < s or i > 0
         several, many = others > 0 or pieces, others > 1 or pieces  # results to be added up; more than two
         sends = others > 0 and (parts > 1 or r > 1)  # my own rows are copied to be sent
         # blocks of K and V: while my own are in work, while others' are, and while gradients come home
         first, later, last = {
-            "ring": (min(2, others + sends), min(2, others, max(1, others - 1)), 0),
+            "ring": (min(2, others + sends), min(2, others if c else max(min(1, others), others - 1)), 0),
             "collective": [others + sends] * 3,
             "dilated": (others * (1 + sends), others, others),
         }[method]
@@ -106,16 +109,20 @@ def predicted(
         if backward:
             scratch = {"math": (2 * block + keys) * copied, "cpu_flash": repeated * size, "cudnn": block * 4}[kernel]
             work = (block + (repeated or keys)) * made + scratch + 2 * grouped
-            dq = block * made + q * (wide if many else made)  # the last result waits, to be added as dQ is written
-            dkv = kv * (wide if pieces else made) + keys * made * pieces
+            dq, dkv = q * (wide if many else made), kv * (wide if pieces else made)
             flying += 2 * wide * (c is not None and others > 0)  # sums over the chunks
-            sums = (dq + dkv) * several
-            moments = [(out + gradients * (parts > 1), sums + q * widened * many, later, flying, 1)]
+            # a second result waits, to be added as dQ is written; with a third both are added up, in a wide copy
+            waiting, sums = block * made * (several and made < wide), (dq + dkv) * several
+            third = (q * widened * (rows == s) + waiting) * many + keys * made * (
+                rows < s and not causal and not others
+            )
+            moments = [(out + gradients * (parts > 1), sums + third, later, flying, 1)]
             if method == "ring" and others > 2:  # sums over ranks travel, and dQ is wide already
                 moments.append((out + gradients * (parts > 1), sums, min(2, others - 2), 2 * wide, 1))
             if others:  # a part's gradients come home under the first block of the next
                 next_part = int(parts > 1)
-                moments.append((out + gradients * (parts > 2), sums, last + first * next_part, home, next_part))
+                both = sums + waiting * (not many) + (dq + dkv) * (next_part and c is not None)
+                moments.append((out + gradients * (parts > 2), both, last + first * next_part, home, next_part))
                 # what was sent is let go of, and the sums but for dV's
                 moments.append((out + gradients * next_part, kv // 2 * made, first * next_part, came, next_part))
         else:
@@ -127,7 +134,6 @@ def predicted(
                 moments.append((out * (parts > 1 or copied > 0), q * (2 * made + widened), 0, 0, 0))
         for mine, sums, keys_here, gradients_here, working in moments:
             held = {
-                **always,
                 "out, dQ, dK, dV": mine,
                 "sums of a part": sums,
                 "K, V of others": keys_here * keys * size,
@@ -135,6 +141,7 @@ def predicted(
                 "block in work": work * working,
                 "scores": scores * working,
             }
+            held = {**always, **{what: ceil(x) for what, x in held.items()}}
             fullest = max(fullest, held, key=lambda x: sum(x.values()))
     return fullest
 

@@ -23,7 +23,8 @@ def peak_in_shards(ring):
 
 @pytest.mark.parametrize("parts", [3, 4])
 def test_peak_is_flat_in_p(parts, monkeypatch):
-    monkeypatch.setattr(attend, "_PART_BYTES", dict.fromkeys((1, 2, 3), 1))
+    for name in ("_PART_BYTES", "_PART_BYTES_OF_TWO"):
+        monkeypatch.setattr(attend, name, 1)
     monkeypatch.setattr(attend, "_MOST_PARTS", parts)
     attend._plan.cache_clear()
     try:

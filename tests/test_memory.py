@@ -80,13 +80,12 @@ def test_the_prediction_bounds_the_measurement(method, backend):
             sizes = {"g": G, "dtype": dtype, "c": c, "dilation": dilation, "backward": backward}
             parts = predicted(method, N, p, H, D, **sizes, kernel="math" if backend == "math" else "cpu_flash")
             seen[p, dtype, c, dilation is not None, backward] = peak / sum(parts.values())
-    wrong = {case: ratio for case, ratio in seen.items() if not 0.55 <= ratio <= 1.05}
-    assert not wrong
-    plain = [r for (*_, dilated, _), r in seen.items() if not dilated]
-    assert min(plain) > 0.75  # and not by being generous
+    least = {(True, True): 0.5, (False, True): 0.55 if method == "dense" else 0.75}  # and not by being generous
+    for (_, _, c, dilated, _), ratio in seen.items():
+        assert least.get((c is not None, dilated), 0.75) <= ratio <= 1.05, seen
 
 
-def step_peaks(ring, method, causal, layout, dtype, s, h, d):
+def step_peaks(ring, method, causal, layout, dtype, s, h, d, c=None):
     """Peak bytes of one rank: of the forward, and of forward and backward."""
     shard = partition(s * ring.size, ring, layout)
     q, k, v = (torch.randn(1, s, h, d, dtype=dtype, requires_grad=True) for _ in range(3))
@@ -94,7 +93,7 @@ def step_peaks(ring, method, causal, layout, dtype, s, h, d):
     for _ in range(2):  # the first call also plans
         q.grad = k.grad = v.grad = None
         with measured() as usage:
-            out = getattr(ringref, f"{method}_attention")(q, k, v, causal=causal, shard=shard).out
+            out = getattr(ringref, f"{method}_attention")(q, k, v, causal=causal, shard=shard, q_chunk=c).out
             forward = usage.peak
             out.backward(dout)
         del out
@@ -105,18 +104,22 @@ def step_peaks(ring, method, causal, layout, dtype, s, h, d):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bfloat16", "float32"])
 @pytest.mark.parametrize("method", ["collective", "ring"])
 def test_a_fused_step_is_predicted_within_ten_percent(method, dtype, parts, monkeypatch):
-    monkeypatch.setattr(attend, "_PART_BYTES", dict.fromkeys((1, 2, 3), 1 if parts > 1 else 2**30))
+    for name in ("_PART_BYTES", "_PART_BYTES_OF_TWO"):
+        monkeypatch.setattr(attend, name, 1 if parts > 1 else 2**30)
     monkeypatch.setattr(attend, "_MOST_PARTS", parts)
     attend._plan.cache_clear()
-    sizes = {"s": 48, "h": 8, "d": 128}
+    sizes = {"s": 48, "h": 16, "d": 64}
     try:
-        for p, (causal, layout) in product((1, 2, 3, 8), ((True, "zigzag"), (False, "contiguous"))):
-            how = {"method": method, "causal": causal, "layout": layout, "dtype": dtype, **sizes}
+        for p, (causal, layout), c in product((1, 2, 3, 8), ((True, "zigzag"), (False, "contiguous")), (None, 6)):
+            if c and p == 8:
+                continue  # takes long, and adds nothing to p = 3
+            how = {"method": method, "causal": causal, "layout": layout, "dtype": dtype, "c": c, **sizes}
             peaks = simulate(partial(step_peaks, **how), p)
             for backward in (False, True):
-                held = predicted(method, 48 * p, p, 8, 128, dtype=dtype, kernel="cpu_flash", backward=backward)
-                ratio = max(peak[backward] for peak in peaks) / sum(held.values())
-                assert 0.9 < ratio < 1.1, (p, layout, backward, ratio, held)
+                sort = {"dtype": dtype, "causal": causal, "c": c, "kernel": "cpu_flash", "backward": backward}
+                held = predicted(method, 48 * p, p, 16, 64, **sort)
+                ratio, off = max(peak[backward] for peak in peaks) / sum(held.values()), 0.2 if c else 0.1
+                assert 1 - off < ratio < 1 + off, (p, layout, c, backward, ratio, held)
     finally:
         attend._plan.cache_clear()
 

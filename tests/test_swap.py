@@ -155,7 +155,8 @@ def test_grouped_query_heads_under_dilation(heads, dilation):
 @pytest.mark.parametrize("masked", [None, documents])
 def test_parts(dilation, masked, monkeypatch):
     """Large inputs are worked on in parts of the heads; make every input large."""
-    monkeypatch.setattr(attend, "_PART_BYTES", dict.fromkeys((1, 2, 3), 1))
+    for name in ("_PART_BYTES", "_PART_BYTES_OF_TWO"):
+        monkeypatch.setattr(attend, name, 1)
     attend._plan.cache_clear()
     try:
         for h, g in ((6, 6), (12, 3), (10, 5)):
