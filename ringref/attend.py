@@ -521,6 +521,7 @@ def _differentiate(
         sums[0].add(rows, meeting.in_part, dq)
         for total, x in zip(theirs or sums[1:], (dk, dv), strict=True):
             total.add(keys, meeting.used if theirs else meeting.used_in_part, x)
+        del dq, dk, dv, x  # before the next visit's are made
 
 
 def _come_home(walk: Generator, part: Part, leg: Leg, sums: list[Sum], wholes: list[Tensor | None], inputs) -> None:

@@ -91,7 +91,7 @@ def predicted(
         sends = others > 0 and (parts > 1 or r > 1)  # my own rows are copied to be sent
         # blocks of K and V: while my own are in work, while others' are, and while gradients come home
         first, later, last = {
-            "ring": (min(2, others + sends), min(2, others if c else max(min(1, others), others - 1)), 0),
+            "ring": (min(2, others + sends), min(2, max(min(1, others), others - 1)), 0),
             "collective": [others + sends] * 3,
             "dilated": (others * (1 + sends), others, others),
         }[method]
@@ -113,9 +113,8 @@ def predicted(
             flying += 2 * wide * (c is not None and others > 0)  # sums over the chunks
             # a second result waits, to be added as dQ is written; with a third both are added up, in a wide copy
             waiting, sums = block * made * (several and made < wide), (dq + dkv) * several
-            third = (q * widened * (rows == s) + waiting) * many + keys * made * (
-                rows < s and not causal and not others
-            )
+            third = (q * widened * (rows == s) + waiting) * many
+            third += keys * made * (rows < s and made < wide and not causal and not others)  # of dK, dV
             moments = [(out + gradients * (parts > 1), sums + third, later, flying, 1)]
             if method == "ring" and others > 2:  # sums over ranks travel, and dQ is wide already
                 moments.append((out + gradients * (parts > 1), sums, min(2, others - 2), 2 * wide, 1))
@@ -128,8 +127,9 @@ def predicted(
         else:
             work = block * made + keys // 2 * copied + repeated * size + grouped * (copied > 0)
             moments = [(out * (parts > 1), q * made * several, first, 0, 1)]
-            if many:  # those before are added up, the last one waits
-                moments.append((out * (parts > 1), q * (2 * made + widened), later, 0, 1))
+            if many:  # those before are added up, the last one waits; of chunks already in the first hop
+                here = min(2, others) if c and method == "ring" else later
+                moments.append((out * (parts > 1), q * (2 * made + widened), here, 0, 1))
             if several:  # the last two are added, over the first where out has its type
                 moments.append((out * (parts > 1 or copied > 0), q * (2 * made + widened), 0, 0, 0))
         for mine, sums, keys_here, gradients_here, working in moments:
