@@ -25,9 +25,9 @@ def collective_attention(
 ) -> Attended:
     """Attention on gathered keys; arguments, result and errors as for `dense_attention`.
 
-    A rank holds all K and V, 2·n·d·g elements, and in the backward as many of dK and dV. Bytes
-    moved are the ring's; with a dilation only a branch's rows are gathered, only among ranks that
-    share a segment with it (see `ring_attention`).
+    A rank holds all K and V, 2·n·d·g elements, and in the backward as many of dK and dV. It moves as
+    many elements as the ring, dK and dV in the inputs' dtype, for no sum travels; with a dilation only
+    a branch's rows are gathered, only among ranks that share a segment with it (see `ring_attention`).
     """
     return attend(
         gathering, "collective", q, k, v, causal=causal, dilation=dilation, mask_mod=mask_mod,
