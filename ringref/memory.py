@@ -55,7 +55,7 @@ def predicted(
 
     Measured within 10 % for ring and collective with a fused kernel and g = h, in chunks 20 %. Not counted: masks and
     index tensors, what NCCL allocates. Counted too fully: heads that share keys (0.75 of it and more was measured),
-    dense's autograd and a dilation in chunks (0.5), a dilation whose strands travel, as if all ended together.
+    a dilation in chunks (0.5), a dilation whose strands travel, as if all ended together.
     """
     for name, given, known in (("method", method, METHODS), ("kernel", kernel, KERNELS)):
         if given not in known:
@@ -64,8 +64,8 @@ def predicted(
     out, gradients = b * s * h * d * size, b * s * (h + 2 * g) * d * size
     always = {"one number a row": 4 * b * (n if method == "dense" else s) * h * wide}
     if method == "dense":
-        # autograd keeps scores, weights, products and masks; a checkpointed chunk makes them anew
-        matrices = (7 if backward else 4) + (2 if dilation and not backward else 0)
+        # autograd keeps scores, weights, products and masks; a checkpointed chunk makes them anew beside its result
+        matrices = (6 if backward else 3) + (c is not None) + (dilation is not None and not backward)
         scores = matrices * b * h * min(c or n, n) * n * wide
         gathered = b * n * (h + 2 * g) * d * size if p > 1 else 0
         whole = b * n * (h + (h + 2 * g) * backward) * d * wide

@@ -80,9 +80,8 @@ def test_the_prediction_bounds_the_measurement(method, backend):
             sizes = {"g": G, "dtype": dtype, "c": c, "dilation": dilation, "backward": backward}
             parts = predicted(method, N, p, H, D, **sizes, kernel="math" if backend == "math" else "cpu_flash")
             seen[p, dtype, c, dilation is not None, backward] = peak / sum(parts.values())
-    least = {(True, True): 0.5, (False, True): 0.55 if method == "dense" else 0.75}  # and not by being generous
-    for (_, _, c, dilated, _), ratio in seen.items():
-        assert least.get((c is not None, dilated), 0.75) <= ratio <= 1.05, seen
+    for (_, _, c, dilated, _), ratio in seen.items():  # and not by being generous
+        assert (0.5 if c and dilated else 0.75) <= ratio <= 1.05, seen
 
 
 def step_peaks(ring, method, causal, layout, dtype, s, h, d, c=None):
