@@ -231,7 +231,7 @@ def _cut(heads: range, of: range) -> slice:
     return slice((heads[0] - of.start) // of.step, (heads[-1] - of.start) // of.step + 1, max(1, heads.step // of.step))
 
 
-# of q; two ranks have one rank's share in flight and no sums, more have both
+# of q; where up to two ranks share keys, one rank's gradients are in flight and no sums, else both
 _PART_BYTES_OF_TWO, _PART_BYTES, _MOST_PARTS = 2**30, 10 * 2**20, 4
 
 

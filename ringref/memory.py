@@ -55,7 +55,7 @@ def predicted(
 
     Measured within 10 % for ring and collective with a fused kernel and g = h, in chunks 20 %. Not counted: masks and
     index tensors, what NCCL allocates. Counted too fully: heads that share keys (0.75 of it and more was measured),
-    a dilation in chunks (0.5), a dilation whose strands travel, as if all ended together.
+    and a dilation whose strands travel, as if all ended together.
     """
     for name, given, known in (("method", method, METHODS), ("kernel", kernel, KERNELS)):
         if given not in known:
@@ -73,10 +73,11 @@ def predicted(
 
     lengths, rates = (dilation.segment_lengths, dilation.dilation_rates) if dilation else ([n], [1])
     parts = part_count(out, g, min(p, ceil(max(lengths) / s)), dilation is not None, not backward)
-    group, kv_heads = h // g, ceil(g / parts)
-    if parts > 1:  # the first part is the largest, but the fullest moment is in a later one
-        kv_heads = (g - kv_heads) / (parts - 1)
-    q, kv = b * s * kv_heads * group * d, 2 * b * s * kv_heads * d  # numbers in the largest part
+    group, kv_heads, even = h // g, ceil(g / parts), 1
+    if parts > 1:  # the first is the largest, but the fullest moments are in the second, or from it to the third
+        later_heads = (g - kv_heads) / (parts - 1)
+        kv_heads, even = ceil(later_heads), later_heads / ceil(later_heads)
+    q, kv = b * s * kv_heads * group * d, 2 * b * s * kv_heads * d  # numbers in a part
     made = wide if kernel == "math" else size  # bytes of a number as a block's result comes
     widened = wide if made < wide else 0  # a sum of more than two is kept in these: a copy
     copied = wide if size < made else 0  # the einsum block works on wide copies
@@ -85,7 +86,9 @@ def predicted(
         # a strand: the heads of one offset, on the ranks that share a segment
         others, heads = min(p, ceil(w / s)) - 1, ceil(kv_heads * group / min(r, h))
         rows = min(c or s, ceil(s / r))
+        segment = ceil(min(w, s) / r)
         block, keys = b * heads * rows * d, 2 * b * min(kv_heads, heads) * ceil(s / r) * d
+        met = min(keys, keys * ceil(rows / segment) * segment // ceil(s / r))  # by a chunk: its segments' keys
         pieces = rows < s or i > 0
         several, many = others > 0 or pieces, others > 1 or pieces  # results to be added up; more than two
         sends = others > 0 and (parts > 1 or r > 1)  # my own rows are copied to be sent
@@ -102,30 +105,32 @@ def predicted(
             "collective": (max(0, others - 1) * size, (others + 1) * size + wide, wide),
             "dilated": (max(0, others - 1) * size, 2 * others * size, others * size),
         }[method]
-        scores = (1 + backward) * b * heads * rows * ceil(min(w, s) / r) * wide if kernel == "math" else 0
-        repeated = keys * group if kernel == "cpu_flash" and group > 1 else 0
+        scores = (1 + backward) * b * heads * rows * segment * wide if kernel == "math" else 0
+        repeated = met * group if kernel == "cpu_flash" and group > 1 else 0
         grouped = block * wide if kernel == "math" and group > 1 else 0  # heads that share keys, side by side
         # moments: (out and whole gradients, sums of a part, blocks of K and V, of dK and dV, in work)
         if backward:
-            scratch = {"math": (2 * block + keys) * copied, "cpu_flash": repeated * size, "cudnn": block * 4}[kernel]
-            work = (block + (repeated or keys)) * made + scratch + 2 * grouped
+            scratch = {"math": (2 * block + met) * copied, "cpu_flash": repeated * size, "cudnn": block * 4}[kernel]
+            work = (block + (repeated or met)) * made + scratch + 2 * grouped
             dq, dkv = q * (wide if many else made), kv * (wide if pieces else made)
             flying += 2 * wide * (c is not None and others > 0)  # sums over the chunks
             # a second result waits, to be added as dQ is written; with a third both are added up, in a wide copy
             waiting, sums = block * made * (several and made < wide), (dq + dkv) * several
             third = (q * widened * (rows == s) + waiting) * many
-            third += keys * made * (rows < s and made < wide and not causal and not others)  # of dK, dV
+            third += met * made * (rows < s and made < wide and not causal and not others)  # of dK, dV
             moments = [(out + gradients * (parts > 1), sums + third, later, flying, 1)]
             if method == "ring" and others > 2:  # sums over ranks travel, and dQ is wide already
                 moments.append((out + gradients * (parts > 1), sums, min(2, others - 2), 2 * wide, 1))
             if others:  # a part's gradients come home under the first block of the next
                 next_part = int(parts > 1)
                 both = sums + waiting * (not many) + (dq + dkv) * (next_part and c is not None)
-                moments.append((out + gradients * (parts > 2), both, last + first * next_part, home, next_part))
-                # what was sent is let go of, and the sums but for dV's
-                moments.append((out + gradients * next_part, kv // 2 * made, first * next_part, came, next_part))
+                coming = both, last + first * next_part, home, next_part
+                # then what was sent is let go of, and the sums but for dV's
+                there = kv // 2 * made, first * next_part, came, next_part
+                moments.append((out + gradients * (parts > 2), *(x * even for x in coming)))
+                moments.append((out + gradients * next_part, *(x * even for x in there)))
         else:
-            work = block * made + keys // 2 * copied + repeated * size + grouped * (copied > 0)
+            work = block * made + met // 2 * copied + repeated * size + grouped * (copied > 0)
             moments = [(out * (parts > 1), q * made * several, first, 0, 1)]
             if many:  # those before are added up, the last one waits; of chunks already in the first hop
                 here = min(2, others) if c and method == "ring" else later

@@ -80,8 +80,8 @@ def test_the_prediction_bounds_the_measurement(method, backend):
             sizes = {"g": G, "dtype": dtype, "c": c, "dilation": dilation, "backward": backward}
             parts = predicted(method, N, p, H, D, **sizes, kernel="math" if backend == "math" else "cpu_flash")
             seen[p, dtype, c, dilation is not None, backward] = peak / sum(parts.values())
-    for (_, _, c, dilated, _), ratio in seen.items():  # and not by being generous
-        assert (0.5 if c and dilated else 0.75) <= ratio <= 1.05, seen
+    wrong = {case: ratio for case, ratio in seen.items() if not 0.75 <= ratio <= 1.05}  # nor is it generous
+    assert not wrong
 
 
 def step_peaks(ring, method, causal, layout, dtype, s, h, d, c=None):
@@ -107,7 +107,7 @@ def test_a_fused_step_is_predicted_within_ten_percent(method, dtype, parts, monk
         monkeypatch.setattr(attend, name, 1 if parts > 1 else 2**30)
     monkeypatch.setattr(attend, "_MOST_PARTS", parts)
     attend._plan.cache_clear()
-    sizes = {"s": 48, "h": 16, "d": 64}
+    sizes = {"s": 48, "h": 8, "d": 128}
     try:
         for p, (causal, layout), c in product((1, 2, 3, 8), ((True, "zigzag"), (False, "contiguous")), (None, 6)):
             if c and p == 8:
@@ -116,7 +116,7 @@ def test_a_fused_step_is_predicted_within_ten_percent(method, dtype, parts, monk
             peaks = simulate(partial(step_peaks, **how), p)
             for backward in (False, True):
                 sort = {"dtype": dtype, "causal": causal, "c": c, "kernel": "cpu_flash", "backward": backward}
-                held = predicted(method, 48 * p, p, 16, 64, **sort)
+                held = predicted(method, 48 * p, p, 8, 128, **sort)
                 ratio, off = max(peak[backward] for peak in peaks) / sum(held.values()), 0.2 if c else 0.1
                 assert 1 - off < ratio < 1 + off, (p, layout, c, backward, ratio, held)
     finally:
