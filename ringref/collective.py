@@ -49,5 +49,5 @@ def gathering(trip: Trip):
         if gradients is not None:
             parts[source] = gradients.alone()
     yield None
-    parts[me] = tuple(x.zero_() for x in trip.space(trip.load(me), summed=True))
+    parts[me] = tuple(x.zero_() for x in trip.space(trip.load(me), summed=ring.size > 2))
     return [(trip.load(me), ring.reduce([parts[r] for r in range(ring.size)]))] if others else []

@@ -99,10 +99,10 @@ def predicted(
             "dilated": (others * (1 + sends), others, others),
         }[method]
         # bytes per number of dK and dV: while the last K and V are in work, while they come home, and once they came
-        ring_home = wide if others > 1 else size  # sums over ranks are wide, one rank's share is not
+        summed = wide if others > 1 else size  # a sum over ranks is wide, one rank's share is not
         flying, home, came = {
-            "ring": (2 * size * (others > 1), 2 * ring_home, ring_home),
-            "collective": (max(0, others - 1) * size, (others + 1) * size + wide, wide),
+            "ring": (2 * size * (others > 1), 2 * summed, summed),
+            "collective": (max(0, others - 1) * size, (others + 1) * size + summed, summed),
             "dilated": (max(0, others - 1) * size, 2 * others * size, others * size),
         }[method]
         scores = (1 + backward) * b * heads * rows * segment * wide if kernel == "math" else 0
