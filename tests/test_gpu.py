@@ -11,7 +11,9 @@ from ringref.layout import Call, Table, alone, counted
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 METHODS = [ringref.dilated_attention, ringref.collective_attention, ringref.ring_attention]
-LONGNET = ringref.Dilation([64, 256, 1024], [1, 3, 8])
+# awkward: more offsets than heads, rates that do not divide, and at 513 tokens tails of one and w > n
+AWKWARD, LONGNET = 513, ringref.Dilation([64, 256, 1024], [1, 3, 8])
+GROUPED = ringref.Dilation([64, 256, 1024], [1, 3, 8], heads="grouped")
 BUDGET = 5.0  # times the error of attention written out, in the same dtype on the same inputs
 
 
@@ -81,10 +83,10 @@ def test_kernel_equals_einsum(kernel, dtype, d, lse_gradient, monkeypatch):
 
 @pytest.mark.parametrize("p", [1, 2, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("dilation", [None, LONGNET], ids=["plain", "dilated"])
+@pytest.mark.parametrize("dilation", [None, LONGNET, GROUPED], ids=["plain", "dilated", "grouped"])
 def test_methods_over_simulated_ranks(p, dtype, dilation):
     torch.manual_seed(0)
-    n, h, g, d = 500, 6, 3, 64
+    n, h, g, d = AWKWARD, 6, 3, 64
     q, dout = torch.randn(2, 2, n, h, d, device="cuda", dtype=dtype)
     k, v = torch.randn(2, 2, n, g, d, device="cuda", dtype=dtype)
     dlse = torch.randn(2, h, n, device="cuda")
