@@ -11,6 +11,7 @@ import weakref
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import ceil
+from typing import NamedTuple
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -77,78 +78,137 @@ def predicted(
     if parts > 1:  # the first is the largest, but the fullest moments are in the second, or from it to the third
         later_heads = (g - kv_heads) / (parts - 1)
         kv_heads, even = ceil(later_heads), later_heads / ceil(later_heads)
-    q, kv = b * s * kv_heads * group * d, 2 * b * s * kv_heads * d  # numbers in a part
-    made = wide if kernel == "math" else size  # bytes of a number as a block's result comes
-    widened = wide if made < wide else 0  # a sum of more than two is kept in these: a copy
-    copied = wide if size < made else 0  # the einsum block works on wide copies
     fullest = always
     for i, (r, w) in enumerate(sorted(zip(rates, lengths, strict=True))):
-        # a strand: the heads of one offset, on the ranks that share a segment
-        others, heads = min(p, ceil(w / s)) - 1, ceil(kv_heads * group / min(r, h))
-        rows = min(c or s, ceil(s / r))
-        segment = ceil(min(w, s) / r)
-        block, keys = b * heads * rows * d, 2 * b * min(kv_heads, heads) * ceil(s / r) * d
+        heads, rows, segment = ceil(kv_heads * group / min(r, h)), min(c or s, ceil(s / r)), ceil(min(w, s) / r)
+        keys = 2 * b * min(kv_heads, heads) * ceil(s / r) * d
         met = min(keys, keys * ceil(rows / segment) * segment // ceil(s / r))  # by a chunk: its segments' keys
-        pieces = rows < s or i > 0
-        several, many = others > 0 or pieces, others > 1 or pieces  # results to be added up; more than two
-        sends = others > 0 and (parts > 1 or r > 1)  # my own rows are copied to be sent
-        # blocks of K and V: while my own are in work, while others' are, and while gradients come home
-        first, later, last = {
-            "ring": (min(2, others + sends), min(2, max(min(1, others), others - 1)), 0),
-            "collective": [others + sends] * 3,
-            "dilated": (others * (1 + sends), others, others),
-        }[method]
-        # bytes per number of dK and dV: while the last K and V are in work, while they come home, and once they came
-        summed = wide if others > 1 else size  # a sum over ranks is wide, one rank's share is not
-        flying, home, came = {
-            "ring": (2 * size * (others > 1), 2 * summed, summed),
-            "collective": (max(0, others - 1) * size, (others + 1) * size + summed, summed),
-            "dilated": (max(0, others - 1) * size, 2 * others * size, others * size),
-        }[method]
+        strand = _Strand(
+            method, kernel, causal, group, parts, even, size, wide, first=i == 0, others=min(p, ceil(w / s)) - 1, r=r,
+            visits=ceil(s / rows), q=b * s * kv_heads * group * d, kv=2 * b * s * kv_heads * d,
+            block=b * heads * rows * d, met=met,
+        )  # fmt: skip
+        work = strand.work(backward)
         scores = (1 + backward) * b * heads * rows * segment * wide if kernel == "math" else 0
-        repeated = met * group if kernel == "cpu_flash" and group > 1 else 0
-        grouped = block * wide if kernel == "math" and group > 1 else 0  # heads that share keys, side by side
-        # moments: (out and whole gradients, sums of a part, blocks of K and V, of dK and dV, in work)
-        if backward:
-            scratch = {"math": (2 * block + met) * copied, "cpu_flash": repeated * size, "cudnn": block * 4}[kernel]
-            work = (block + (repeated or met)) * made + scratch + 2 * grouped
-            dq, dkv = q * (wide if many else made), kv * (wide if pieces else made)
-            flying += 2 * wide * (c is not None and others > 0)  # sums over the chunks
-            # a second result waits, to be added as dQ is written; with a third both are added up, in a wide copy
-            waiting, sums = block * made * (several and made < wide), (dq + dkv) * several
-            third = (q * widened * (rows == s) + waiting) * many
-            third += met * made * (rows < s and made < wide and not causal and not others)  # of dK, dV
-            moments = [(out + gradients * (parts > 1), sums + third, later, flying, 1)]
-            if method == "ring" and others > 2:  # sums over ranks travel, and dQ is wide already
-                moments.append((out + gradients * (parts > 1), sums, min(2, others - 2), 2 * wide, 1))
-            if others:  # a part's gradients come home under the first block of the next
-                next_part = int(parts > 1)
-                both = sums + waiting * (not many) + (dq + dkv) * (next_part and c is not None)
-                coming = both, last + first * next_part, home, next_part
-                # then what was sent is let go of, and the sums but for dV's
-                there = kv // 2 * made, first * next_part, came, next_part
-                moments.append((out + gradients * (parts > 2), *(x * even for x in coming)))
-                moments.append((out + gradients * next_part, *(x * even for x in there)))
-        else:
-            work = block * made + met // 2 * copied + repeated * size + grouped * (copied > 0)
-            moments = [(out * (parts > 1), q * made * several, first, 0, 1)]
-            if many:  # those before are added up, the last one waits; of chunks already in the first hop
-                here = min(2, others) if c and method == "ring" else later
-                moments.append((out * (parts > 1), q * (2 * made + widened), here, 0, 1))
-            if several:  # the last two are added, over the first where out has its type
-                moments.append((out * (parts > 1 or copied > 0), q * (2 * made + widened), 0, 0, 0))
-        for mine, sums, keys_here, gradients_here, working in moments:
+        for moment in strand.backward() if backward else strand.forward():
             held = {
-                "out, dQ, dK, dV": mine,
-                "sums of a part": sums,
-                "K, V of others": keys_here * keys * size,
-                "dK, dV of others": gradients_here * keys,
-                "block in work": work * working,
-                "scores": scores * working,
+                "out, dQ, dK, dV": out * moment.out + gradients * moment.gradients,
+                "sums of a part": moment.sums,
+                "K, V of others": moment.kv * keys * size,
+                "dK, dV of others": moment.dkv * keys,
+                "block in work": work * moment.working,
+                "scores": scores * moment.working,
             }
             held = {**always, **{what: ceil(x) for what, x in held.items()}}
             fullest = max(fullest, held, key=lambda x: sum(x.values()))
     return fullest
+
+
+class _Moment(NamedTuple):
+    """What is live at once: whether the whole out and gradients, bytes of a part's sums, how many blocks of K and V
+    of others, how many bytes per number of their dK and dV, and whether a block is in work.
+    """
+
+    out: int
+    gradients: int
+    sums: float
+    kv: float
+    dkv: float
+    working: float
+
+
+@dataclass
+class _Strand:
+    """The heads of one offset in one part, on the ranks that share a segment, and what is live as its keys are met."""
+
+    method: str
+    kernel: str
+    causal: bool
+    group: int  # query heads that share a key/value head
+    parts: int
+    even: float  # the average part, as a share of this one
+    size: int  # bytes of a number of q
+    wide: int  # and of one that accumulates
+    first: bool  # of the part's strands, to which the others are added
+    others: int  # ranks
+    r: int
+    visits: int  # that it takes to meet every row of q
+    q: int  # numbers in a part
+    kv: int
+    block: int  # numbers in a visit: of q
+    met: int  # of the K and V that they meet
+
+    def __post_init__(self):
+        # bytes of a number: as a block's result comes, in the copy in which more than two are added up, and in the
+        # copies that the einsum block works on
+        self.made = self.wide if self.kernel == "math" else self.size
+        self.widened = self.wide if self.made < self.wide else 0
+        self.copied = self.wide if self.size < self.made else 0
+        # whether more than two results are added up, or some that are not whole; and whether any are
+        self.many = self.others > 1 or self.visits > 1 or not self.first
+        self.several = self.others > 0 or self.many
+
+    def work(self, backward):
+        """Bytes of a block in work, without its scores."""
+        block, met, shared = self.block, self.met, self.group > 1
+        repeated = met * self.group if self.kernel == "cpu_flash" and shared else 0
+        by_group = block * self.wide if self.kernel == "math" and shared else 0
+        if not backward:
+            copies = met // 2 * self.copied + by_group * (self.copied > 0)
+            return block * self.made + repeated * self.size + copies
+        copies = (2 * block + met) * self.copied + 2 * by_group
+        own = {"math": copies, "cpu_flash": repeated * self.size, "cudnn": block * 4}
+        return (block + (repeated or met)) * self.made + own[self.kernel]
+
+    def travelling(self):
+        """Blocks of K and V while my own are in work, while others' are, and while gradients come home; bytes of a
+        number of dK and dV while the last K and V are in work, while they come home, and once they came.
+        """
+        others, size = self.others, self.size
+        sends = others > 0 and (self.parts > 1 or self.r > 1)  # my own rows are copied to be sent
+        summed = self.wide if others > 1 else size  # a sum over ranks is wide, one rank's share is not
+        if self.method == "ring":
+            blocks = min(2, others + sends), min(2, max(min(1, others), others - 1)), 0
+            return *blocks, 2 * size * (others > 1), 2 * summed, summed
+        before = max(0, others - 1) * size
+        if self.method == "collective":
+            return *[others + sends] * 3, before, (others + 1) * size + summed, summed
+        return others * (1 + sends), others, others, before, 2 * others * size, others * size
+
+    def forward(self):
+        first, later, *_ = self.travelling()
+        split, both = self.parts > 1, self.q * (2 * self.made + self.widened)
+        yield _Moment(split, 0, self.q * self.made * self.several, first, 0, 1)
+        if self.many:  # those before are added up, the last one waits; of chunks already in the first hop
+            here = min(2, self.others) if self.visits > 1 and self.method == "ring" and self.r == 1 else later
+            yield _Moment(split, 0, both, here, 0, 1)
+        if self.several:  # the last two are added, over the first where out has its type
+            yield _Moment(split or self.copied > 0, 0, both, 0, 0, 0)
+
+    def backward(self):
+        first, later, last, flying, home, came = self.travelling()
+        split, chunked = self.parts > 1, self.visits > 1 and self.r == 1
+        results = (2 * self.visits - 1 if self.causal else self.visits) + (self.others > 0)  # for my keys
+        dq = self.q * (self.wide if self.many else self.made)
+        dkv = self.kv * (self.wide if results > 2 or self.r > 1 or not self.first else self.made)
+        sums = (dq + dkv) * self.several
+        # a second result waits, to be added as dQ is written; with a third both are added up, in a wide copy
+        waiting = self.block * self.made * (self.several and self.made < self.wide)
+        third = (self.q * self.widened * (self.visits == 1) + waiting) * self.many
+        # and dK and dV, where nothing travels that would be more
+        if self.visits > 2 - (self.r > 1) and self.widened and not self.causal and not self.others:
+            third += self.met * self.made
+        if chunked and self.others:  # as many results for the others' keys
+            flying += self.made + self.widened * (self.visits > 2)
+        yield _Moment(1, split, sums + third, later, flying, 1)
+        if self.method == "ring" and self.others > 2:  # sums over ranks travel, and dQ is wide already
+            yield _Moment(1, split, sums, min(2, self.others - 2), 2 * self.wide, 1)
+        if self.others:  # a part's gradients come home under the first block of the next
+            both = sums + waiting * (not self.many) + (dq + dkv) * (split and chunked)
+            coming = both, last + first * split, home, split
+            yield _Moment(1, self.parts > 2, *(x * self.even for x in coming))
+            there = self.kv // 2 * self.made, first * split, came, split  # what was sent is gone, and sums but dV's
+            yield _Moment(1, split, *(x * self.even for x in there))
 
 
 @dataclass
