@@ -1,5 +1,5 @@
-"""On a CUDA device: every kernel, every method over simulated ranks, NCCL. Run with `pytest -m
-gpu`.
+"""On CUDA devices: every kernel, every method over simulated ranks, NCCL. Run with `pytest -m gpu`;
+the last recorded run is figures/data/tests-h100-80gb-x1.xml.
 """
 
 import pytest
@@ -15,6 +15,13 @@ METHODS = [ringref.dilated_attention, ringref.collective_attention, ringref.ring
 AWKWARD, LONGNET = 513, ringref.Dilation([64, 256, 1024], [1, 3, 8])
 GROUPED = ringref.Dilation([64, 256, 1024], [1, 3, 8], heads="grouped")
 BUDGET = 5.0  # times the error of attention written out, in the same dtype on the same inputs
+
+
+@pytest.fixture(scope="module", autouse=True)
+def machine(record_testsuite_property):
+    """What a recorded run (`--junitxml`) says of where it ran."""
+    record_testsuite_property("machine", f"{torch.cuda.device_count()} × {torch.cuda.get_device_name()}")
+    record_testsuite_property("torch", torch.__version__)
 
 
 def relative(x, true):
