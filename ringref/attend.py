@@ -558,20 +558,22 @@ def _job(call: Call, conduct: Conductor | None, q: Tensor, k: Tensor) -> Job:
     return Job(call, conduct, _plan(*plan, forward=True), _plan(*plan, forward=False), h // g)
 
 
-def paths(q: Tensor, k: Tensor, **arguments) -> list[str]:
-    """How the keys of a call travel and how its rows are read, a line per strand or set of strands;
-    every rank must ask.
+def paths(q: Tensor, k: Tensor, **arguments) -> tuple[set[tuple[str, bool]], list[str]]:
+    """What a call would do: the kinds of its visits and whether any is of one query and one key; and
+    how its keys travel and its rows are read, a line per strand or set of strands. Every rank must ask.
     """
     call = agree("explain", q, k, k, able=lambda *_: None, **arguments)
-    job, lines = _job(call, None, q, k), []
+    job, me, kinds, lines = _job(call, None, q, k), call.ring.rank, set(), []
     for part in job.forward:
         for leg in part.legs:
             branches = sorted({(x.w, x.r) for x in leg.strands})
             named = ", ".join("all keys" if w == EVERYTHING else f"w={w} r={r}" for w, r in branches)
             members = leg.route.members
             where = "stay" if len(members) == 1 else f"travel among ranks {list(members)}"
-            met = [x.visit for x in job.meetings(part, leg, call.table.keys[call.ring.rank])]
+            blocks = [call.table.keys[me], *(leg.route.load[j].positions for j in members if j != me)]
+            met = [x.visit for keys in blocks for x in job.meetings(part, leg, keys)]
             read = {"strided views" if x.queries.strided and x.keys.strided else "copied rows" for x in met}
-            kinds = f"{len(met)} visits ({', '.join(sorted({x.kind for x in met}))}) of {', '.join(sorted(read))}"
-            lines.append(f"{named}: keys {where}; own block: {kinds}")
-    return list(dict.fromkeys(lines))
+            kinds |= {(x.kind, x.queries.c == x.keys.c == 1) for x in met}
+            visited = f"{len(met)} visits ({', '.join(sorted({x.kind for x in met}))}) of {', '.join(sorted(read))}"
+            lines.append(f"{named}: keys {where}; {visited if met else 'none are seen here'}")
+    return kinds, list(dict.fromkeys(lines))

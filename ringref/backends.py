@@ -217,9 +217,10 @@ def _choose(backend: str, task: Task, _impl: str | None) -> Kernel | None:
     return next((kernel for kernel in _ranked(backend) if kernel.why_not(task) is None), None)
 
 
-def choose(backend: str, task: Task) -> Kernel | None:
+def choose(backend: str, task: Task, scale: float) -> Kernel | None:
     """The kernel for a task; None is the einsum block (`math`), which does everything."""
-    return None if backend == "math" else _choose(backend, task, _flash_impl())
+    # kernels take the masked score −inf times the scale
+    return None if backend == "math" or scale <= 0 else _choose(backend, task, _flash_impl())
 
 
 def explain(
@@ -227,40 +228,44 @@ def explain(
     mask_mod=None, scale=None, shard=None,
     q_chunk: int | None = None, backend: str = "auto", lse_gradient: bool = False,
 ) -> str:  # fmt: skip
-    """Which kernel a call takes and why not the others, and which keys travel between whom; one
-    line each.
+    """Which kernel each kind of block on this rank takes and why not the others, and which keys
+    travel between whom; one line each.
 
-    The arguments are the call's own (k as q where it is left out). `lse_gradient`: whether the
-    backward will carry a gradient through lse. Under a shard every rank must ask, as for the call
-    itself.
+    A block that positions cut too finely for a kernel is masked, and goes to `math` whatever the
+    backend. The arguments are the call's own (k as q where it is left out). `lse_gradient`: whether
+    the backward will carry a gradient through lse. Under a shard every rank must ask, as for the
+    call itself.
     """
     from .attend import paths  # which needs this module
 
-    kinds = ["mask"] if mask_mod is not None else ["full", "causal"] if causal else ["full"]
+    arguments = {"causal": causal, "dilation": dilation, "mask_mod": mask_mod, "scale": scale, "shard": shard}
+    kinds, ways = paths(q, q if k is None else k, **arguments, q_chunk=q_chunk, backend=backend)
     lines = []
-    for kind in kinds:
-        task = Task(q.device.type, q.dtype, q.shape[-1], kind, lse_gradient)
-        taken = choose(backend, task)
-        lines.append(f"{kind} blocks: {taken.name if taken else 'math'}")
+    for kind, single in sorted(kinds):
+        task = Task(q.device.type, q.dtype, q.shape[-1], kind, lse_gradient, single)
+        taken = choose(backend, task, 1.0 if scale is None else scale)
+        lines.append(f"{kind} blocks{' of one query and one key' * single}: {taken.name if taken else 'math'}")
         for kernel in KERNELS:
             if kernel is not taken:
-                lines.append(f"  not {kernel.name}: {kernel.why_not(task) or _passed_over(kernel, backend)}")
-    arguments = {"causal": causal, "dilation": dilation, "mask_mod": mask_mod, "scale": scale, "shard": shard}
-    return "\n".join(lines + paths(q, q if k is None else k, **arguments, q_chunk=q_chunk, backend=backend))
+                why_not = kernel.why_not(task) or _passed_over(kernel, backend, taken)
+                lines.append(f"  not {kernel.name}: {why_not}")
+    return "\n".join(lines + ways)
 
 
-def _passed_over(kernel: Kernel, backend: str) -> str:
-    return "is slower" if backend in ("auto", kernel.family) else f"backend={backend!r} excludes it"
+def _passed_over(kernel: Kernel, backend: str, taken: Kernel | None) -> str:
+    if backend not in ("auto", kernel.family):
+        return f"backend={backend!r} excludes it"
+    return "is slower" if taken else "needs a scale above 0"
 
 
 def check(q: Tensor, backend: str, masked: bool, scale: float) -> None:
     """Raise where a backend was asked for by name and cannot do what the call needs."""
     if backend in ("auto", "math"):
         return
-    if scale <= 0:  # they take the masked score −inf times the scale
+    if scale <= 0:
         raise NotImplementedError(f"backend={backend!r} needs a scale above 0, got {scale}")
     task = Task(q.device.type, q.dtype, q.shape[-1], "mask" if masked else "full")
-    if choose(backend, task) is None:
+    if choose(backend, task, scale) is None:
         reasons = [f"{kernel.name} {kernel.why_not(task)}" for kernel in _ranked(backend)]
         raise NotImplementedError(f"backend={backend!r} cannot do this: {'; '.join(reasons)}")
 
@@ -298,7 +303,7 @@ def backward(dout, dlse, q, k, v, out, lse, seen: Seen, call: Call) -> tuple[Ten
 def _kernel(q: Tensor, k: Tensor, seen: Seen, call: Call, lse_gradient: bool = False) -> Kernel | None:
     single = q.shape[2] == k.shape[2] == 1
     task = Task(q.device.type, q.dtype, q.shape[-1], seen.kind, lse_gradient, single)
-    return choose(call.backend, task) if q.numel() and call.scale > 0 else None
+    return choose(call.backend, task, call.scale) if q.numel() else None
 
 
 def _folded(kernel: Kernel, q: Tensor, *keys: Tensor) -> tuple[Tensor, ...]:

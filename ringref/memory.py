@@ -7,6 +7,7 @@ key/value heads, d head dim, c query chunk, w segment length, r dilation rate.
 fullest of a few moments. `measured` watches tensors.
 """
 
+import gc
 import weakref
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -82,11 +83,13 @@ def predicted(
     for i, (r, w) in enumerate(sorted(zip(rates, lengths, strict=True))):
         heads, rows, segment = ceil(kv_heads * group / min(r, h)), min(c or s, ceil(s / r)), ceil(min(w, s) / r)
         keys = 2 * b * min(kv_heads, heads) * ceil(s / r) * d
+        others, visits = min(p, ceil(w / s)) - 1, ceil(s / rows)
         met = min(keys, keys * ceil(rows / segment) * segment // ceil(s / r))  # by a chunk: its segments' keys
+        if causal and segment == s > rows and not others:
+            met = met * (visits - 1) // visits  # a chunk meets those before it and then its own
         strand = _Strand(
-            method, kernel, causal, group, parts, even, size, wide, first=i == 0, others=min(p, ceil(w / s)) - 1, r=r,
-            visits=ceil(s / rows), q=b * s * kv_heads * group * d, kv=2 * b * s * kv_heads * d,
-            block=b * heads * rows * d, met=met,
+            method, kernel, causal, group, parts, even, size, wide, first=i == 0, others=others, r=r, visits=visits,
+            q=b * s * kv_heads * group * d, kv=2 * b * s * kv_heads * d, block=b * heads * rows * d, met=met,
         )  # fmt: skip
         work = strand.work(backward)
         scores = (1 + backward) * b * heads * rows * segment * wide if kernel == "math" else 0
@@ -193,7 +196,8 @@ class _Strand:
         dkv = self.kv * (self.wide if results > 2 or self.r > 1 or not self.first else self.made)
         sums = (dq + dkv) * self.several
         # a second result waits, to be added as dQ is written; with a third both are added up, in a wide copy
-        waiting = self.block * self.made * (self.several and self.made < self.wide)
+        waits = self.several and self.widened and not (chunked and self.visits > 2)
+        waiting = self.block * self.made if waits else 0
         third = (self.q * self.widened * (self.visits == 1) + waiting) * self.many
         # and dK and dV, where nothing travels that would be more
         if self.visits > 2 - (self.r > 1) and self.widened and not self.causal and not self.others:
@@ -233,6 +237,7 @@ def measured(device="cpu"):
             yield usage
         return
     torch.cuda.synchronize(device)
+    gc.collect()  # what ends inside would be taken off
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
     yield usage

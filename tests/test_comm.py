@@ -402,6 +402,22 @@ def test_bytes_of_a_branch(method, heads, s):
         assert all(backward <= 3 * 8 * bound for _, backward in found)
 
 
+@pytest.mark.parametrize("method", OTHERS)
+def test_bytes_of_shards_that_cut_segments(method):
+    """Only rows that another rank's queries see travel: to those ranks, or round all that are linked by segments."""
+    s, w, p, d = 10, 6, 4, 4  # 10 and 20 lie inside a segment, 30 begins one: ranks 0, 1, 2 are linked
+    held = [set(range(i * s, i * s + s)) for i in range(p)]
+    segments = [{x // w for x in rows} for rows in held]
+    shared = {(i, j): {x for x in held[j] if x // w in segments[i]} for i in range(p) for j in range(p) if i != j}
+    rows = [sum(len(shared[i, j]) for j in range(p) if j != i) for i in range(p)]
+    if method != "dilated":
+        loads = [len(set().union(*(shared[i, j] for i in range(p) if i != j))) for j in range(3)]
+        rows = [sum(loads) - loads[i] for i in range(3)] + [0]
+    given, split = inputs(p * s, b=1, h=1, g=1, d=d), Split(layout("contiguous", p * s, p))
+    found = received(method, given, split, dilation=Dilation([w], [1]))
+    assert [forward for forward, _ in found] == [2 * d * x * 8 for x in rows]
+
+
 def test_branches_add_up():
     given, split = inputs(32, b=1, h=2, g=2, d=2), Split(layout("contiguous", 32, 4))
     for method in OTHERS:
