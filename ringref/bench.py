@@ -1,4 +1,4 @@
-"""Measure: speed, memory, overlap and length; each result is checked against float64 before it is timed.
+"""Measure: speed, memory, overlap and length; methods are checked against float64 before they are timed.
 
 `python -m ringref bench` runs on all GPUs of the machine (or a few CPU ranks), `torchrun … -m ringref bench` on the
 ranks that there are. Times are medians after warm-up, of the slower rank, between events on ranks that start together.
@@ -246,12 +246,8 @@ def _truth(bench, shard, causal, inputs, dout):
     return together, {name: max(errors[name] for errors in plain) for name in plain[0]}
 
 
-def _judge_dilated(bench, fn, dilation, inputs, dout):
-    """Against float64 on whole windows of the largest segment: the first, a random one and the last."""
-    w = max(dilation.segment_lengths)
-    last = dout.shape[1] // w - 1
-    windows = [slice(i * w, (i + 1) * w) for i in (0, int(torch.randint(last + 1, ())), last)]
-    define = partial(dense_attention, causal=True, dilation=dilation, q_chunk=256)
+def _judge_dilated(bench, fn, define, windows, inputs, dout):
+    """Against the definition in float64, on these windows of rows."""
     ours, true, plain = _results(fn, inputs, dout), [], []
     for dtype, into in ((torch.float64, true), (bench.dtype, plain)):
         into += [_results(define, [x[:, few].to(dtype) for x in inputs], dout[:, few].to(dtype)) for few in windows]
@@ -383,8 +379,9 @@ def exposed_time(kernels):
 def dilated_section(bench, args):
     """LongNet's setting (h = 12, d = 64, causal, w = 2k … 32k, r = 1, 2, 4, 6, 12), n doubling until it does not fit.
 
-    On several ranks also with a last branch over the whole sequence, which crosses them. At the largest n up to 1M
-    results are checked, and the head-grouped convention runs beside its best-known port.
+    On several ranks also with a last branch over the whole sequence, which crosses them. Results are checked at the
+    first n, and at the largest up to 1M on windows of the largest segment: the first, a random one and the last; at
+    that n the head-grouped convention runs beside its best-known port.
     """
     p, lengths, rates = bench.ring.size, [(2048 if bench.cuda else 16) << i for i in range(5)], [1, 2, 4, 6, 12]
     judged = max((n for n in args.dilated_tokens if n <= 2**20), default=0)
@@ -394,22 +391,28 @@ def dilated_section(bench, args):
             kinds["LongNet + w = n, r = 64"] = Dilation([*lengths, n], [*rates, 64])
         if n == judged:
             kinds["grouped"] = Dilation(lengths, rates, heads="grouped")
-        rows = []
+        rows, shard = [], partition(n, bench.ring)
         for name, dilation in kinds.items():
-            fn = partial(dilated_attention, causal=True, dilation=dilation, shard=partition(n, bench.ring))
-            windows = dilation if n == judged and max(dilation.segment_lengths) <= n // p else None
+            w, what = max(dilation.segment_lengths), {"causal": True, "dilation": dilation}
+            define, windows, last = partial(dense_attention, **what, q_chunk=256), [], n // p // w - 1
+            if n == args.dilated_tokens[0]:
+                define, windows = partial(define, shard=shard), [slice(None)]
+            elif n == judged and last >= 0:
+                windows = [slice(i * w, (i + 1) * w) for i in (0, int(torch.randint(last + 1, ())), last)]
+            run = partial(_dilated, bench, partial(dilated_attention, **what, shard=shard), define, windows)
             row = {"n": n, "p": p, "method": name}
-            rows.append(bench.attempt(row, partial(_dilated, bench, fn, windows), "dilated", 12, 64, dilation=dilation))
+            rows.append(bench.attempt(row, run, "dilated", 12, 64, dilation=dilation))
         if n == judged and p == 1 and (peer := _dilated_peer(lengths, rates)):
             row = {"n": n, "p": p, "method": "dilated-attention-pytorch"}
-            rows.append(bench.attempt(row, partial(bench.measure, peer), "dilated", 12, 64, dilation=kinds["grouped"]))
+            row = bench.attempt(row, partial(bench.measure, peer), "dilated", 12, 64, dilation=kinds["grouped"])
+            rows.append({key: x for key, x in row.items() if key != "predicted_bytes"})  # which is ours
         yield from rows
         if not all(row["fits"] for row in rows):
             return
 
 
-def _dilated(bench, fn, windows, inputs, dout):
-    verdict = _judge_dilated(bench, fn, windows, inputs, dout) if windows else {}
+def _dilated(bench, fn, define, windows, inputs, dout):
+    verdict = _judge_dilated(bench, fn, define, windows, inputs, dout) if windows else {}
     before = bench.ring.traffic.received
     fn(*inputs)
     received = int(bench.worst(bench.ring.traffic.received - before)[0])

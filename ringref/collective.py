@@ -27,7 +27,7 @@ def collective_attention(
 
     A rank holds all K and V, 2·n·d·g elements, and in the backward as many of dK and dV. It moves as
     many elements as the ring, dK and dV in the inputs' dtype, for no sum travels; with a dilation only
-    a branch's rows are gathered, only among ranks that share a segment with it (see `ring_attention`).
+    a branch's rows are gathered, only among ranks that are linked by segments (see `ring_attention`).
     """
     return attend(
         gathering, "collective", q, k, v, causal=causal, dilation=dilation, mask_mod=mask_mod,

@@ -311,9 +311,9 @@ class Dilation:
             values = getattr(self, name)
             if isinstance(values, str) or not isinstance(values, Sequence) or not values:
                 raise ValueError(f"{name} must be a non-empty list of positive integers, got {values!r}")
-            if not all(isinstance(x, int) and not isinstance(x, bool) and x > 0 for x in values):
-                raise ValueError(f"{name} must be positive integers, got {list(values)}")
-            object.__setattr__(self, name, tuple(values))
+            if not all(hasattr(x, "__index__") and not isinstance(x, bool) and 0 < x < EVERYTHING for x in values):
+                raise ValueError(f"{name} must be positive integers below 2**62, got {list(values)}")
+            object.__setattr__(self, name, tuple(map(int, values)))
         if len(self.segment_lengths) != len(self.dilation_rates):
             raise ValueError(
                 f"segment_lengths and dilation_rates must have the same length, "
@@ -469,7 +469,7 @@ def strands(dilation: Dilation | None, h: int) -> list[Strand]:
         groups = [range(x[0], x[-1] + 1) if len(x := part.tolist()) else range(0) for part in _runs(h, len(branches))]
         found = [Strand(w, r, i % r, heads) for i, ((w, r), heads) in enumerate(zip(branches, groups, strict=True))]
     else:
-        found = [Strand(w, r, offset, range(offset, h, r)) for w, r in branches for offset in range(r)]
+        found = [Strand(w, r, offset, range(offset, h, r)) for w, r in branches for offset in range(min(r, h))]
     return [strand for strand in found if strand.heads]
 
 

@@ -27,11 +27,12 @@ def ring_attention(
     `dense_attention`.
 
     A rank holds at most three blocks of K and V: its own, the one in hand and the one arriving (two
-    at p = 2). Forward, it receives 2·d·g·(n − s) elements. With a dilation only a branch's rows
-    travel, only among ranks that share a segment with it: on aligned shards at most
-    2·d·g·min(r, h/g)·(⌈w/r⌉ − ⌊s/r⌋) elements per branch with w > s, none when w divides s. The
-    backward moves K and V again, and as many elements of dK and dV, which come home: in the inputs'
-    dtype from the first rank to add to them, in float32 (float64 for float64) once they are sums.
+    at p = 2). Forward, it receives 2·d·g·(n − s) elements. With a dilation only a branch's rows that
+    another rank's queries see travel, round the ranks that are linked by segments they share: on
+    aligned shards at most 2·d·g·min(r, h/g)·(⌈w/r⌉ − ⌊s/r⌋) elements per branch with w > s, none when
+    w divides s. Shards that cut segments anywhere link many ranks; there `dilated_attention` fetches
+    less. The backward moves K and V again, and as many elements of dK and dV, which come home: in the
+    inputs' dtype from the first rank to add to them, in float32 (float64 for float64) once they are sums.
 
     `q_chunk` bounds the query rows in work on this rank. `backend` is "auto", "math", "torch" or
     "xformers".

@@ -316,6 +316,7 @@ def test_number_of_tokens(n):
         (([4], 2), "dilation_rates"),
         (([4], [5]), "r = 5 is larger than its segment length w = 4"),
         (([0], [1]), "segment_lengths"),
+        (([2**62], [1]), "segment_lengths must be positive integers below 2\\*\\*62"),
         (([4], [0]), "dilation_rates"),
         (([4.0], [1]), "segment_lengths"),
         (([4], [True]), "dilation_rates"),
@@ -330,7 +331,7 @@ def test_dilation(arguments, word):
 
 
 def test_dilation_of_lists_and_tuples_is_alike():
-    assert Dilation([4, 8], (1, 2)) == Dilation((4, 8), [1, 2])
+    assert Dilation([4, 8], (1, 2)) == Dilation((4, 8), [1, 2]) == Dilation(torch.tensor([4, 8]).unbind(), [1, 2])
     assert hash(Dilation([4, 8], [1, 2])) == hash(Dilation((4, 8), (1, 2)))
 
 
