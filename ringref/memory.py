@@ -55,9 +55,10 @@ def predicted(
     kernel: "math" keeps score matrices; "cpu_flash" repeats K and V for query heads that share them; "cudnn" stands
     for the fused CUDA kernels, which keep a float32 dQ of their own.
 
-    Measured within 10 % for ring and collective with a fused kernel and g = h, in chunks 20 %. Not counted: masks and
-    index tensors, what NCCL allocates. Counted too fully: heads that share keys (0.75 of it and more was measured),
-    and a dilation whose strands travel, as if all ended together.
+    Measured within 10 % for ring and collective with a fused kernel and g = h, in chunks 20 %, on any number of ranks.
+    A dilation is counted as if all its strands were the widest and ended together: 0.5 to 1.1 of it was measured, in
+    a forward alone 0.3 to 1.15. Heads that share keys: 0.75 and more. Not counted: masks and index tensors, what
+    NCCL allocates.
     """
     for name, given, known in (("method", method, METHODS), ("kernel", kernel, KERNELS)):
         if given not in known:
@@ -74,22 +75,26 @@ def predicted(
         return {**always, "out": out, "gathered": gathered, "whole out, and gradients": whole, "scores": scores}
 
     lengths, rates = (dilation.segment_lengths, dilation.dilation_rates) if dilation else ([n], [1])
+    grouped = dilation is not None and dilation.heads == "grouped"  # then a part has one strand
     parts = part_count(out, g, min(p, ceil(max(lengths) / s)), dilation is not None, not backward)
+    parts = max(parts, min(len(rates), g) if grouped else 1)
     group, kv_heads, even = h // g, ceil(g / parts), 1
     if parts > 1:  # the first is the largest, but the fullest moments are in the second, or from it to the third
         later_heads = (g - kv_heads) / (parts - 1)
         kv_heads, even = ceil(later_heads), later_heads / ceil(later_heads)
     fullest = always
     for i, (r, w) in enumerate(sorted(zip(rates, lengths, strict=True))):
-        heads, rows, segment = ceil(kv_heads * group / min(r, h)), min(c or s, ceil(s / r)), ceil(min(w, s) / r)
-        keys = 2 * b * min(kv_heads, heads) * ceil(s / r) * d
-        others, visits = min(p, ceil(w / s)) - 1, ceil(s / rows)
-        met = min(keys, keys * ceil(rows / segment) * segment // ceil(s / r))  # by a chunk: its segments' keys
+        kept, offsets = ceil(s / r), 1 if grouped else min(r, h)
+        heads, rows, segment = ceil(kv_heads * group / offsets), min(c or s, kept), ceil(min(w, s) / r)
+        keys = 2 * b * min(kv_heads, heads) * kept * d
+        others, visits = min(p, ceil(w / s)) - 1, ceil((kept if grouped else s) / rows)
+        met = min(keys, keys * ceil(rows / segment) * segment // kept)  # by a chunk: its segments' keys
         if causal and segment == s > rows and not others:
             met = met * (visits - 1) // visits  # a chunk meets those before it and then its own
         strand = _Strand(
-            method, kernel, causal, group, parts, even, size, wide, first=i == 0, others=others, r=r, visits=visits,
-            q=b * s * kv_heads * group * d, kv=2 * b * s * kv_heads * d, block=b * heads * rows * d, met=met,
+            method, kernel, causal, group, parts, even, size, wide, first=i == 0 or grouped, others=others,
+            narrow=r > 1, r=1 if grouped else r, visits=visits, q=b * s * kv_heads * group * d,
+            kv=2 * b * s * kv_heads * d, block=b * heads * rows * d, met=met,
         )  # fmt: skip
         work = strand.work(backward)
         scores = (1 + backward) * b * heads * rows * segment * wide if kernel == "math" else 0
@@ -134,7 +139,8 @@ class _Strand:
     wide: int  # and of one that accumulates
     first: bool  # of the part's strands, to which the others are added
     others: int  # ranks
-    r: int
+    narrow: bool  # it does not keep all rows
+    r: int  # of strands that share the rows of a part
     visits: int  # that it takes to meet every row of q
     q: int  # numbers in a part
     kv: int
@@ -147,9 +153,9 @@ class _Strand:
         self.made = self.wide if self.kernel == "math" else self.size
         self.widened = self.wide if self.made < self.wide else 0
         self.copied = self.wide if self.size < self.made else 0
-        # whether more than two results are added up, or some that are not whole; and whether any are
-        self.many = self.others > 1 or self.visits > 1 or not self.first
-        self.several = self.others > 0 or self.many
+        # whether more than two results are added up, or some that are not whole; and whether one does not do
+        self.many = self.others + self.narrow > 1 or self.visits > 1 or not self.first
+        self.several = self.others > 0 or self.many or self.narrow
 
     def work(self, backward):
         """Bytes of a block in work, without its scores."""
@@ -180,7 +186,8 @@ class _Strand:
 
     def forward(self):
         first, later, *_ = self.travelling()
-        split, both = self.parts > 1, self.q * (2 * self.made + self.widened)
+        split, added = self.parts > 1, self.q if self.others or self.many else self.block
+        both = self.q * self.made + added * (self.made + self.widened)
         yield _Moment(split, 0, self.q * self.made * self.several, first, 0, 1)
         if self.many:  # those before are added up, the last one waits; of chunks already in the first hop
             here = min(2, self.others) if self.visits > 1 and self.method == "ring" and self.r == 1 else later
@@ -193,7 +200,7 @@ class _Strand:
         split, chunked = self.parts > 1, self.visits > 1 and self.r == 1
         results = (2 * self.visits - 1 if self.causal else self.visits) + (self.others > 0)  # for my keys
         dq = self.q * (self.wide if self.many else self.made)
-        dkv = self.kv * (self.wide if results > 2 or self.r > 1 or not self.first else self.made)
+        dkv = self.kv * (self.wide if results + self.narrow > 2 or self.r > 1 or not self.first else self.made)
         sums = (dq + dkv) * self.several
         # a second result waits, to be added as dQ is written; with a third both are added up, in a wide copy
         waits = self.several and self.widened and not (chunked and self.visits > 2)
@@ -205,6 +212,8 @@ class _Strand:
         if chunked and self.others:  # as many results for the others' keys
             flying += self.made + self.widened * (self.visits > 2)
         yield _Moment(1, split, sums + third, later, flying, 1)
+        if not self.first and self.widened:  # as the last sum is widened, beside its narrow copy
+            yield _Moment(1, split, sums + self.kv // 2 * self.made, later, flying, 0)
         if self.method == "ring" and self.others > 2:  # sums over ranks travel, and dQ is wide already
             yield _Moment(1, split, sums, min(2, self.others - 2), 2 * self.wide, 1)
         if self.others:  # a part's gradients come home under the first block of the next

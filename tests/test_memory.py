@@ -10,7 +10,7 @@ import torch
 
 import ringref
 from ringref import Dilation, attend, launch, partition, simulate
-from ringref.memory import METHODS, measured, predicted, table
+from ringref.memory import measured, predicted, table
 
 LONGNET = Dilation([128, 512], [1, 4])
 N, H, G, D = 512, 4, 2, 16
@@ -84,7 +84,22 @@ def test_the_prediction_bounds_the_measurement(method, backend):
     assert not wrong
 
 
-def step_peaks(ring, method, causal, layout, dtype, s, h, d, c=None):
+@pytest.mark.parametrize("heads", ["all", "grouped"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bfloat16", "float32"])
+def test_a_dilated_step_is_predicted_roughly(heads, dtype):
+    for w, r in (([64, 512], [1, 8]), ([128, 512], [2, 8]), ([512], [4]), ([64, 128, 512], [1, 1, 4])):
+        dilation = Dilation(w, r, heads)
+        for p, method in product((1, 2, 4), ("ring", "dilated")):
+            how = {"method": method, "causal": True, "layout": "contiguous", "dtype": dtype, "dilation": dilation}
+            peaks = simulate(partial(step_peaks, **how, s=N // p, h=12, d=64), p)
+            for backward in (False, True):
+                sort = {"dtype": dtype, "dilation": dilation, "kernel": "cpu_flash", "backward": backward}
+                held = predicted(method, N, p, 12, 64, **sort)
+                ratio = max(peak[backward] for peak in peaks) / sum(held.values())
+                assert (0.5 if backward else 0.3) < ratio < 1.15, (w, r, p, method, backward, ratio, held)
+
+
+def step_peaks(ring, method, causal, layout, dtype, s, h, d, c=None, dilation=None):
     """Peak bytes of one rank: of the forward, and of forward and backward."""
     shard = partition(s * ring.size, ring, layout)
     q, k, v = (torch.randn(1, s, h, d, dtype=dtype, requires_grad=True) for _ in range(3))
@@ -92,7 +107,8 @@ def step_peaks(ring, method, causal, layout, dtype, s, h, d, c=None):
     for _ in range(2):  # the first call also plans
         q.grad = k.grad = v.grad = None
         with measured() as usage:
-            out = getattr(ringref, f"{method}_attention")(q, k, v, causal=causal, shard=shard, q_chunk=c).out
+            fn = getattr(ringref, f"{method}_attention")
+            out = fn(q, k, v, causal=causal, dilation=dilation, shard=shard, q_chunk=c).out
             forward = usage.peak
             out.backward(dout)
         del out
@@ -163,17 +179,22 @@ def test_many_processes_are_right_and_take_what_is_predicted(p):
             assert 0.9 < max(peak[backward] for peak in peaks) / sum(held.values()) < 1.1, (name, backward)
 
 
-RECORDED = sorted((Path(__file__).parent.parent / "figures" / "data").glob("ring-*.json"))
+RECORDED = [*(Path(__file__).parent.parent / "figures" / "data").glob("[dr]i*-x*.json")]
+LONGNET_1M = Dilation([2048 << i for i in range(5)], [1, 2, 4, 6, 12])  # of bench.dilated_section
 
 
 @pytest.mark.parametrize("path", RECORDED, ids=lambda path: path.stem)
 def test_a_recorded_gpu_is_predicted_within_ten_percent(path):
-    rows = [row for row in json.loads(path.read_text())["rows"] if row["method"] in METHODS and "peak_both_q" in row]
+    names = {"ring": "ring", "collective": "collective", "LongNet": "dilated"}
+    rows = [row for row in json.loads(path.read_text())["rows"] if row["method"] in names and "peak_both_q" in row]
     for row, (way, backward) in product(rows, (("forward", False), ("both", True))):
-        p, s = row["p"], row["tokens_per_gpu"]
         how = {"dtype": torch.bfloat16, "kernel": "cudnn", "backward": backward}
-        held = sum(predicted(row["method"], s * p, p, 16, 128, **how).values())
-        assert 0.9 < row[f"peak_{way}_q"] * s * 16 * 128 * 2 / held < 1.1, row
+        p, (h, d) = row["p"], (16, 128)
+        if row["method"] == "LongNet":
+            (h, d), how["dilation"] = (12, 64), LONGNET_1M
+        n = row["n"] if "n" in row else row["tokens_per_gpu"] * p
+        held = sum(predicted(names[row["method"]], n, p, h, d, **how).values())
+        assert 0.9 < row[f"peak_{way}_q"] * (n // p) * h * d * 2 / held < 1.1, row
     assert rows
 
 
