@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass
@@ -291,6 +292,14 @@ def _check_cover(table: Table) -> None:
             raise ValueError(f"{name} leave gaps: no rank holds the keys {described(gaps)}; they must cover 0 … n−1")
 
 
+def _whole(x: Any) -> int:
+    """x as an integer; 0, which is none of ours, if it is not one."""
+    try:
+        return 0 if isinstance(x, bool) else operator.index(x)
+    except TypeError:
+        return 0
+
+
 @dataclass(frozen=True)
 class Dilation:
     """LongNet's dilated attention (2307.02486): branch i cuts the sequence into segments of
@@ -311,9 +320,10 @@ class Dilation:
             values = getattr(self, name)
             if isinstance(values, str) or not isinstance(values, Sequence) or not values:
                 raise ValueError(f"{name} must be a non-empty list of positive integers, got {values!r}")
-            if not all(hasattr(x, "__index__") and not isinstance(x, bool) and 0 < x < EVERYTHING for x in values):
+            whole = tuple(map(_whole, values))
+            if not all(0 < x < EVERYTHING for x in whole):
                 raise ValueError(f"{name} must be positive integers below 2**62, got {list(values)}")
-            object.__setattr__(self, name, tuple(map(int, values)))
+            object.__setattr__(self, name, whole)
         if len(self.segment_lengths) != len(self.dilation_rates):
             raise ValueError(
                 f"segment_lengths and dilation_rates must have the same length, "

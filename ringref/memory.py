@@ -55,10 +55,9 @@ def predicted(
     kernel: "math" keeps score matrices; "cpu_flash" repeats K and V for query heads that share them; "cudnn" stands
     for the fused CUDA kernels, which keep a float32 dQ of their own.
 
-    Measured within 10 % for ring and collective with a fused kernel and g = h, in chunks 20 %, on any number of ranks.
-    A dilation is counted as if all its strands were the widest and ended together: 0.5 to 1.1 of it was measured, in
-    a forward alone 0.3 to 1.15. Heads that share keys: 0.75 and more. Not counted: masks and index tensors, what
-    NCCL allocates.
+    Measured within 10 % for ring and collective with a fused kernel and g = h, in chunks 20 %. A dilation is
+    counted as if all its strands were the widest and ended together: 0.5 to 1.1 of it was measured, in a forward alone
+    0.3 to 1.15. Heads that share keys: 0.75 and more. Not counted: masks and index tensors, what NCCL allocates.
     """
     for name, given, known in (("method", method, METHODS), ("kernel", kernel, KERNELS)):
         if given not in known:

@@ -319,6 +319,7 @@ def test_number_of_tokens(n):
         (([2**62], [1]), "segment_lengths must be positive integers below 2\\*\\*62"),
         (([4], [0]), "dilation_rates"),
         (([4.0], [1]), "segment_lengths"),
+        (([torch.tensor(4.5)], [1]), "segment_lengths"),
         (([4], [True]), "dilation_rates"),
         (("44", "11"), "segment_lengths"),
         (([4], [1], "some"), "heads"),
