@@ -280,6 +280,26 @@ def test_many_branches_do_not_lose_bits(method, dtype):
             assert error(x, z) <= 3 * error(y, z) + torch.finfo(x.dtype).eps, (what, error(x, z), error(y, z))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("heads", ["all", "grouped"])
+@pytest.mark.parametrize("method", OTHERS)
+def test_awkward_dilations_keep_the_budget_on_fused_kernels(method, heads, dtype):
+    """Fewer heads than offsets, rates that do not divide, a tail of one token, w > n, a segment over all ranks."""
+    n, p = 97, 4
+    dilation = Dilation([32, 48, 200], [1, 5, 7], heads)
+    for name, (h, g) in (("contiguous", (4, 4)), ("zigzag", (4, 2)), ("striped", (3, 3)), ("uneven", (6, 2))):
+        split, arguments = Split(layout(name, n, p)), {"causal": True, "dilation": dilation}
+        given = inputs(n, b=1, h=h, g=g, d=32, dtype=dtype)
+        exact = split.true(Inputs(*(x.double() for x in given)), **arguments)
+        yardstick = split.true(given, **arguments)
+        found = split.found(OTHERS[method], given, backend="auto", **arguments)
+        for one, theirs, true in zip(found, yardstick, exact, strict=True):
+            theirs = theirs._replace(lse=true.lse.to(dtype))  # as attention written out in this dtype has it at best
+            for what, x, y, z in zip(Results._fields, one, theirs, true, strict=True):
+                budget = 3 * error(y, z) + torch.finfo(x.dtype).eps
+                assert error(x, z) <= budget, (name, what, error(x, z), budget)
+
+
 def test_only_views_are_slanted_together():
     """Rows that agree in all but a gap are not the neighbour's one further: there is no view of both."""
     even, gap, after = (Rows(torch.tensor([rows])) for rows in ([0, 2, 4], [0, 2, 5], [1, 3, 5]))
