@@ -42,6 +42,7 @@ class Task(NamedTuple):
     kind: str
     lse_gradient: bool = False
     single: bool = False  # one query on one key
+    scale: float = 1.0
 
 
 class Kernel(NamedTuple):
@@ -72,6 +73,8 @@ def _limits(devices: str, dtypes: tuple, most: int, granularity: int = 8) -> Cal
         if d > most or d % granularity:
             with_columns = " with the lse gradient's columns" if task.lse_gradient else ""
             return f"wants a head dim that {granularity} divides, up to {most}; got {d}{with_columns}"
+        if task.scale <= 0:  # kernels take the masked score −inf times the scale
+            return "needs a scale above 0"
         return "takes full and causal blocks, not a mask" if task.kind == "mask" else None
 
     return why_not
@@ -217,10 +220,9 @@ def _choose(backend: str, task: Task, _impl: str | None) -> Kernel | None:
     return next((kernel for kernel in _ranked(backend) if kernel.why_not(task) is None), None)
 
 
-def choose(backend: str, task: Task, scale: float) -> Kernel | None:
+def choose(backend: str, task: Task) -> Kernel | None:
     """The kernel for a task; None is the einsum block (`math`), which does everything."""
-    # kernels take the masked score −inf times the scale
-    return None if backend == "math" or scale <= 0 else _choose(backend, task, _flash_impl())
+    return None if backend == "math" else _choose(backend, task, _flash_impl())
 
 
 def explain(
@@ -242,20 +244,17 @@ def explain(
     kinds, ways = paths(q, q if k is None else k, **arguments, q_chunk=q_chunk, backend=backend)
     lines = []
     for kind, single in sorted(kinds):
-        task = Task(q.device.type, q.dtype, q.shape[-1], kind, lse_gradient, single)
-        taken = choose(backend, task, 1.0 if scale is None else scale)
+        task = Task(q.device.type, q.dtype, q.shape[-1], kind, lse_gradient, single, 1.0 if scale is None else scale)
+        taken = choose(backend, task)
         lines.append(f"{kind} blocks{' of one query and one key' * single}: {taken.name if taken else 'math'}")
         for kernel in KERNELS:
             if kernel is not taken:
-                why_not = kernel.why_not(task) or _passed_over(kernel, backend, taken)
-                lines.append(f"  not {kernel.name}: {why_not}")
+                lines.append(f"  not {kernel.name}: {kernel.why_not(task) or _passed_over(kernel, backend)}")
     return "\n".join(lines + ways)
 
 
-def _passed_over(kernel: Kernel, backend: str, taken: Kernel | None) -> str:
-    if backend not in ("auto", kernel.family):
-        return f"backend={backend!r} excludes it"
-    return "is slower" if taken else "needs a scale above 0"
+def _passed_over(kernel: Kernel, backend: str) -> str:
+    return "is slower" if backend in ("auto", kernel.family) else f"backend={backend!r} excludes it"
 
 
 def check(q: Tensor, backend: str, masked: bool, scale: float) -> None:
@@ -265,7 +264,7 @@ def check(q: Tensor, backend: str, masked: bool, scale: float) -> None:
     if scale <= 0:
         raise NotImplementedError(f"backend={backend!r} needs a scale above 0, got {scale}")
     task = Task(q.device.type, q.dtype, q.shape[-1], "mask" if masked else "full")
-    if choose(backend, task, scale) is None:
+    if choose(backend, task) is None:
         reasons = [f"{kernel.name} {kernel.why_not(task)}" for kernel in _ranked(backend)]
         raise NotImplementedError(f"backend={backend!r} cannot do this: {'; '.join(reasons)}")
 
@@ -302,8 +301,8 @@ def backward(dout, dlse, q, k, v, out, lse, seen: Seen, call: Call) -> tuple[Ten
 
 def _kernel(q: Tensor, k: Tensor, seen: Seen, call: Call, lse_gradient: bool = False) -> Kernel | None:
     single = q.shape[2] == k.shape[2] == 1
-    task = Task(q.device.type, q.dtype, q.shape[-1], seen.kind, lse_gradient, single)
-    return choose(call.backend, task, call.scale) if q.numel() else None
+    task = Task(q.device.type, q.dtype, q.shape[-1], seen.kind, lse_gradient, single, call.scale)
+    return choose(call.backend, task) if q.numel() else None
 
 
 def _folded(kernel: Kernel, q: Tensor, *keys: Tensor) -> tuple[Tensor, ...]:
