@@ -494,10 +494,11 @@ class _Attend(torch.autograd.Function):
                         travelling = None
                     block = None
                     block = walk.send(theirs)
-                travelling = walk, part, leg, sums, wholes, (q, k, v)
-                if len(leg.route.members) == 1:  # nothing is on its way
-                    _come_home(*travelling)
-                    travelling = None
+                left = walk, part, leg, sums, wholes, (q, k, v)
+                if len(leg.route.members) > 1:
+                    travelling = left
+                else:  # nothing is on its way
+                    _come_home(*left)
         if travelling:
             _come_home(*travelling)
         return *wholes, None, None

@@ -155,6 +155,7 @@ class _Strand:
         # whether more than two results are added up, or some that are not whole; and whether one does not do
         self.many = self.others + self.narrow > 1 or self.visits > 1 or not self.first
         self.several = self.others > 0 or self.many or self.narrow
+        self.chunked = self.visits > 1 and self.r == 1
 
     def work(self, backward):
         """Bytes of a block in work, without its scores."""
@@ -189,26 +190,26 @@ class _Strand:
         both = self.q * self.made + added * (self.made + self.widened)
         yield _Moment(split, 0, self.q * self.made * self.several, first, 0, 1)
         if self.many:  # those before are added up, the last one waits; of chunks already in the first hop
-            here = min(2, self.others) if self.visits > 1 and self.method == "ring" and self.r == 1 else later
+            here = min(2, self.others) if self.chunked and self.method == "ring" else later
             yield _Moment(split, 0, both, here, 0, 1)
         if self.several:  # the last two are added, over the first where out has its type
             yield _Moment(split or self.copied > 0, 0, both, 0, 0, 0)
 
     def backward(self):
         first, later, last, flying, home, came = self.travelling()
-        split, chunked = self.parts > 1, self.visits > 1 and self.r == 1
+        split = self.parts > 1
         results = (2 * self.visits - 1 if self.causal else self.visits) + (self.others > 0)  # for my keys
         dq = self.q * (self.wide if self.many else self.made)
         dkv = self.kv * (self.wide if results + self.narrow > 2 or self.r > 1 or not self.first else self.made)
         sums = (dq + dkv) * self.several
         # a second result waits, to be added as dQ is written; with a third both are added up, in a wide copy
-        waits = self.several and self.widened and not (chunked and self.visits > 2)
+        waits = self.several and self.widened and not (self.chunked and self.visits > 2)
         waiting = self.block * self.made if waits else 0
         third = (self.q * self.widened * (self.visits == 1) + waiting) * self.many
         # and dK and dV, where nothing travels that would be more
         if self.visits > 2 - (self.r > 1) and self.widened and not self.causal and not self.others:
             third += self.met * self.made
-        if chunked and self.others:  # as many results for the others' keys
+        if self.chunked and self.others:  # as many results for the others' keys
             flying += self.made + self.widened * (self.visits > 2)
         yield _Moment(1, split, sums + third, later, flying, 1)
         if not self.first and self.widened:  # as the last sum is widened, beside its narrow copy
@@ -216,7 +217,7 @@ class _Strand:
         if self.method == "ring" and self.others > 2:  # sums over ranks travel, and dQ is wide already
             yield _Moment(1, split, sums, min(2, self.others - 2), 2 * self.wide, 1)
         if self.others:  # a part's gradients come home under the first block of the next
-            both = sums + waiting * (not self.many) + (dq + dkv) * (split and chunked)
+            both = sums + waiting * (not self.many) + (dq + dkv) * (split and self.chunked)
             coming = both, last + first * split, home, split
             yield _Moment(1, self.parts > 2, *(x * self.even for x in coming))
             there = self.kv // 2 * self.made, first * split, came, split  # what was sent is gone, and sums but dV's
