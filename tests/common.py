@@ -4,12 +4,25 @@
 """
 
 import math
+from contextlib import contextmanager
 from typing import NamedTuple
+from unittest import mock
 
 import torch
 from torch import Tensor
 
-from ringref import Dilation, Shard, collective_attention, dense_attention, dilated_attention, ring_attention, simulate
+from ringref import (
+    Dilation,
+    Shard,
+    attend,
+    collective_attention,
+    dense_attention,
+    dilated_attention,
+    partition,
+    ring_attention,
+    simulate,
+)
+from ringref.memory import measured
 
 METHODS = {
     "dense": dense_attention,
@@ -171,6 +184,36 @@ def swap(given: Inputs, split: Split, methods=METHODS, **arguments) -> None:
     for name, method in methods.items():
         for rank, (one, other) in enumerate(zip(split.found(method, given, **arguments), true, strict=True)):
             assert_close(one, other, f"{name}, rank {rank} of {len(true)}, {arguments}")
+
+
+# ------------------------------------------------------------------------------------------- memory
+
+
+@contextmanager
+def in_parts(count: int):
+    """Every rank works in so many parts, however small it is."""
+    small = 1 if count > 1 else 2**30
+    attend._plan.cache_clear()
+    try:
+        with mock.patch.multiple(attend, _PART_BYTES=small, _PART_BYTES_OF_TWO=small, _MOST_PARTS=count):
+            yield
+    finally:
+        attend._plan.cache_clear()
+
+
+def step_peaks(ring, method, causal, layout, dtype, s, h, d, c=None, dilation=None):
+    """Peak bytes of one rank: of the forward, and of forward and backward."""
+    shard = partition(s * ring.size, ring, layout)
+    q, k, v = (torch.randn(1, s, h, d, dtype=dtype, requires_grad=True) for _ in range(3))
+    dout = torch.ones_like(q)
+    for _ in range(2):  # the first call also plans
+        q.grad = k.grad = v.grad = None
+        with measured() as usage:
+            out = METHODS[method](q, k, v, causal=causal, dilation=dilation, shard=shard, q_chunk=c).out
+            forward = usage.peak
+            out.backward(dout)
+        del out
+    return forward, usage.peak
 
 
 # -------------------------------------------------------------------------------------------- masks

@@ -5,24 +5,12 @@ import threading
 
 import pytest
 import torch
+from common import DILATIONS, LAYOUTS, Split, layout, window
 
 import ringref
-from ringref import Dilation, Shard, backends, partition, simulate
+from ringref import Dilation, backends, simulate
 
 N, H, D = 64, 4, 8
-DILATIONS = {
-    "dense": None,
-    "inside": Dilation([8, 16], [1, 2]),
-    "across": Dilation([8, 32], [1, 2]),
-    "grouped": Dilation([8, 32], [1, 3], heads="grouped"),
-}
-
-
-def shard_of(layout, ring):
-    if layout == "random":
-        order = torch.randperm(N, generator=torch.Generator().manual_seed(0))
-        return Shard(order.tensor_split(ring.size)[ring.rank], ring)
-    return partition(N, ring, layout)
 
 
 @pytest.fixture
@@ -39,26 +27,26 @@ def ran(monkeypatch):
     return seen
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "zigzag", "striped", "random"])
-@pytest.mark.parametrize("dilation", DILATIONS.values(), ids=DILATIONS)
+@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("dilation", [*DILATIONS.values(), Dilation([8, 16], [1, 2])], ids=[*DILATIONS, "inside"])
 @pytest.mark.parametrize("p", [1, 2, 4])
-def test_explain_says_what_happens(p, dilation, layout, ran):
-    masked = {"mask_mod": lambda b, h, i, j: i >= j - 3}
-    calls = {"causal": {"causal": True}, "full": {}, "mask": masked, "a scale of -1": {"causal": True, "scale": -1.0}}
-    if layout != "random":  # whose blocks are masked, by math
-        calls["torch"] = {"causal": True, "backend": "torch"}
+def test_explain_says_what_happens(p, dilation, name, ran):
+    split = Split(layout(name, N, p))
+    calls = {"causal": {"causal": True}, "full": {}, "mask": {"mask_mod": window}}
+    calls |= {"a scale of -1": {"causal": True, "scale": -1.0}, "torch": {"causal": True, "backend": "torch"}}
 
     def on(ring, how):
-        shard = shard_of(layout, ring)
-        q, k, v = torch.randn(3, 1, len(shard.positions), H, D)
-        said = backends.explain(q, shard=shard, dilation=dilation, **how)
+        shard = split.shard(ring)
+        q, k, v = (torch.randn(1, len(x), H, D) for x in (shard.positions, shard.kv_positions, shard.kv_positions))
+        said = backends.explain(q, k, shard=shard, dilation=dilation, **how)
         ringref.ring_attention(q, k, v, shard=shard, dilation=dilation, **how)
-        return said, ran.pop(threading.get_ident()), ring.traffic.received
+        moved = ring.traffic.received + ring.traffic.sent * (name == "decoding")  # where some ranks have nothing to ask
+        return said, ran.pop(threading.get_ident(), set()), moved
 
-    for name, how in calls.items():
-        for said, kernels, received in simulate(lambda ring, how=how: on(ring, how), p):
-            assert set(re.findall(r"^(\w+) blocks.*: (\w+)$", said, re.M)) == kernels, (name, said)
-            assert ("keys travel" in said) == (received > 0), (name, said)
+    for what, how in calls.items():
+        for said, kernels, moved in simulate(lambda ring, how=how: on(ring, how), p):
+            assert set(re.findall(r"^(\w+) blocks.*: (\w+)$", said, re.M)) == kernels, (what, said)
+            assert ("keys travel" in said) == (moved > 0), (what, said)
 
 
 def test_explain_gives_reasons():
@@ -69,10 +57,6 @@ def test_explain_gives_reasons():
     assert "not cpu_flash: backend='math' excludes it" in backends.explain(q, backend="math")
     assert "not cpu_flash: needs a scale above 0" in backends.explain(q, scale=0.0)
     assert "not cpu_flash: takes full and causal blocks, not a mask" in backends.explain(q, mask_mod=lambda *_: True)
-    nothing = simulate(lambda ring: backends.explain(q[:, : 8 * (not ring.rank)], shard=one_sided(ring)), 2)[1]
-    assert nothing == "all keys: keys stay; none are seen here"
-
-
-def one_sided(ring):
-    """All tokens on the first rank."""
-    return Shard(torch.arange(8 * (not ring.rank)), ring)
+    split = Split(layout("uneven", 8, 4))  # whose last shard is empty
+    nothing = lambda ring: backends.explain(q[:, : len(split.shard(ring).positions)], shard=split.shard(ring))
+    assert simulate(nothing, 4)[3] == "all keys: keys stay; none are seen here"

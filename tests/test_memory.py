@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from common import in_parts, step_peaks
 
 import ringref
-from ringref import Dilation, attend, launch, partition, simulate
+from ringref import Dilation, launch, partition, simulate
 from ringref.memory import measured, predicted, table
 
 LONGNET = Dilation([128, 512], [1, 4])
@@ -99,32 +100,12 @@ def test_a_dilated_step_is_predicted_roughly(heads, dtype):
                 assert (0.5 if backward else 0.3) < ratio < 1.15, (w, r, p, method, backward, ratio, held)
 
 
-def step_peaks(ring, method, causal, layout, dtype, s, h, d, c=None, dilation=None):
-    """Peak bytes of one rank: of the forward, and of forward and backward."""
-    shard = partition(s * ring.size, ring, layout)
-    q, k, v = (torch.randn(1, s, h, d, dtype=dtype, requires_grad=True) for _ in range(3))
-    dout = torch.ones_like(q)
-    for _ in range(2):  # the first call also plans
-        q.grad = k.grad = v.grad = None
-        with measured() as usage:
-            fn = getattr(ringref, f"{method}_attention")
-            out = fn(q, k, v, causal=causal, dilation=dilation, shard=shard, q_chunk=c).out
-            forward = usage.peak
-            out.backward(dout)
-        del out
-    return forward, usage.peak
-
-
 @pytest.mark.parametrize("parts", [1, 2, 3, 4])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bfloat16", "float32"])
 @pytest.mark.parametrize("method", ["collective", "ring"])
-def test_a_fused_step_is_predicted_within_ten_percent(method, dtype, parts, monkeypatch):
-    for name in ("_PART_BYTES", "_PART_BYTES_OF_TWO"):
-        monkeypatch.setattr(attend, name, 1 if parts > 1 else 2**30)
-    monkeypatch.setattr(attend, "_MOST_PARTS", parts)
-    attend._plan.cache_clear()
+def test_a_fused_step_is_predicted_within_ten_percent(method, dtype, parts):
     sizes = {"s": 48, "h": 8, "d": 128}
-    try:
+    with in_parts(parts):
         for p, (causal, layout), c in product((1, 2, 3, 8), ((True, "zigzag"), (False, "contiguous")), (None, 6, 24)):
             if c and p > (3 if c == 6 else 2):
                 continue  # takes long, and adds nothing
@@ -135,8 +116,6 @@ def test_a_fused_step_is_predicted_within_ten_percent(method, dtype, parts, monk
                 held = predicted(method, 48 * p, p, 8, 128, **sort)
                 ratio, off = max(peak[backward] for peak in peaks) / sum(held.values()), 0.2 if c else 0.1
                 assert 1 - off < ratio < 1 + off, (p, layout, c, backward, ratio, held)
-    finally:
-        attend._plan.cache_clear()
 
 
 def on_a_process(ring):
