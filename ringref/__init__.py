@@ -6,12 +6,14 @@ keep the result.
 
 from .block import merge
 from .collective import collective_attention
-from .comm import ProcessRing, simulate
+from .comm.launch import from_env, launch
+from .comm.process import ProcessRing
+from .comm.simulate import simulate
 from .dense import dense_attention
 from .dilated import dilated_attention
-from .launch import launch
-from .layout import Attended, Dilation, Shard, partition
+from .engine.explain import explain
 from .ring import ring_attention
+from .shard import Attended, Dilation, Shard, partition
 
 __all__ = [
     "Attended",
@@ -21,6 +23,8 @@ __all__ = [
     "collective_attention",
     "dense_attention",
     "dilated_attention",
+    "explain",
+    "from_env",
     "launch",
     "merge",
     "partition",

@@ -21,7 +21,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from .layout import Attended, wide
+from .shard import Attended, wide
 
 
 def share(lse: Tensor, merged: Tensor) -> Tensor:

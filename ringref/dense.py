@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from .layout import Attended, Call, Dilation, Shard, agree, exactly, wide
+from .engine.call import Call, agree, exactly
+from .shard import Attended, Dilation, Shard, wide
 
 
 def dense_attention(

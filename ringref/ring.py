@@ -6,8 +6,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .attend import Trip, attend
-from .layout import Attended, Dilation, Shard
+from .engine.attend import Trip, attend
+from .shard import Attended, Dilation, Shard
 
 
 def ring_attention(

@@ -14,7 +14,6 @@ from torch import Tensor
 from ringref import (
     Dilation,
     Shard,
-    attend,
     collective_attention,
     dense_attention,
     dilated_attention,
@@ -22,7 +21,8 @@ from ringref import (
     ring_attention,
     simulate,
 )
-from ringref.memory import measured
+from ringref.engine import plan
+from ringref.lab.memory import measured
 
 METHODS = {
     "dense": dense_attention,
@@ -193,12 +193,12 @@ def swap(given: Inputs, split: Split, methods=METHODS, **arguments) -> None:
 def in_parts(count: int):
     """Every rank works in so many parts, however small it is."""
     small = 1 if count > 1 else 2**30
-    attend._plan.cache_clear()
+    plan._plan.cache_clear()
     try:
-        with mock.patch.multiple(attend, _PART_BYTES=small, _PART_BYTES_OF_TWO=small, _MOST_PARTS=count):
+        with mock.patch.multiple(plan, _PART_BYTES=small, _PART_BYTES_OF_TWO=small, _MOST_PARTS=count):
             yield
     finally:
-        attend._plan.cache_clear()
+        plan._plan.cache_clear()
 
 
 def step_peaks(ring, method, causal, layout, dtype, s, h, d, c=None, dilation=None):

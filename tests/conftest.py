@@ -16,7 +16,7 @@ skipped: list[str] = []
 @pytest.fixture(scope="session")
 def pool():
     """One set of worker processes for every sweep of the oracle."""
-    from ringref.sanitizer import Pool
+    from ringref.oracle import Pool
 
     with Pool(8) as workers:
         yield workers

@@ -7,8 +7,7 @@ import pytest
 import torch
 from test_oracle import Sliced, gathering
 
-from ringref import adapt
-from ringref.oracle import check
+from ringref.oracle import adapt, check
 
 
 def heads_first(q, k, v, **told):

@@ -7,7 +7,7 @@ import pytest
 import torch.nn.functional as F
 
 import ringref
-from ringref import bench
+from ringref.lab import bench
 
 
 @pytest.fixture(autouse=True)

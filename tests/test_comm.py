@@ -11,8 +11,9 @@ from common import METHODS, OTHERS, Inputs, Split, both_ways, inputs, layout
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ringref import Dilation, partition, ring_attention, simulate
-from ringref import layout as layouts
-from ringref.comm import Deadlock
+from ringref.comm.simulate import Deadlock
+from ringref.engine.visits import strands, visits
+from ringref.shard import counted
 
 RANKS = (1, 2, 3, 5, 8)
 both_networks = pytest.mark.parametrize("adversarial", [False, True])
@@ -538,8 +539,8 @@ def test_plans_are_cached_by_content():
 def test_plans_are_small():
     """What is remembered of a call: a few numbers a visit, however many chunks there are."""
     n, c = 4096, 8
-    counted, rows = layouts.counted(n), 0
-    for visit in layouts.visits(layouts.strands(None, 1)[0], counted, counted, True, False, c):
+    every, rows = counted(n), 0
+    for visit in visits(strands(None, 1)[0], every, every, True, False, c):
         assert visit.queries.strided and visit.keys.strided
         held = [x for part in visit[:2] for x in vars(part).values() if torch.is_tensor(x)]
         assert not held

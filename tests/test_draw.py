@@ -10,7 +10,7 @@ from matplotlib import colors
 from matplotlib import pyplot as plt
 from matplotlib.patches import Rectangle
 
-from ringref import draw
+from ringref.lab import draw
 
 
 @pytest.fixture(autouse=True)

@@ -6,9 +6,8 @@ import pytest
 import torch
 from common import METHODS, documents, inputs
 
-from ringref import Dilation, Shard, dense_attention, merge, partition, ring_attention, simulate
-from ringref.comm import Deadlock
-from ringref.layout import Attended
+from ringref import Attended, Dilation, Shard, dense_attention, merge, partition, ring_attention, simulate
+from ringref.comm.simulate import Deadlock
 
 P, N = 3, 9
 

@@ -8,7 +8,8 @@ import torch
 from common import DILATIONS, LAYOUTS, Split, layout, window
 
 import ringref
-from ringref import Dilation, backends, simulate
+from ringref import Dilation, explain, simulate
+from ringref.engine import kernels
 
 N, H, D = 64, 4, 8
 
@@ -16,14 +17,14 @@ N, H, D = 64, 4, 8
 @pytest.fixture
 def ran(monkeypatch):
     """thread -> (kind, kernel) of each block that it computed."""
-    seen, kernel_of = {}, backends._kernel
+    seen, kernel_of = {}, kernels._kernel
 
     def spy(q, k, what, *rest):
         kernel = kernel_of(q, k, what, *rest)
         seen.setdefault(threading.get_ident(), set()).add((what.kind, kernel.name if kernel else "math"))
         return kernel
 
-    monkeypatch.setattr(backends, "_kernel", spy)
+    monkeypatch.setattr(kernels, "_kernel", spy)
     return seen
 
 
@@ -38,25 +39,25 @@ def test_explain_says_what_happens(p, dilation, name, ran):
     def on(ring, how):
         shard = split.shard(ring)
         q, k, v = (torch.randn(1, len(x), H, D) for x in (shard.positions, shard.kv_positions, shard.kv_positions))
-        said = backends.explain(q, k, shard=shard, dilation=dilation, **how)
+        said = explain(q, k, shard=shard, dilation=dilation, **how)
         ringref.ring_attention(q, k, v, shard=shard, dilation=dilation, **how)
         moved = ring.traffic.received + ring.traffic.sent * (name == "decoding")  # where some ranks have nothing to ask
         return said, ran.pop(threading.get_ident(), set()), moved
 
     for what, how in calls.items():
-        for said, kernels, moved in simulate(lambda ring, how=how: on(ring, how), p):
-            assert set(re.findall(r"^(\w+) blocks.*: (\w+)$", said, re.M)) == kernels, (what, said)
+        for said, taken, moved in simulate(lambda ring, how=how: on(ring, how), p):
+            assert set(re.findall(r"^(\w+) blocks.*: (\w+)$", said, re.M)) == taken, (what, said)
             assert ("keys travel" in said) == (moved > 0), (what, said)
 
 
 def test_explain_gives_reasons():
     q = torch.zeros(1, 8, 4, 16)
-    said = backends.explain(q, causal=True)
+    said = explain(q, causal=True)
     assert said.startswith("causal blocks: cpu_flash\n  not cudnn: runs on cuda, not on cpu")
     assert said.endswith("all keys: keys stay; 1 visits (causal) of strided views")
-    assert "not cpu_flash: backend='math' excludes it" in backends.explain(q, backend="math")
-    assert "not cpu_flash: needs a scale above 0" in backends.explain(q, scale=0.0)
-    assert "not cpu_flash: takes full and causal blocks, not a mask" in backends.explain(q, mask_mod=lambda *_: True)
+    assert "not cpu_flash: backend='math' excludes it" in explain(q, backend="math")
+    assert "not cpu_flash: needs a scale above 0" in explain(q, scale=0.0)
+    assert "not cpu_flash: takes full and causal blocks, not a mask" in explain(q, mask_mod=lambda *_: True)
     split = Split(layout("uneven", 8, 4))  # whose last shard is empty
-    nothing = lambda ring: backends.explain(q[:, : len(split.shard(ring).positions)], shard=split.shard(ring))
+    nothing = lambda ring: explain(q[:, : len(split.shard(ring).positions)], shard=split.shard(ring))
     assert simulate(nothing, 4)[3] == "all keys: keys stay; none are seen here"

@@ -6,8 +6,10 @@ import pytest
 import torch
 
 import ringref
-from ringref import backends, block
-from ringref.layout import Call, Table, alone, counted
+from ringref import block
+from ringref.engine import kernels
+from ringref.engine.call import Call
+from ringref.shard import Table, alone, counted
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 METHODS = [ringref.dilated_attention, ringref.collective_attention, ringref.ring_attention]
@@ -46,22 +48,22 @@ def plain(q, k, v, dout, dlse, causal):
     return out.detach(), q.grad, k.grad, v.grad
 
 
-def kernels():
+def able():
     every = []
-    for kernel in backends.KERNELS:
+    for kernel in kernels.KERNELS:
         for dtype in (torch.bfloat16, torch.float16, torch.float32):
             for d in (64, 128):
                 every.append(pytest.param(kernel, dtype, d, id=f"{kernel.name}-{str(dtype)[6:]}-{d}"))
     return every
 
 
-@pytest.mark.parametrize(("kernel", "dtype", "d"), kernels())
+@pytest.mark.parametrize(("kernel", "dtype", "d"), able())
 @pytest.mark.parametrize("lse_gradient", [False, True])
 def test_kernel_equals_einsum(kernel, dtype, d, lse_gradient, monkeypatch):
-    reason = kernel.why_not(backends.Task("cuda", dtype, d, "causal", lse_gradient))
+    reason = kernel.why_not(kernels.Task("cuda", dtype, d, "causal", lse_gradient))
     if reason:
         pytest.skip(f"{kernel.name} {reason}")
-    monkeypatch.setattr(backends, "choose", lambda *_: kernel)
+    monkeypatch.setattr(kernels, "choose", lambda *_: kernel)
     table = Table((counted(4),), (counted(4),))
     call = Call(True, None, None, d**-0.5, None, "auto", alone(), table, None)
     torch.manual_seed(0)
@@ -73,14 +75,14 @@ def test_kernel_equals_einsum(kernel, dtype, d, lse_gradient, monkeypatch):
         q, dout = torch.randn(2, 2, m, c, 2 * h, d, device="cuda", dtype=dtype)[:, :, :, :, ::2]
         k, v = torch.randn(2, 2, m, n, g, d, device="cuda", dtype=dtype)
         dlse = torch.randn(2, m, c, h, device="cuda") if lse_gradient else None
-        seen = backends.Seen(kind, None)
-        keep = backends._keep(q, k, seen)
+        seen = kernels.Seen(kind, None)
+        keep = kernels._keep(q, k, seen)
         wide = [x.double() for x in (q, k, v)]
         true = block.forward(*wide, call.scale, keep)
         wide_dlse = None if dlse is None else dlse.double()
         grads = block.backward(dout.double(), wide_dlse, *wide, *true, call.scale, keep)
-        out, lse = backends.forward(q, k, v, seen, call)
-        ours = backends.backward(dout, dlse, q, k, v, out, true.lse.float(), seen, call)
+        out, lse = kernels.forward(q, k, v, seen, call)
+        ours = kernels.backward(dout, dlse, q, k, v, out, true.lse.float(), seen, call)
         folded = [None if x is None else x.flatten(0, 1) for x in (q, k, v, dout, dlse)]
         theirs = plain(*folded, kind == "causal")
         assert relative(lse, true.lse) < 1e-5

@@ -12,7 +12,7 @@ from hypothesis import given as drawn
 from torch.nn.functional import scaled_dot_product_attention
 
 from ringref import Attended, Dilation, merge, partition, simulate
-from ringref.layout import Rows
+from ringref.engine.visits import Rows
 
 # --------------------------------------------------------------------------------------- identities
 

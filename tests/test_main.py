@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-import ringref.__main__ as main_job
+from ringref.lab import main_job
 
 
 def run(capsys, tmp_path, *arguments):

@@ -11,7 +11,7 @@ from common import in_parts, step_peaks
 
 import ringref
 from ringref import Dilation, launch, partition, simulate
-from ringref.memory import measured, predicted, table
+from ringref.lab.memory import measured, predicted, table
 
 LONGNET = Dilation([128, 512], [1, 4])
 N, H, G, D = 512, 4, 2, 16

@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ringref.comm import simulate
-from ringref.model import ByteLM, loss, rotate_by_position, sum_gradients, text
+from ringref import simulate
+from ringref.lab.model import ByteLM, loss, rotate_by_position, sum_gradients, text
 
 
 def plain(q, k, v):

@@ -134,7 +134,7 @@ def test_a_figure_has_no_date_and_comes_from_a_cell_that_saves_it(path):
 
 
 def test_the_same_picture_gives_the_same_bytes(tmp_path):
-    from ringref import draw
+    from ringref.lab import draw
 
     files = []
     for name in ("one", "two"):

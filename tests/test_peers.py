@@ -24,9 +24,8 @@ import torch.distributed._functional_collectives as funcol
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ringref import adapt
-from ringref.launch import launch
-from ringref.oracle import check
+from ringref.comm.launch import launch
+from ringref.oracle import adapt, check
 
 RECORD = Path(__file__).parent.parent / "figures" / "data" / "oracle-peers-cpu.json"
 COMMAND = "python -m pytest -m slow tests/test_peers.py"

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from common import DILATIONS, METHODS, Split, assert_close, both_ways, documents, inputs, layout
 
 from ringref import ProcessRing, Shard, partition, simulate
-from ringref.launch import launch
+from ringref.comm.launch import launch
 
 ARGUMENTS = {
     "plain": {},

@@ -1,4 +1,4 @@
-"""Who may speak of what: the design's rooms, read from the source; a planted breach must show."""
+"""Who may speak of what, and on whom a room may stand: the house, read from the source; planted breaches show."""
 
 import ast
 import io
@@ -11,23 +11,53 @@ import pytest
 import ringref
 
 SOURCE = Path(ringref.__file__).parent
-MODULES = {path.stem: path.read_text() for path in SOURCE.glob("*.py")}
 STANDARD = set(sys.stdlib_module_names)
 PACKAGES = {"cloudpickle", "einops", "matplotlib", "numpy", "rich", "torch"}
+OPTIONAL = {"engine.kernels": {"xformers"}, "lab.bench": {"dilated_attention_pytorch"}}
 
+FLOORS = (  # from the ground up: a room imports from floors below its own, and from nobody beside it
+    {"comm.ring"},
+    {"comm.process", "comm.simulate"},
+    {"comm.launch", "shard"},
+    {"block", "engine.call", "engine.visits"},
+    {"dense", "engine.kernels", "engine.route", "engine.sums"},
+    {"engine.plan"},
+    {"engine.attend"},
+    {"collective", "dilated", "ring", "engine.explain"},
+    {"ringref"},
+    {"lab.draw", "lab.memory", "lab.model", "oracle.cases"},
+    {"lab.bench", "lab.main_job", "oracle.diagnose", "oracle.sanitizer"},
+    {"oracle.adapt", "oracle.pool", "oracle.report", "oracle.truth"},
+    {"oracle.judge"},
+    {"oracle"},
+    {"oracle.cli"},
+    {"__main__"},
+)
+EMPTY = {"comm", "engine", "lab"}  # packages that only say what is in them
 UNSPOKEN = {  # whole identifiers that a room has no use for
     "block": {"rank", "group"},
-    "backends": {"rank", "group"},
-    "layout": {"softmax", "exp"},
-    "comm": {"q", "k", "v"},
+    "engine.kernels": {"rank", "group"},
+    "shard": {"softmax", "exp"},
+    "engine.visits": {"softmax", "exp"},
     "dilated": {"einsum"},
     "collective": {"einsum"},
     "ring": {"einsum"},
+    **{f"comm.{room}": {"q", "k", "v"} for room in ("ring", "process", "simulate", "launch")},
 }
-DISTRIBUTED = {"comm", "launch", "sanitizer", "bench"}
-METHODS = {"attend", "backends", "block", "collective", "dilated", "ring"}
-DEFINITION = {"Attended", "Call", "Dilation", "Shard", "agree", "exactly", "wide"}  # vocabulary, no arithmetic
-OPTIONAL = {"backends": {"xformers"}, "bench": {"dilated_attention_pytorch"}}
+DISTRIBUTED = {"comm", "oracle.sanitizer", "oracle.pool", "lab.bench"}
+DEFINITION = {"engine.call", "shard"}  # all that the judge may share with those it judges: no arithmetic in either
+
+
+def read():
+    """{room: source}: ringref/engine/plan.py is engine.plan, ringref/oracle/__init__.py is oracle."""
+    found = {}
+    for path in sorted(SOURCE.rglob("*.py")):
+        parts = [x for x in path.relative_to(SOURCE).with_suffix("").parts if x != "__init__"]
+        found[".".join(parts) or "ringref"] = path.read_text()
+    return found
+
+
+ROOMS = read()
 
 
 def identifiers(source):
@@ -35,16 +65,29 @@ def identifiers(source):
     return {token.string for token in tokens if token.type == tokenize.NAME}
 
 
-def imports(source):
-    """Absolute dotted names of everything imported, `from .x import y` read as ringref.x.y."""
-    found = set()
+def imports(room, source, rooms):
+    """What a room imports: foreign packages by name, and its own house's rooms as they are named here."""
+    foreign, own = set(), set()
+    package = room.split(".")[:-1] if room not in ("oracle", *EMPTY) else [room]
+
+    def add(name, leaf=None):
+        if name[:1] != ["ringref"]:
+            foreign.add(".".join([*name, *([leaf] if leaf else [])]))
+            return
+        inside = ".".join(name[1:])
+        deeper = f"{inside}.{leaf}" if inside and leaf else leaf
+        own.add(deeper if deeper in rooms else inside or "ringref")
+
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            for alias in node.names:
+                add(alias.name.split("."))
         if isinstance(node, ast.ImportFrom):
-            parts = [*(["ringref"] if node.level else []), *([node.module] if node.module else [])]
-            found |= {".".join([*parts, alias.name]) for alias in node.names}
-    return found
+            above = package[: len(package) - (node.level - 1)] if node.level else None
+            name = [*(["ringref", *above] if node.level else []), *(node.module.split(".") if node.module else [])]
+            for alias in node.names:
+                add(name, alias.name)
+    return foreign, own
 
 
 def reaches(source):
@@ -58,54 +101,69 @@ def reaches(source):
     )
 
 
-def breaches(modules):
-    for name, source in sorted(modules.items()):
-        imported = imports(source)
-        for word in sorted(UNSPOKEN.get(name, set()) & identifiers(source)):
-            yield f"{name}: speaks of {word}"
-        uses = any(x.startswith("torch.distributed") for x in imported) or reaches(source)
-        if name not in DISTRIBUTED and uses:
-            yield f"{name}: imports torch.distributed"
-        own = {x.removeprefix("ringref.") for x in imported if x.startswith("ringref.")}
-        if name == "dense":
-            for what in sorted(own):
-                module, _, leaf = what.partition(".")
-                if module in METHODS or (module == "layout" and leaf not in DEFINITION):
-                    yield f"dense: takes {what} from those that it judges"
-        elif name in METHODS and any(x.split(".")[0] == "dense" for x in own):
-            yield f"{name}: takes from dense, which is its judge"
-        foreign = {x.split(".")[0] for x in imported} - {"ringref", "__future__"}
-        for package in sorted(foreign - PACKAGES - STANDARD - OPTIONAL.get(name, set())):
-            yield f"{name}: imports {package}, which is not a dependency"
+def breaches(rooms):
+    floor = {room: level for level, some in enumerate(FLOORS) for room in some}
+    for room, source in sorted(rooms.items()):
+        foreign, own = imports(room, source, rooms)
+        for word in sorted(UNSPOKEN.get(room, set()) & identifiers(source)):
+            yield f"{room}: speaks of {word}"
+        uses = any(x.startswith("torch.distributed") for x in foreign) or reaches(source)
+        if uses and not {room, room.split(".")[0]} & DISTRIBUTED:
+            yield f"{room}: imports torch.distributed"
+        if room not in floor and (room not in EMPTY or own):
+            yield f"{room}: has no floor"
+        for below in sorted(own - EMPTY if room in floor else ()):
+            if floor.get(below, -1) >= floor[room]:
+                yield f"{room}: stands on {below}, which is not below it"
+        if room == "dense":
+            for below in sorted(own - DEFINITION):
+                yield f"dense: takes from {below}, which it judges"
+        elif floor.get(room, 0) < floor["ringref"] and "dense" in own:
+            yield f"{room}: takes from dense, which is its judge"
+        for package in sorted({x.split(".")[0] for x in foreign} - {"__future__"}):
+            if package not in PACKAGES | STANDARD | OPTIONAL.get(room, set()):
+                yield f"{room}: imports {package}, which is not a dependency"
 
 
-def test_every_room_keeps_to_its_vocabulary():
-    assert list(breaches(MODULES)) == []
+def test_every_room_keeps_to_its_vocabulary_and_its_floor():
+    assert list(breaches(ROOMS)) == []
 
 
 @pytest.mark.parametrize(
     ("room", "planted", "expected"),
     [
         ("block", "def f(x, rank):\n    return x\n", "block: speaks of rank"),
-        ("backends", "group = None\n", "backends: speaks of group"),
-        ("layout", "import torch\ny = torch.exp(torch.ones(1))\n", "layout: speaks of exp"),
-        ("comm", "def send(q):\n    return q\n", "comm: speaks of q"),
+        ("engine.kernels", "group = None\n", "engine.kernels: speaks of group"),
+        ("shard", "import torch\ny = torch.exp(torch.ones(1))\n", "shard: speaks of exp"),
+        ("comm.ring", "def send(q):\n    return q\n", "comm.ring: speaks of q"),
         ("ring", "from torch import einsum\n", "ring: speaks of einsum"),
         ("ring", "import torch.distributed as dist\n", "ring: imports torch.distributed"),
-        ("draw", "import torch\ntorch.distributed.barrier()\n", "draw: imports torch.distributed"),
-        ("attend", "from torch import distributed\n", "attend: imports torch.distributed"),
-        ("dense", "from .block import merge\n", "dense: takes block.merge from those"),
-        ("dense", "from .layout import visits\n", "dense: takes layout.visits from those"),
-        ("dense", "from . import backends\n", "dense: takes backends from those"),
+        ("lab.draw", "import torch\ntorch.distributed.barrier()\n", "lab.draw: imports torch.distributed"),
+        ("engine.attend", "from torch import distributed\n", "engine.attend: imports torch.distributed"),
+        ("comm.ring", "from ..shard import Shard\n", "comm.ring: stands on shard"),
+        ("engine.kernels", "from .explain import explain\n", "engine.kernels: stands on engine.explain"),
+        ("engine.plan", "from ..lab import memory\n", "engine.plan: stands on lab.memory"),
+        ("shard", "import ringref.oracle.judge\n", "shard: stands on oracle.judge"),
+        ("engine.sums", "from ringref import merge\n", "engine.sums: stands on ringref"),
+        ("engine", "from .attend import attend\n", "engine: has no floor"),
+        ("engine.attend_v2", "x = 1\n", "engine.attend_v2: has no floor"),
+        ("dense", "from .block import merge\n", "dense: takes from block"),
+        ("dense", "from .engine.visits import visits\n", "dense: takes from engine.visits"),
+        ("dense", "from .engine import kernels\n", "dense: takes from engine.kernels"),
         ("ring", "from .dense import dense_attention\n", "ring: takes from dense"),
-        ("model", "import xformers\n", "model: imports xformers, which is not a dependency"),
+        ("lab.model", "import xformers\n", "lab.model: imports xformers, which is not a dependency"),
     ],
 )
 def test_a_planted_breach_is_found(room, planted, expected):
-    found = list(breaches({room: planted + MODULES.get(room, "")}))
+    found = list(breaches({**ROOMS, room: planted + ROOMS.get(room, "")}))
     assert any(line.startswith(expected) for line in found), found
 
 
 def test_words_in_prose_and_parts_of_words_are_free():
     harmless = '"""The rank of a group."""\nranked = "rank"  # group\n'
     assert list(breaches({"block": harmless})) == []
+
+
+def test_every_floor_has_its_rooms():
+    """A room that left the house must leave its floor."""
+    assert {room for some in FLOORS for room in some} | EMPTY == set(ROOMS)

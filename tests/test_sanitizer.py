@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from ringref.sanitizer import Pool
+from ringref.oracle import Pool
 
 
 def jobs(p, groups=None):

@@ -27,7 +27,8 @@ from common import (
 )
 from conftest import skipped, taken
 
-from ringref import Dilation, Shard, attend, dense_attention, partition, ring_attention, simulate
+from ringref import Dilation, Shard, dense_attention, partition, ring_attention, simulate
+from ringref.engine import plan
 
 RANKS = (1, 2, 3, 4, 5, 8)
 MASKS = (None, documents, window)
@@ -156,14 +157,14 @@ def test_grouped_query_heads_under_dilation(heads, dilation):
 def test_parts(dilation, masked, monkeypatch):
     """Large inputs are worked on in parts of the heads; make every input large."""
     for name in ("_PART_BYTES", "_PART_BYTES_OF_TWO"):
-        monkeypatch.setattr(attend, name, 1)
-    attend._plan.cache_clear()
+        monkeypatch.setattr(plan, name, 1)
+    plan._plan.cache_clear()
     try:
         for h, g in ((6, 6), (12, 3), (10, 5)):
             split, arguments = Split(layout("zigzag", 21, 3)), {"dilation": DILATIONS[dilation]}
             swap(inputs(21, h=h, g=g), split, OTHERS, causal=True, mask_mod=masked, **arguments)
     finally:
-        attend._plan.cache_clear()
+        plan._plan.cache_clear()
 
 
 @pytest.mark.parametrize("size", [100.0, 1e4])

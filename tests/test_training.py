@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ringref import dense_attention, launch, partition, ring_attention, simulate
-from ringref.model import ByteLM, loss, sum_gradients, text
+from ringref.lab.model import ByteLM, loss, sum_gradients, text
 
 TOKENS, STEPS = 64, 30
 

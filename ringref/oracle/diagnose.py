@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .layout import LAYOUTS
+from ..shard import LAYOUTS
 
 UNKNOWN = "unknown signature"
 EARLY = "a receive buffer is read before its wait(): the numbers are right once the oracle leaves the buffer alone"

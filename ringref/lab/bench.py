@@ -25,10 +25,12 @@ from rich.table import Table
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 
-from . import backends, collective_attention, dense_attention, dilated_attention, ring_attention
-from .comm import ProcessRing, simulate
-from .launch import from_env, launch
-from .layout import Attended, Dilation, Shard, partition
+from .. import collective_attention, dense_attention, dilated_attention, ring_attention
+from ..comm.launch import from_env, launch
+from ..comm.process import ProcessRing
+from ..comm.simulate import simulate
+from ..engine import kernels
+from ..shard import Attended, Dilation, Shard, partition
 from .memory import measured, predicted
 
 METHODS = {"ring": ring_attention, "collective": collective_attention}
@@ -169,7 +171,7 @@ class Bench:
         if not self.cuda:
             return found
         nccl = ".".join(map(str, torch.cuda.nccl.version()))
-        return {**found, "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version(), "nccl": nccl}
+        return {**found, "cuda": torch.version.cuda, "cudnn": torch.kernels.cudnn.version(), "nccl": nccl}
 
     def attempt(self, row, run, method, h, d, **how):
         """The row with what run(inputs, dout) finds, if row["n"] tokens fit.
@@ -465,7 +467,7 @@ def long_section(bench, args):
 
 
 def _long(bench, fn, computed, inputs, dout):
-    with nullcontext() if computed else mock.patch.multiple(backends, **ONLY_ALLOCATE):
+    with nullcontext() if computed else mock.patch.multiple(kernels, **ONLY_ALLOCATE):
         return {"peak_bytes": bench.peak(lambda: torch.autograd.grad(_out(fn, *inputs), inputs, dout))}
 
 

@@ -4,8 +4,7 @@ flash) and xFormers.
 A kernel is a row of `KERNELS`: a name, a family that `backend=` selects, what it cannot do and why,
 a forward that returns out and natural-log lse, and a backward that takes the *merged* out and lse.
 Kernels compute `D = rowsum(dO∘O)` themselves; the gradient through lse still fits, as extra columns
-of the head with V = 0, O = −1, dO = dlse and Q = K = 0, which take dlse off D. `explain(...)` says
-which kernel `auto` takes and why not the others.
+of the head with V = 0, O = −1, dO = dlse and Q = K = 0, which take dlse off D.
 """
 
 from __future__ import annotations
@@ -18,8 +17,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import block
-from .layout import Attended, Call
+from .. import block
+from ..shard import Attended
+from .call import Call
 
 aten = torch.ops.aten
 
@@ -223,38 +223,6 @@ def _choose(backend: str, task: Task, _impl: str | None) -> Kernel | None:
 def choose(backend: str, task: Task) -> Kernel | None:
     """The kernel for a task; None is the einsum block (`math`), which does everything."""
     return None if backend == "math" else _choose(backend, task, _flash_impl())
-
-
-def explain(
-    q: Tensor, k: Tensor | None = None, *, causal: bool = False, dilation=None,
-    mask_mod=None, scale=None, shard=None,
-    q_chunk: int | None = None, backend: str = "auto", lse_gradient: bool = False,
-) -> str:  # fmt: skip
-    """Which kernel each kind of block on this rank takes and why not the others, and which keys
-    travel between whom; one line each.
-
-    A block that positions cut too finely for a kernel is masked, and goes to `math` whatever the
-    backend. The arguments are the call's own (k as q where it is left out). `lse_gradient`: whether
-    the backward will carry a gradient through lse. Under a shard every rank must ask, as for the
-    call itself.
-    """
-    from .attend import paths  # which needs this module
-
-    arguments = {"causal": causal, "dilation": dilation, "mask_mod": mask_mod, "scale": scale, "shard": shard}
-    kinds, ways = paths(q, q if k is None else k, **arguments, q_chunk=q_chunk, backend=backend)
-    lines = []
-    for kind, single in sorted(kinds):
-        task = Task(q.device.type, q.dtype, q.shape[-1], kind, lse_gradient, single, 1.0 if scale is None else scale)
-        taken = choose(backend, task)
-        lines.append(f"{kind} blocks{' of one query and one key' * single}: {taken.name if taken else 'math'}")
-        for kernel in KERNELS:
-            if kernel is not taken:
-                lines.append(f"  not {kernel.name}: {kernel.why_not(task) or _passed_over(kernel, backend)}")
-    return "\n".join(lines + ways)
-
-
-def _passed_over(kernel: Kernel, backend: str) -> str:
-    return "is slower" if backend in ("auto", kernel.family) else f"backend={backend!r} excludes it"
 
 
 def check(q: Tensor, backend: str, masked: bool, scale: float) -> None:

@@ -18,7 +18,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
-from .attend import part_count
+from ..engine.plan import part_count
 
 METHODS = ("dense", "dilated", "collective", "ring")
 KERNELS = ("math", "cpu_flash", "cudnn")

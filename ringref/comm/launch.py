@@ -33,7 +33,8 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalEx
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from ringref.comm import ProcessRing, watchers
+from .process import ProcessRing
+from .ring import watchers
 
 BACKENDS = {"gloo": "gloo", "nccl": "cpu:gloo,cuda:nccl"}  # nccl ranks may exchange CPU tensors too
 PRELOAD = ["torch.distributed.launcher.api", "numpy", "cloudpickle", "einops"]
@@ -70,7 +71,7 @@ def launch(fn, p, backend="gloo", *, timeout=600.0):
     _check(fn, p, backend, timeout)
     # a notebook cell is in no file: with its lines along, a rank's traceback can quote it
     typed = {name: entry for name, entry in linecache.cache.items() if len(entry) == 4 and not os.path.exists(name)}
-    environ = {k: v for k, v in os.environ.items() if not k.startswith(ELASTIC_ENV)}
+    environ = {name: x for name, x in os.environ.items() if not name.startswith(ELASTIC_ENV)}
     threads = int(os.environ.get("OMP_NUM_THREADS") or max(1, _cores() // p))
     job = cloudpickle.dumps((fn, backend, timeout, threads))
 

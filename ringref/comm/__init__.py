@@ -1,0 +1,1 @@
+"""Messages between ranks: the ring, its transports, and what starts ranks."""

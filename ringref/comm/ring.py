@@ -1,0 +1,190 @@
+"""Messages between ranks: one primitive, `exchange`, and rotate, gather and reduce in a few lines each on top of it.
+
+Post some sends and some receives, compute, `wait()`. A message is a tuple of tensors that leave together (one batch,
+so NCCL launches one kernel for K and V). Both sides know every size, so an empty tensor is never sent, and a message
+to oneself never leaves. A transport is one `_post`: threads of one process (simulate.py), `torch.distributed`
+(process.py).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Message = Sequence[Tensor]
+log = logging.getLogger(__name__)  # at DEBUG: every hop, so that a survivor's log names its last
+watchers: list[Callable[[str], Any]] = []  # told the same, whatever is logged
+_HEADER = 32  # integers in a header
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.bool)
+
+
+@dataclass
+class Traffic:
+    """What a rank has moved, in bytes and messages; headers and positions (metadata) are not
+    counted.
+    """
+
+    sent: int = 0
+    received: int = 0
+    messages: int = 0
+
+
+class Pending:
+    """A posted exchange. Neither its sends may be written nor its receives read before `wait()`
+    returns.
+    """
+
+    def __init__(self, finish: Callable[[], None], value: Any = None):
+        self._finish, self.value = finish, value
+
+    def wait(self) -> Any:
+        """Block until everything posted has arrived and left; returns what came."""
+        if self._finish is not None:
+            self._finish()
+            self._finish = None
+        return self.value
+
+
+class Ring:
+    """Ranks 0 … size−1, each of which sends to the next one round. `traffic` counts what this rank
+    has moved.
+    """
+
+    rank: int
+    size: int
+    traffic: Traffic
+
+    def _post(self, outgoing: dict[int, Message], into: dict[int, Message]) -> Callable[[], None]:
+        """Post sends to and receives from other ranks; returns the function that waits for all of
+        them.
+        """
+        raise NotImplementedError
+
+    def exchange(self, outgoing: dict[int, Message], into: dict[int, Message]) -> Pending:
+        """Send `outgoing[peer]` and receive `into[peer]`, buffers that the peer's tensors match one
+        by one.
+
+        `wait()` returns `into`, filled.
+        """
+        given, outgoing, into = into, _solid(outgoing), _solid(into)
+        for there, here in zip(outgoing.pop(self.rank, ()), into.pop(self.rank, ()), strict=True):
+            here.copy_(there)
+        self.traffic.messages += len(outgoing)
+        self.traffic.sent += sum(x.nbytes for message in outgoing.values() for x in message)
+        self.traffic.received += sum(x.nbytes for message in into.values() for x in message)
+        return Pending(self._post(outgoing, into) if outgoing or into else None, given)
+
+    def share(self, row: Tensor, lengths: Sequence[int]) -> list[Tensor]:
+        """Every rank's 1-D int64 CPU tensor, in rank order; lengths are known. Metadata: not
+        counted as traffic.
+        """
+        rows = [row if r == self.rank else row.new_empty(lengths[r]) for r in range(self.size)]
+        others = [r for r in range(self.size) if r != self.rank]
+        self._post(_solid(dict.fromkeys(others, (row,))), _solid({r: (rows[r],) for r in others}))()
+        return rows
+
+    def announce(self, row: Sequence[int]) -> list[list[int]]:
+        """Every rank's row of integers, in rank order: the one fixed-size header of a call.
+
+        One size for all calls, so that ranks that are not in the same one get an error and not a
+        short message.
+        """
+        mine = [len(row), *row, *[0] * (_HEADER - 1 - len(row))]
+        rows = [x.tolist() for x in self.share(torch.tensor(mine, dtype=torch.int64), [_HEADER] * self.size)]
+        if len({x[0] for x in rows}) > 1:
+            raise ValueError(f"the ranks are not in the same call: they announce {[x[0] for x in rows]} integers")
+        return [x[1 : 1 + len(row)] for x in rows]
+
+    def _shapes(self, x: Tensor) -> list[tuple[int, ...]]:
+        if x.dim() > 8:
+            raise ValueError(f"x has {x.dim()} dimensions; at most 8 can be announced")
+        if x.dtype not in DTYPES:
+            raise TypeError(f"x: only {', '.join(map(str, DTYPES))} can be announced, got {x.dtype}")
+        row = [DTYPES.index(x.dtype), x.dim(), *x.shape, *[0] * (8 - x.dim())]
+        rows = self.announce(row)
+        if len({r[0] for r in rows}) > 1:
+            raise ValueError(f"x: dtypes differ between ranks: {[DTYPES[r[0]] for r in rows]}")
+        return [tuple(r[2 : 2 + r[1]]) for r in rows]
+
+    def rotate(self, x: Tensor | Message, into: Message | None = None) -> Pending:
+        """Post `x` to rank + 1 and a receive from rank − 1; `wait()` returns what came.
+
+        With `into` (buffers that fit what comes) nothing else is said; without it `x` is one tensor
+        and its shape is announced first, so uneven shards rotate as well. At size 1 what comes is
+        `x` itself.
+        """
+        if self.size == 1:
+            return Pending(None, x)
+        after, before = (self.rank + 1) % self.size, (self.rank - 1) % self.size
+        if into is not None:
+            posted = self.exchange({after: x}, {before: into})
+            return Pending(posted.wait, into)
+        arriving = x.new_empty(self._shapes(x)[before])
+        return Pending(self.exchange({after: (x,)}, {before: (arriving,)}).wait, arriving)
+
+    def gather(self, x: Tensor, shapes: Sequence[Sequence[int]] | None = None) -> list[Tensor]:
+        """Every rank's `x`, in rank order; shapes may differ, and are announced where they are not
+        given.
+        """
+        shapes = shapes or self._shapes(x)
+        every = [x if r == self.rank else x.new_empty(shapes[r]) for r in range(self.size)]
+        others = [r for r in range(self.size) if r != self.rank]
+        self.exchange(dict.fromkeys(others, (x,)), {r: (every[r],) for r in others}).wait()
+        return every
+
+    def reduce(self, parts: Sequence[Message]) -> Message:
+        """The sum over ranks of what each holds for me (reduce-scatter): `parts[r]` is this rank's
+        share for rank r.
+
+        Neighbour by neighbour, so that one share is in flight at a time; my own part is added to in
+        place, and its dtype, which may be wider than that of the shares, is the sum's.
+        """
+        total = parts[self.rank]
+        for step in range(1, self.size):
+            to, come = (self.rank + step) % self.size, (self.rank - step) % self.size
+            arriving = tuple(torch.empty_like(x, dtype=y.dtype) for x, y in zip(total, parts[to], strict=True))
+            self.exchange({to: parts[to]}, {come: arriving}).wait()
+            for x, y in zip(total, arriving, strict=True):
+                x += y
+            del arriving, y  # before the next buffers are made
+        return total
+
+    def among(self, members: Sequence[int]) -> Ring:
+        """The smaller ring of these ranks, in this order; I must be one of them."""
+        if self.rank not in members or sorted(set(members) & set(range(self.size))) != sorted(members):
+            raise ValueError(
+                f"members must be different ranks of {self.size}, {self.rank} among them, got {list(members)}"
+            )
+        return self if list(members) == list(range(self.size)) else SubRing(self, members)
+
+
+class SubRing(Ring):
+    """Some ranks of a ring as a ring of their own; traffic is counted by the whole."""
+
+    def __init__(self, whole: Ring, members: Sequence[int]):
+        self.whole, self.members = whole, list(members)
+        self.rank, self.size, self.traffic = (self.members.index(whole.rank), len(self.members), whole.traffic)
+
+    def _post(self, outgoing, into):
+        return self.whole._post(*({self.members[r]: m for r, m in x.items()} for x in (outgoing, into)))
+
+
+def _solid(messages: dict[int, Message]) -> dict[int, Message]:
+    """Drop empty tensors and then empty messages."""
+    kept = {r: tuple(x for x in message if x.numel()) for r, message in messages.items()}
+    return {r: message for r, message in kept.items() if message}
+
+
+def _tell(what: str) -> None:
+    log.debug("%s", what)
+    for watch in watchers:
+        watch(what)
+
+
+class Elsewhere(ValueError):
+    """Another rank's mistake, which that rank's own error explains."""

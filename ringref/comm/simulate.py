@@ -1,0 +1,168 @@
+"""Ranks as threads of one process: the exchange between them, deterministic and, on demand, adversarial."""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from .ring import Elsewhere, Message, Ring, Traffic
+
+
+class Deadlock(RuntimeError):
+    """Every live rank waits for a message that nobody sends."""
+
+
+class _Parcel:
+    def __init__(self, tensors: Message):
+        self.tensors, self.buffers, self.delivered = tensors, None, False
+
+
+class _World:
+    """Rank threads of which exactly one runs at a time; a rank gives way only where it waits.
+
+    So a simulation is deterministic, and a deadlock is known without a clock: all wait and nobody
+    can be served.
+    """
+
+    def __init__(self, size: int, adversarial: bool):
+        self.size, self.adversarial, self.dice = size, adversarial, random.Random(size)
+        self.wake = [threading.Semaphore(0) for _ in range(size)]
+        self.waiting: dict[int, tuple[Callable[[], bool], str]] = {}
+        self.parcels: dict[tuple[int, int, int], _Parcel] = {}
+        self.live, self.errors, self.done = set(range(size)), {}, threading.Event()
+
+    def pass_on(self, rank: int) -> None:
+        """Let another rank run: the next one round that can, or any that can when the network is
+        adversarial.
+        """
+        turn = [(rank + i) % self.size for i in range(1, self.size + 1)]
+        can = [r for r in turn if r in self.live and (r not in self.waiting or self.waiting[r][0]())]
+        if can:
+            self.wake[self.dice.choice(can) if self.adversarial else can[0]].release()
+        elif self.live:  # whoever wakes finds its own condition unmet and raises
+            self.wake[min(self.live)].release()
+        else:
+            self.done.set()
+
+    def wait(self, rank: int, ready: Callable[[], bool], what: str) -> None:
+        if ready() and not self.adversarial:
+            return
+        self.waiting[rank] = ready, what
+        self.pass_on(rank)
+        self.wake[rank].acquire()
+        del self.waiting[rank]
+        if not ready():
+            raise Deadlock(what)
+
+    def parcel(self, edge: tuple[int, int, int]) -> _Parcel:
+        return self.parcels.setdefault(edge, _Parcel(None))
+
+    def deliver(self, edge: tuple[int, int, int]) -> None:
+        """Copy from the sender's buffer into the receiver's: at the first of the two waits, as late
+        as is allowed.
+        """
+        parcel = self.parcels[edge]
+        if parcel.delivered:
+            return
+        source, to, hop = edge
+        sent, asked = ([(tuple(x.shape), x.dtype) for x in side] for side in (parcel.tensors, parcel.buffers))
+        if sent != asked:
+            raise ValueError(f"rank {to}, message {hop} of rank {source}: {asked} was expected and {sent} was sent")
+        for x, y in zip(parcel.buffers, parcel.tensors, strict=True):
+            x.copy_(y)
+        parcel.delivered, parcel.tensors, parcel.buffers = True, None, None
+
+
+class ThreadRing(Ring):
+    """One rank of a simulation (see `simulate`)."""
+
+    def __init__(self, rank: int, world: _World):
+        self.rank, self.size, self.traffic, self._world = rank, world.size, Traffic(), world
+        self._hop, self._counts = 0, {}
+
+    def _edge(self, source: int, to: int) -> tuple[int, int, int]:
+        self._counts[source, to] = self._counts.get((source, to), -1) + 1
+        return source, to, self._counts[source, to]
+
+    def _post(self, outgoing, into):
+        world, rank = self._world, self.rank
+        self._hop += 1
+        hop, sends, receives = self._hop, {}, {}
+        for peer, message in outgoing.items():
+            sends[self._edge(rank, peer)] = peer
+            world.parcel((rank, peer, self._counts[rank, peer])).tensors = message
+        for peer, message in into.items():
+            receives[self._edge(peer, rank)] = peer
+            world.parcel((peer, rank, self._counts[peer, rank])).buffers = message
+            if world.adversarial:  # whoever reads before the wait reads this
+                for x in message:
+                    x.fill_(float("nan") if x.is_floating_point() else True if x.dtype == torch.bool else -99)
+
+        def met(edge):
+            parcel = world.parcels[edge]
+            return parcel.delivered or (parcel.tensors is not None and parcel.buffers is not None)
+
+        def finish():
+            for edge, peer in receives.items():
+                what = f"rank {rank}, hop {hop}: waits for a message from rank {peer}"
+                what += " that nobody sends"
+                world.wait(rank, lambda edge=edge: met(edge), what)
+                world.deliver(edge)
+                del world.parcels[edge]
+            for edge, peer in sends.items():
+                if edge in world.parcels:
+                    what = f"rank {rank}, hop {hop}: sends to rank {peer}, which never receives it"
+                    world.wait(rank, lambda edge=edge: edge not in world.parcels or met(edge), what)
+                if edge in world.parcels:
+                    world.deliver(edge)
+
+        return finish
+
+
+def simulate(fn: Callable[[Ring], Any], p: int, adversarial: bool = False) -> list:
+    """Call `fn(ring)` on `p` ranks that are threads of this process; returns their results in rank
+    order.
+
+    One rank runs at a time, in rank order, until it waits: output is reproducible and a deadlock
+    raises at once, naming rank, hop and peer. Works for CPU and single-GPU tensors. Call `backward`
+    inside `fn`. The caller's grad mode and CUDA device hold in every rank. If ranks raise, the
+    error of the first that did is raised here.
+
+    `adversarial=True` behaves as badly as a network may: receive buffers hold NaN from post to
+    wait, a send's buffer is read as late as is allowed and its wait returns only when it was
+    received, and ranks run in random (seeded) order.
+    """
+    if not isinstance(p, int) or p < 1:
+        raise ValueError(f"p must be a positive number of ranks, got {p!r}")
+    world, results = _World(p, adversarial), [None] * p
+    grad, device = (torch.is_grad_enabled(), torch.cuda.current_device() if torch.cuda.is_initialized() else None)
+
+    def live(rank: int) -> None:
+        world.wake[rank].acquire()
+        try:
+            if device is not None:
+                torch.cuda.set_device(device)
+            # hops block inside backward, which must therefore run on the rank's own thread
+            with torch.autograd.set_multithreading_enabled(False), torch.set_grad_enabled(grad):
+                results[rank] = fn(ThreadRing(rank, world))
+        except BaseException as error:
+            world.errors[rank] = error
+        world.live.discard(rank)
+        world.pass_on(rank)
+
+    threads = [threading.Thread(target=live, args=(r,), daemon=True, name=f"rank {r}") for r in range(p)]
+    for thread in threads:
+        thread.start()
+    world.wake[0].release()
+    world.done.wait()
+    if world.errors:
+        # a rank that was only left waiting is not the cause
+        cause = [e for e in world.errors.values() if not isinstance(e, (Deadlock, Elsewhere))] or list(
+            world.errors.values()
+        )
+        raise cause[0]
+    return results

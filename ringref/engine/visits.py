@@ -1,0 +1,256 @@
+"""Where queries meet keys, decided from global positions alone.
+
+A *strand* `(w, r, offset, heads)` is a set of heads that keep the positions with `(pos % w) % r ==
+offset` and attend within the segment `pos // w`. Dense attention is one strand; LongNet
+(2307.02486, eq. 8–10) is a strand per branch and offset. A *visit* is a strand on one block of
+keys, cut so that each piece is full, causal or masked.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from copy import copy
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..shard import EVERYTHING, Dilation, Positions, _runs
+
+
+class Strand(NamedTuple):
+    """Heads that keep the positions with `(pos % w) % r == offset` and attend within the segment
+    `pos // w`.
+    """
+
+    w: int
+    r: int
+    offset: int
+    heads: range
+
+    def rows(self, positions: Positions) -> Tensor:
+        """Which rows this strand keeps, in order of position."""
+        return _kept(positions, self.w, self.r, self.offset)
+
+
+@lru_cache(maxsize=256)  # of n rows each; what is kept for long is plans, which are small
+def _kept(positions: Positions, w: int, r: int, offset: int) -> Tensor:
+    index = positions.index
+    order = index.argsort(stable=True) if len(index) > 1 and bool((index.diff() < 0).any()) else None
+    rows = ((index if order is None else index[order]) % w % r == offset).nonzero()[:, 0]
+    return rows if order is None else order[rows]
+
+
+def strands(dilation: Dilation | None, h: int) -> list[Strand]:
+    """The strands of a call: each (head, branch) pair is in exactly one (`heads="grouped"`: each
+    head).
+    """
+    if dilation is None:
+        return [Strand(EVERYTHING, 1, 0, range(h))]
+    branches = list(zip(dilation.segment_lengths, dilation.dilation_rates, strict=True))
+    if dilation.heads == "grouped":
+        groups = [range(x[0], x[-1] + 1) if len(x := part.tolist()) else range(0) for part in _runs(h, len(branches))]
+        found = [Strand(w, r, i % r, heads) for i, ((w, r), heads) in enumerate(zip(branches, groups, strict=True))]
+    else:
+        found = [Strand(w, r, offset, range(offset, h, r)) for w, r in branches for offset in range(min(r, h))]
+    return [strand for strand in found if strand.heads]
+
+
+def serving(heads: range, group: int) -> range:
+    """The key/value heads of evenly spaced query heads: j // group, which must be evenly spaced
+    too.
+    """
+    used = sorted({j // group for j in heads})
+    return range(used[0], used[-1] + 1, used[1] - used[0] if len(used) > 1 else 1)
+
+
+def regular(heads: range, group: int) -> list[range]:
+    """Query heads in sets whose key/value heads (j // group) are evenly spaced and serve equally
+    many heads each.
+    """
+    used = [j // group for j in heads]
+    distinct = sorted(set(used))
+    even = used == [x for x in distinct for _ in range(len(used) // len(distinct))]
+    if even and len({b - a for a, b in zip(distinct, distinct[1:], strict=False)}) < 2:
+        return [heads]
+    step = math.lcm(heads.step, group)
+    return [range(j, heads.stop, step) for j in heads[: step // heads.step]]
+
+
+class Rows:
+    """m segments of c rows of some heads of a tensor `b s h …`, seen as `b m c h …`: a strided view
+    where the indices allow it, else a copy. `slant`: how many rows further each next head starts.
+    """
+
+    def __init__(self, index: Tensor):
+        (self.m, self.c), self.slant, some = index.shape, 0, index.numel() > 0
+        self.start = int(index[0, 0]) if some else 0
+        self.step = int(index[0, 1] - index[0, 0]) if some and self.c > 1 else 1
+        self.hop = int(index[1, 0] - index[0, 0]) if some and self.m > 1 else self.c * self.step
+        self.strided = self.step > 0 and self.hop > 0 and torch.equal(self._even(), index)
+        self._uneven = None if self.strided else index  # plans live long: a view needs no indices
+        self._on: dict = {}
+
+    def _even(self) -> Tensor:
+        segments, rows = torch.arange(self.m)[:, None], torch.arange(self.c)
+        return self.start + self.hop * segments + self.step * rows
+
+    @property
+    def index(self) -> Tensor:
+        """The rows of the first head, m c."""
+        return self._even() if self._uneven is None else self._uneven
+
+    def slanted(self) -> Rows:
+        """The same, but each next head starts one row further."""
+        other = copy(self)
+        other.slant = 1
+        return other
+
+    def follows(self, other: Rows) -> bool:
+        """Whether these are the other's rows, each one further, and both are views."""
+        mine, its = ((x.step, x.hop, x.m, x.c) for x in (self, other))
+        return self.strided and other.strided and self.start == other.start + 1 and mine == its
+
+    def all_of(self, s: int) -> bool:
+        """Whether these are rows 0 … s−1 in order."""
+        whole = self.start == 0 and self.step == 1 and self.hop == self.c and self.m * self.c == s
+        return whole and self.strided and not self.slant
+
+    def of(self, x: Tensor, heads: slice) -> Tensor:
+        if not self.strided:
+            return x[:, :, heads].index_select(1, self.flat(x.device)).unflatten(1, (self.m, self.c))
+        (b, row, head, *rest), shape = x.stride(), x.shape
+        first, stop, every = heads.indices(shape[2])
+        return x.as_strided(
+            (shape[0], self.m, self.c, len(range(first, stop, every)), *shape[3:]),
+            (b, self.hop * row, self.step * row, every * head + self.slant * row, *rest),
+            x.storage_offset() + self.start * row + first * head,
+        )
+
+    def flat(self, device: torch.device) -> Tensor:
+        if device not in self._on:
+            self._on[device] = self.index.flatten().to(device)
+        return self._on[device]
+
+    def change(self, x: Tensor, heads: slice, write: Callable[[Tensor], Any]) -> Any:
+        """Let `write` write to `of(x, heads)`; what it wrote is in x afterwards."""
+        part = self.of(x, heads)
+        result = write(part)
+        if not self.strided:
+            x[:, :, heads].index_copy_(1, self.flat(x.device), part.flatten(1, 2))
+        return result
+
+
+class Visit(NamedTuple):
+    """Queries that meet keys: `m` segments at once, alike in shape and kind.
+
+    kind "full": each query sees each key; "causal": square, query i sees keys 0 … i; "mask":
+    decided by positions.
+    """
+
+    queries: Rows
+    keys: Rows
+    kind: str
+    at: tuple[Positions, Positions]  # of all rows of queries and keys
+
+    @property
+    def q_positions(self) -> Tensor:
+        """m c"""
+        return self.at[0].index[self.queries.index]
+
+    @property
+    def k_positions(self) -> Tensor:
+        """m k"""
+        return self.at[1].index[self.keys.index]
+
+
+_PIECES = 8  # a staircase of more pieces than this is masked rather than cut
+
+
+def staircase(q_positions: Tensor, k_positions: Tensor) -> list[tuple[slice, slice, str]]:
+    """Cut what sorted queries see of sorted keys under a causal mask into full rectangles and
+    triangles.
+
+    First the keys that nobody sees are dropped and the queries that see nobody, so a zigzag ring's
+    off-diagonal hops are full rectangles. Returns [] when nothing is left.
+    """
+    seen = torch.searchsorted(k_positions, q_positions, right=True)
+    blind, most = int((seen == 0).sum()), int(seen[-1]) if len(seen) else 0
+    seen = seen[blind:]
+    if not len(seen):
+        return []
+    if int(seen[0]) == most:
+        return [(slice(blind, blind + len(seen)), slice(0, most), "full")]
+    rise = seen.diff()
+    cuts = [0, *((rise[1:] != rise[:-1]).nonzero()[:, 0] + 1).tolist()] if len(rise) else [0]
+    pieces, a = [], 0
+    while a < len(seen) and len(pieces) <= _PIECES:
+        # a run of rows that each see as many keys as the last one, or one more
+        b, run = a + 1, int(rise[a]) if a < len(rise) else 0
+        if run in (0, 1):
+            b = min((x for x in cuts if x > a), default=len(rise)) + 1
+        rows, first = slice(blind + a, blind + b), int(seen[a])
+        if run != 1 or b - a == 1:
+            pieces.append((rows, slice(0, first), "full"))
+        else:
+            if first > 1:
+                pieces.append((rows, slice(0, first - 1), "full"))
+            pieces.append((rows, slice(first - 1, int(seen[b - 1])), "causal"))
+        a = b
+    if len(pieces) > _PIECES:
+        return [(slice(blind, blind + len(seen)), slice(0, most), "mask")]
+    return pieces
+
+
+def visits(strand: Strand, *meeting) -> list[Visit]:
+    """Where a strand's queries meet a block of keys; `meeting` is queries, keys, causal, masked and
+    q_chunk.
+    """
+    return _visits(strand._replace(heads=range(0)), *meeting)
+
+
+@lru_cache(maxsize=2048)
+def _visits(strand: Strand, queries: Positions, keys: Positions, causal: bool, masked: bool, q_chunk: int | None):
+    found: list[Visit] = []
+    q_rows, k_rows = strand.rows(queries), strand.rows(keys)
+    q_at, k_at = queries.index[q_rows], keys.index[k_rows]
+    q_segment, q_count = (q_at // strand.w).unique_consecutive(return_counts=True)
+    k_segment, k_count = (k_at // strand.w).unique_consecutive(return_counts=True)
+    q_start, k_start = q_count.cumsum(0) - q_count, k_count.cumsum(0) - k_count
+    q_shared, k_shared = torch.isin(q_segment, k_segment), torch.isin(k_segment, q_segment)
+    shape = torch.stack([q_count[q_shared], k_count[k_shared]], 1)
+    start = torch.stack([q_start[q_shared], k_start[k_shared]], 1)
+    for c, kc in shape.unique(dim=0).tolist() if len(shape) else ():
+        # segments of one shape, then of one pattern of positions: all but a tail are usually alike
+        firsts = start[(shape == torch.tensor([c, kc])).all(1)]
+        q_index, k_index = firsts[:, :1] + torch.arange(c), firsts[:, 1:] + torch.arange(kc)
+        while len(q_index):
+            origin = q_at[q_index[:, :1]]
+            pattern = torch.cat([q_at[q_index] - origin, k_at[k_index] - origin], 1)
+            alike = (pattern == pattern[0]).all(1)
+            pieces = _alike(q_at, k_at, q_index[alike], k_index[alike], causal, q_chunk)
+            found += (
+                Visit(Rows(q_rows[x]), Rows(k_rows[y]), "mask" if masked else kind, (queries, keys))
+                for x, y, kind in pieces
+            )
+            q_index, k_index = q_index[~alike], k_index[~alike]
+    return found
+
+
+def _alike(
+    q_at: Tensor, k_at: Tensor, q_index: Tensor, k_index: Tensor, causal: bool, q_chunk: int | None
+) -> Iterator[tuple[Tensor, Tensor, str]]:
+    """Segments that are alike, `q_chunk` query rows at a time, whole segments if they fit, else
+    parts: which of the queries at `q_at` meet which of the keys at `k_at`, and the kind.
+    """
+    c = q_index.shape[1]
+    some = max(1, (q_chunk or q_index.numel()) // c)
+    for i in range(0, len(q_index), some):
+        for j in range(0, c, q_chunk or c):
+            qi, ki = q_index[i : i + some, j : j + (q_chunk or c)], k_index[i : i + some]
+            pieces = [(slice(None), slice(None), "full")]
+            if causal:
+                pieces = staircase(q_at[qi[0]], k_at[ki[0]])
+            yield from ((qi[:, a], ki[:, b], kind) for a, b, kind in pieces)

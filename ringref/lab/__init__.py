@@ -1,0 +1,1 @@
+"""Measure, predict, draw and train: what looks at the methods from above."""

@@ -1,0 +1,305 @@
+"""Run a candidate's cases and compare what every rank returns with the truth."""
+
+from __future__ import annotations
+
+import functools
+import math
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import Any
+
+import cloudpickle
+import torch
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor
+
+from . import adapt, diagnose
+from .cases import FEATURES, PLANS, Case, _names, cases
+from .pool import Pool
+from .report import Finding, Report, _finding
+from .sanitizer import where
+from .truth import Truth, _share
+
+TENSORS = ("out", "lse", "dq", "dk", "dv")
+PROPERTIES = {  # what it means when the first step is right and such a step is not
+    "batch": "another sequence of the batch matters",
+    "constant": "constant v does not give constant out: weights do not sum to 1",
+    "future": "later tokens change earlier results, or change them wrongly",
+}
+
+
+def check(
+    fn: Callable, *, layout="contiguous", ranks=4, features=(), claims=None, quick=False, seed=0,
+    only: Sequence[Case] | None = None, backend="gloo",
+    deadline=30.0, stop_after=8, progress: bool | None = None, pool: Pool | None = None,
+) -> Report:  # fmt: skip
+    """Judge an attention over ranks; see the module's text for the call and the features.
+
+    Args:
+        fn: the candidate, `fn(q, k, v, *, causal, group, ...)`; a notebook's function, a lambda or a closure will do.
+        layout, ranks, features, claims, quick, seed: which cases, see `cases`.
+        only: these cases instead, `check(fn, only=[Case(...)])`.
+        backend: "gloo" on the CPU; "nccl" for values, hangs and growth on GPUs (there messages are not watched).
+        deadline: seconds that a case may take before it counts as hung; a deadlock is known after about one.
+        stop_after: failing cases after which the rest is left.
+        progress: a progress bar; None shows one on a terminal.
+        pool: workers to use, for many sweeps in a row.
+    """
+    for name, given, fits, wanted in (
+        ("fn", fn, callable(fn), "a function"),
+        ("backend", backend, backend in ("gloo", "nccl"), "gloo or nccl"),
+        ("deadline", deadline, deadline > 0, "more than 0"),
+        ("stop_after", stop_after, stop_after > 0, "more than 0"),
+    ):
+        if not fits:
+            raise ValueError(f"{name}: expected {wanted}, got {given!r}")
+    if only is not None:
+        return _sweep(fn, list(only), pool or _shared_pool(), deadline, stop_after, progress)
+    features = _names(features)
+    todo = cases(features=features, layout=layout, ranks=ranks, quick=quick, claims=claims, seed=seed)
+    size = max(case.world for case in todo)
+    if pool is None:
+        made = Pool(min(size, torch.cuda.device_count()) if backend == "nccl" else size, backend)
+    with made if pool is None else nullcontext(pool) as workers:
+        fits = [case for case in todo if case.world <= workers.size]
+        report = _sweep(fn, fits, workers, deadline, stop_after, progress)
+    missing = [f"feature {name}" for name in FEATURES if name not in features]
+    for text, there in (
+        ("messages, which NCCL carries itself (run on gloo to watch them)", backend == "nccl"),
+        ("growth, which wants p = 4 and p = 8", claims and not report.growth),
+        (f"{len(todo) - len(fits)} cases for more ranks than can be had here", len(fits) < len(todo)),
+    ):
+        missing += [text] if there else []
+    report.layout, report.not_judged = layout, missing + report.not_judged
+    return report
+
+
+@functools.cache
+def _shared_pool() -> Pool:
+    return Pool(8)
+
+
+def _sweep(fn: Callable, todo: list[Case], pool: Any, deadline=30.0, stop_after=8, progress=None) -> Report:
+    report, began = Report(adapt.name_of(fn)), time.monotonic()
+    judge, failed, hangs = Judge(fn, pool, report, deadline), 0, 0
+    if (heads := getattr(fn, "convention", "all")) != "all":
+        todo = [replace(case, heads=heads) if case.dilation else case for case in todo]
+        report.conventions.append(f"dilation serves {heads} heads, as its adapter declares; LongNet serves all")
+    shown = sys.stderr.isatty() if progress is None else progress
+    bar = {"console": Console(stderr=True), "transient": True, "disable": not shown}
+    for done, case in enumerate(track(todo, report.candidate, **bar), 1):
+        found = judge.judge(case)
+        failed, hangs = failed + bool(found), hangs + any(f.kind == "hang" for f in found)
+        if (failed >= stop_after or hangs >= 3) and done < len(todo):
+            report.not_judged.append(f"{len(todo) - done} further cases, after {failed} that failed")
+            break
+    judge.growth()
+    for why, names in judge.refusals.items():
+        report.not_judged.append(f"{names[0] if len(names) == 1 else f'{len(names)} cases'}, refused: {why}")
+    # where several causes explain a finding equally well, tell the one that explains the others too
+    for f in report.findings:
+        f.diagnosis = report.diagnosis if f.kind == "value" and report.diagnosis in f.causes else f.diagnosis
+    report.seconds = time.monotonic() - began
+    return report
+
+
+class Judge:
+    """Runs cases and writes what it finds into a report."""
+
+    def __init__(self, fn: Callable, pool: Any, report: Report, deadline: float):
+        self.fn, self.pool, self.report, self.deadline = fn, pool, report, deadline
+        try:
+            self.pickled = cloudpickle.dumps(fn)
+        except Exception as error:  # whatever holds a lock, a file, a process group
+            raise TypeError(f"fn: {report.candidate} cannot be sent to other processes: {error}") from error
+        self.form: tuple[str, str] | None = None  # of the lse: its base and shape, and where it was first seen
+        self.bytes: dict[tuple[int, int], tuple[float, float]] = {}
+        self.refusals: dict[str, list[str]] = {}
+
+    def judge(self, case: Case) -> list[Finding]:
+        """Run one case; its findings, which join the report, or its name joins what passed."""
+        results = self.run(case)
+        if self.refused(case, results):
+            return []
+        found, wrong = self.messages(case, results), []
+        broken = any(r["error"] or "hang" in r or "crash" in r for r in results.values())
+        if not broken and all(f.causes[0] in diagnose.HARMLESS for f in found):
+            for team, members in enumerate(case.teams):
+                wrong = wrong or self.values(case, team, [results[rank] for rank in members])
+        module, name = getattr(self.fn, "__module__", None), adapt.name_of(self.fn)
+        known = module not in (None, "__main__") and getattr(self.fn, "__qualname__", "").isidentifier()
+        source = f"from {module} import {name} as candidate" if known else f"candidate = {name}  # yours"
+        for finding in found + wrong:
+            finding.snippet = f"from ringref.oracle import Case, check\n{source}\ncheck(candidate, only=[{case!r}])"
+        self.report.findings += found + wrong
+        self.report.passed += [] if found + wrong else [str(case)]
+        return found + wrong
+
+    def run(self, case: Case, poison: float = math.nan) -> dict[int, dict]:
+        """Every rank's results."""
+        common = {"world": case.world, "groups": case.teams, "call": cloudpickle.dumps(case.call()), "poison": poison}
+        common |= {"measure": case.plan == "growth", "packed": case.packed, "steps": [], "program": []}
+        jobs = {rank: dict(common) for rank in range(case.world)}
+        for team, members in enumerate(case.teams):
+            inputs = [data for _, data in case.steps(team)]
+            for rank, mine in zip(members, case.shards, strict=True):
+                steps = [{name: _share(x, mine) for name, x in data.items()} for data in inputs]
+                jobs[rank] |= {"program": case.program, "steps": steps}
+                jobs[rank]["positions"] = mine.clone() if case.positions else None
+        return self.pool.run(self.pickled, jobs, self.deadline)
+
+    def refused(self, case: Case, results: dict[int, dict]) -> bool:
+        """Whether every rank declined the case by NotImplementedError; any exception may decline heads that p does
+        not divide (as an all-to-all over heads does), and float64.
+        """
+        odd = "odd heads" in case.name and not any("odd heads" in name for name in self.report.passed)
+        errors = [results[rank]["error"] for team in case.teams for rank in team]
+        if not all(e and (e["refused"] or odd or case.dtype == "float64") for e in errors):
+            return False
+        why = (errors[0]["text"].splitlines() or ["NotImplementedError"])[0][:200]
+        self.refusals.setdefault(why, []).append(str(case))
+        return True
+
+    def messages(self, case: Case, results: dict[int, dict]) -> list[Finding]:
+        """What the sanitizer saw, hangs, crashes and exceptions: the first cause, not what follows from it."""
+
+        def tell(kind: str, cause: str, detail: str, rank: int, line: Any = None) -> Finding:
+            return _finding(case, kind, cause, detail, rank=rank, where=where(line) if line else None)
+
+        died = [rank for rank, r in results.items() if "crash" in r]
+        errors = {rank: r["error"] for rank, r in results.items() if r["error"]}
+        # nor does a rank that lost its connection to one that died have a story of its own
+        errors = {rank: e for rank, e in errors.items() if not died or "onnection" not in e["text"]}
+        seen = [(rank, f) for rank, r in results.items() for f in r.get("findings", ())]
+        seen = [(rank, f) for rank, f in seen if not ((errors or died) and f["kind"] == "unfinished")]
+        if differ := diagnose.mismatched(results):
+            return [tell("message", *differ[0])]
+        if seen:
+            rank, f = min(seen, key=lambda one: list(diagnose.MESSAGES).index(one[1]["kind"]))
+            cause = diagnose.GROUP if case.groups and f["kind"] == "self-send" else diagnose.MESSAGES[f["kind"]]
+            return [tell("message", cause, f"{f['text']} ({f['phase']}, hop {f['hop']})", rank, f["line"])]
+        # an exception on one rank makes its neighbours lose their connection or wait: the first cause is the story
+        for rank, e in sorted(errors.items(), key=lambda item: "onnection" in item[1]["text"])[:1]:
+            cause, text = diagnose.crash(e)
+            ours = case.groups and e["type"] not in ("NameError", "ImportError", "ModuleNotFoundError")
+            return [tell("crash", diagnose.GROUP if ours else cause, text, rank, e["line"])]
+        if died:
+            return [tell("crash", "the process died", "a fault in native code, or os._exit", died[0])]
+        if any("hang" in r for r in results.values()):
+            return [tell("hang", *diagnose.hang(case, results))]
+        written = [(rank, r["written"]) for rank, r in results.items() if r["written"]]
+        return [tell("property", "an input was written to", ", ".join(what), rank) for rank, what in written[:1]]
+
+    def values(self, case: Case, team: int, results: list[dict]) -> list[Finding]:
+        """Every tensor of every step on every rank, up to the first step that is wrong."""
+        if case.plan == "growth":
+            self.bytes[case.p, case.n] = max(r["peak"] for r in results), max(r["sent"] for r in results)
+            return []
+        truths, shown = [], []
+        for i, (_, data) in enumerate(case.steps(team)):
+            mine = [dict(r["steps"][i]) for r in results]
+            if not any(m.get("dlse_used") for m in mine):
+                data = data | {"dlse": torch.zeros_like(data["dlse"])}
+            truths.append(Truth(case, data))
+            if found := self.natural(case, truths[-1], mine):
+                return found
+            if self.form and "base 2" in self.form[0]:
+                truths[-1] = Truth(case, data | {"dlse": data["dlse"] * math.log2(math.e)})
+            shown.append(mine)
+        return next((found for i, mine in enumerate(shown) if (found := self.step(case, mine, truths, i))), [])
+
+    def natural(self, case: Case, truth: Truth, mine: list[dict]) -> list[Finding]:
+        """Put every rank's lse in natural logarithms, b h s. Another form is a convention, two forms are a finding."""
+        for rank, m in enumerate(mine):
+            x, want = m["lse"], truth.part("lse", rank)
+            x = x if x is None or x.ndim < 4 else x[..., 0]
+            if x is None or not want.numel() or x.shape not in (want.shape, want.mT.shape):
+                continue
+            if case.dlse and m.get("dq") is not None and not m.get("dlse_used") and m["lse"].ndim == 3:
+                return [_finding(case, "value", "lse carries no gradient", rank=rank, tensor="lse")]
+            x, shape = (x.double(), "b h s") if x.shape == want.shape else (x.double().mT, "b s h")
+            seen = want.isfinite() & x.isfinite()
+            natural, two = ((unit * x[seen] - want[seen]).norm() for unit in (1.0, math.log(2)))
+            base = "natural" if natural < 0.02 * two else "base 2" if two < 0.02 * natural else None
+            form, place = f"{base}, {shape}", f"rank {rank} of {case}"
+            if base and not self.form:
+                self.form = form, place
+                self.report.conventions += [] if form == "natural, b h s" else [f"lse is {form}"]
+            if base and form != self.form[0]:
+                detail = f"{form} on {place}, but {self.form[0]} on {self.form[1]}"
+                return [_finding(case, "value", "lse has two forms", detail, rank=rank, tensor="lse")]
+            m["lse"] = x * math.log(2) if self.form and "base 2" in self.form[0] else x
+        return []
+
+    def step(self, case: Case, mine: list[dict], truths: list[Truth], index: int) -> list[Finding]:
+        """The first wrong tensor of one step, in the order in which errors spread, with a diagnosis."""
+        truth, margin = truths[index], self.report.margin
+        got: dict[str, list[Tensor]] = {}
+        wrong: dict[str, dict[str, Any]] = {}
+        for name in TENSORS:
+            if name not in mine[0] or (name == "lse" and mine[0]["lse"] is None and not case.dlse):
+                continue
+            got[name], worst = [], (0.0,)
+            for rank, m in enumerate(mine):
+                x, want = m[name], truth.part(name, rank)
+                x = torch.zeros_like(want) if x is None and not want.numel() else x
+                if x is None or x.shape != want.shape:
+                    what = (
+                        "is None: nothing reaches it" if x is None else f"has shape {[*x.shape]}, not {[*want.shape]}"
+                    )
+                    why = f"{name} {what}"
+                    return [_finding(case, "value", why, rank=rank, tensor=name, error=math.inf, budget=0.0)]
+                got[name].append(x.double())
+                error, budget = truth.error(name, rank, x.double())
+                worst = max(worst, (error / budget, error, budget, rank))
+            if worst[0] > 1:
+                wrong[name] = dict(zip(("error", "budget", "rank"), worst[1:], strict=True)) | {"tensor": name}
+            else:
+                margin[name] = max(margin.get(name, 0.0), worst[0])
+        if not wrong:
+            return []
+        first = next(iter(wrong.values()))
+        if text := PROPERTIES.get(PLANS[case.plan][0][index]):
+            return [_finding(case, "property", text, **first)]
+        causes = self.why(case, got, list(wrong), truths, index)
+        return [_finding(case, "value", causes[0], causes=causes, **first)]
+
+    def why(self, case: Case, got: dict, wrong: list[str], truths: list[Truth], index: int) -> list[str]:
+        """Causes that explain it, the best first; NaN is asked whether it changes with what the oracle planted."""
+        pairs = [(x, truths[index].part(name, rank)) for name in wrong for rank, x in enumerate(got[name])]
+        if wrong[0] == "lse" and any((x[want == -math.inf].abs() < 1e4).any() for x, want in pairs[: case.p]):
+            return [diagnose.BLIND]
+        if any((x.isnan() & ~want.isnan()).any() for x, want in pairs):
+            calm = [r["steps"][index] for r in self.run(case, poison=0.0).values() if r["steps"]]
+            now = [step.get(name) for step in calm for name in wrong]
+            early = case.world > 1 and all(x is not None and not x.isnan().any() for x in now)
+            return [diagnose.EARLY if early else diagnose.not_finite(case)]
+        causes = diagnose.name(case, truths[index], got, wrong, truths[:index] + truths[index + 1 :])
+        if causes[0].startswith(diagnose.UNKNOWN) and any((x.isinf() & ~want.isinf()).any() for x, want in pairs):
+            causes = [diagnose.not_finite(case)]
+        vague = causes[0].startswith(diagnose.VAGUE) or causes[0] == "out is zero"
+        if case.shift and vague and not any(f.causes[0].startswith(diagnose.UNKNOWN) for f in self.report.findings):
+            return [diagnose.LARGE]
+        # the same case in the whole world passed before this one came
+        plain = {f"{word}-p{case.p}" for word in ("causal", "full")}
+        return [diagnose.GROUP] if case.groups and plain & set(self.report.passed) else causes
+
+    def growth(self) -> None:
+        """Fit bytes per rank as n and p double; with the same shard, a ring's peak does not depend on p."""
+        start, by_n, by_p = (self.bytes.get(key) for key in ((4, 128), (4, 256), (8, 256)))
+        if not (start and by_n and by_p):
+            return
+        facts = {"peak bytes per rank, p = 4, n = 128": start[0]}
+        for i, what in enumerate(("the peak", "bytes sent")):
+            for end, way in ((by_n, "n (p fixed)"), (by_p, "p (n/p fixed)")):
+                facts[f"exponent of {what} in {way}"] = math.log2(max(end[i], 1) / max(start[i], 1))
+        self.report.growth = facts
+        slope = facts["exponent of the peak in p (n/p fixed)"]
+        if slope > 0.4:
+            text = f"claims a ring, holds O(n): with n/p fixed the peak grows as p^{slope:.2f}"
+            told = {"tensor": "bytes", "error": slope, "budget": 0.4}
+            self.report.findings.append(_finding(Case("growth", 8), "growth", text, **told))

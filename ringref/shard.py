@@ -1,0 +1,313 @@
+"""Who holds which positions: shards, layouts, dilations, and the table that all ranks know.
+
+`b` batch · `n` tokens in the whole sequence · `s` tokens on this rank · `h` query heads · `g`
+key/value heads · `d` head dim · `p` ranks · `w` segment length · `r` dilation rate · `c` query
+chunk. Tensors are `b s h d`. Everything is decided from global positions, so layouts need no special cases.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .comm.ring import Elsewhere, Ring
+from .comm.simulate import ThreadRing, _World
+
+LAYOUTS = ("contiguous", "zigzag", "striped")
+EVERYTHING = 2**62  # a segment length that no sequence reaches
+
+
+class Attended(NamedTuple):
+    """What every method returns: `out` b s h d in the inputs' dtype, `lse` b h s (natural log;
+    float32, or float64).
+    """
+
+    out: Tensor
+    lse: Tensor
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which results are merged and gradients accumulate: float32, or float64 for
+    float64.
+    """
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+class Positions:
+    """An immutable 1-D int64 tensor of global positions that hashes by content, so that plans can
+    be cached.
+    """
+
+    def __init__(self, index: Tensor):
+        self.index = index
+        self.digest = int.from_bytes(hashlib.blake2b(index.numpy().tobytes(), digest_size=7).digest(), "big")
+
+    def __len__(self):
+        return len(self.index)
+
+    def __hash__(self):
+        return self.digest
+
+    def __eq__(self, other):
+        return self.digest == other.digest and len(self) == len(other)
+
+    def __getitem__(self, rows: Tensor) -> Positions:
+        return Positions(self.index[rows])
+
+
+@lru_cache(maxsize=16)
+def counted(n: int) -> Positions:
+    """0 … n−1."""
+    return Positions(torch.arange(n))
+
+
+def _positions(name: str, index: Any) -> Positions:
+    if not isinstance(index, Tensor) or index.dim() != 1 or index.dtype != torch.int64 or not index.is_cpu:
+        got = f"{tuple(index.shape)} {index.dtype} {index.device}" if isinstance(index, Tensor) else repr(index)
+        raise TypeError(f"{name} must be a 1-D int64 CPU tensor of global positions, got {got}")
+    if len(index) and int(index.min()) < 0:
+        raise ValueError(f"{name}: positions count from 0, got {int(index.min())}")
+    return Positions(index.detach().clone(memory_format=torch.contiguous_format))
+
+
+def _a_ring(ring: Any) -> Ring:
+    if not all(hasattr(ring, a) for a in ("rank", "size", "exchange")):
+        raise TypeError(f"ring must be a ring (simulate's, launch's or a ProcessRing), got {ring!r}")
+    return ring
+
+
+@lru_cache(maxsize=1)
+def alone() -> Ring:
+    """A ring of one."""
+    return ThreadRing(0, _World(1, adversarial=False))
+
+
+class Shard:
+    """My tokens' global positions and the ranks I talk to. Building one does not communicate.
+
+    Args:
+        positions: 1-D int64 CPU tensor, the global position of each of my `s` tokens, in the order
+            of the tensors' rows.
+        ring: the ranks that hold the rest (`None`: there is no rest).
+        kv_positions: those of my keys and values where they differ from my queries'.
+
+    Keys must cover 0 … n−1 over all ranks without overlap; queries must only not overlap. Both are
+    checked at the first call that communicates, on every rank.
+    """
+
+    def __init__(self, positions: Tensor, ring: Ring | None, kv_positions: Tensor | None = None):
+        self.ring = alone() if ring is None else _a_ring(ring)
+        self.queries = _positions("positions", positions)
+        self.keys = self.queries if kv_positions is None else _positions("kv_positions", kv_positions)
+        self.positions, self.kv_positions = self.queries.index, self.keys.index
+
+    def __repr__(self):
+        return f"Shard(rank {self.ring.rank} of {self.ring.size}, {len(self.queries)} queries, {len(self.keys)} keys)"
+
+    def take(self, x: Tensor, dim: int = 1) -> Tensor:
+        """My rows of a whole tensor: `b n …` → `b s …` along `dim`."""
+        if len(self.queries) and int(self.positions.max()) >= x.shape[dim]:
+            raise ValueError(f"x has {x.shape[dim]} rows along dim {dim}; my last position is {self.positions.max()}")
+        return x.index_select(dim, self.positions.to(x.device))
+
+    def gather(self, x: Tensor, dim: int = 1) -> Tensor:
+        """Every rank's rows in global order, `b s …` → `b n …`; the gradient is summed over ranks
+        and cut again.
+        """
+
+        def say():
+            if not isinstance(x, Tensor) or not -x.dim() <= dim < x.dim():
+                got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+                raise TypeError(f"x must be a tensor that has dim {dim}, got {got}")
+            if x.shape[dim] != len(self.queries):
+                held = len(self.queries)
+                raise ValueError(f"x has {x.shape[dim]} rows along dim {dim}; this shard has {held} positions")
+            others = tuple(size for i, size in enumerate(x.shape) if i != dim % x.dim())
+            words = ["gather", str(x.dtype), x.device.type, dim % x.dim(), others, torch.is_grad_enabled()]
+            return words, torch.is_grad_enabled() and x.requires_grad
+
+        names = ("method", "dtype of x", "device of x", "dim", "shape of x", "grad mode")
+        needs, table = meet(self, names, say)
+        anchor = torch.zeros((), requires_grad=True) if needs else None
+        dim = dim % x.dim()
+        return _Rejoin.apply(x, anchor, self.ring, table.queries, dim)
+
+
+class _Rejoin(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, anchor, ring, positions, dim):
+        ctx.ring, ctx.positions, ctx.dim = ring, positions, dim
+        x = x.movedim(dim, 0).contiguous()
+        every = torch.cat(ring.gather(x, [(len(one), *x.shape[1:]) for one in positions]))
+        order = torch.cat([one.index for one in positions]).argsort().to(x.device)
+        return every[order].movedim(0, dim)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        place = torch.cat([one.index for one in ctx.positions]).argsort().argsort().to(grad.device)
+        parts = grad.movedim(ctx.dim, 0)[place].split([len(one) for one in ctx.positions])
+        (mine,) = ctx.ring.reduce([(part.clone(),) for part in parts])
+        return mine.movedim(0, ctx.dim), None, None, None, None
+
+
+def _runs(n: int, m: int) -> list[Tensor]:
+    """0 … n−1 in m runs whose lengths differ by at most one, the longer first."""
+    return list(torch.arange(n).tensor_split(m))
+
+
+def partition(n: int, ring: Ring, layout: str = "contiguous") -> Shard:
+    """Who holds which of n tokens: rank i gets run i of p (contiguous), chunks i and 2p−1−i of 2p
+    (zigzag, also called head-tail: 2p equal slices of causal work), or positions i::p (striped,
+    2311.09431). n need not divide by anything.
+    """
+    if not isinstance(n, int) or isinstance(n, bool) or n < 0:
+        raise ValueError(f"n must be a number of tokens, got {n!r}")
+    i, p = _a_ring(ring).rank, ring.size
+    if layout == "contiguous":
+        return Shard(_runs(n, p)[i], ring)
+    if layout == "zigzag":
+        chunks = _runs(n, 2 * p)
+        return Shard(torch.cat([chunks[i], chunks[2 * p - 1 - i]]), ring)
+    if layout == "striped":
+        return Shard(torch.arange(i, max(n, i), p), ring)
+    raise ValueError(f"layout must be one of {LAYOUTS}, got {layout!r}")
+
+
+class Table(NamedTuple):
+    """The positions of every rank's queries and keys, in rank order."""
+
+    queries: tuple[Positions, ...]
+    keys: tuple[Positions, ...]
+
+    @property
+    def n(self) -> int:
+        return sum(map(len, self.keys))
+
+
+_tables: WeakKeyDictionary = WeakKeyDictionary()  # ring -> the tables that it knows
+_KNOWN = 4
+
+
+def meet(shard: Shard, names: Sequence[str], say: Callable[[], tuple[list, bool]]) -> tuple[bool, Table]:
+    """One fixed-size header from every rank, and its positions only when new: what a call begins
+    with.
+
+    Args:
+        names: of the words that must be alike on all ranks, in the words' order.
+        say: checks this rank's arguments, and returns the words and whether this rank needs a
+            gradient.
+
+    Returns:
+        Whether any rank needs a gradient, and the table of positions. A mistake of one rank is an
+        error on all of them.
+
+    Whether positions are exchanged is decided from what all ranks said they know, so that no rank
+    waits alone.
+    """
+    try:
+        (words, needs), mistake = say(), None
+    except (TypeError, ValueError, NotImplementedError) as error:
+        words, needs, mistake = [0] * len(names), False, error
+    ring, known = shard.ring, _tables.setdefault(shard.ring, {})
+    row = [int(mistake is None), int(needs), *map(_number, words)]
+    known_names = list(known)[-_KNOWN:]
+    digests = [len(shard.queries), len(shard.keys), shard.queries.digest, shard.keys.digest]
+    rows = ring.announce([*row, *digests, *known_names, *[0] * (_KNOWN - len(known_names))])
+    if mistake is not None:
+        raise mistake
+    wrong = [r for r, said in enumerate(rows) if not said[0]]
+    if wrong:
+        raise Elsewhere(f"rank {wrong[0]} rejected its own arguments (its error says which); no rank goes on")
+    needs = any(said[1] for said in rows)
+    for name, word, *column in zip(names, words, *(said[2:] for said in rows), strict=False):
+        if (name != "grad mode" or needs) and len(set(column)) > 1:
+            alike = [r for r, x in enumerate(column) if x == column[ring.rank]]
+            shown = column if all(abs(x) < 2**31 for x in column) else f"{word!r} only on ranks {alike}"
+            raise ValueError(f"{name} differs between ranks: {shown}")
+    sizes = [r[len(row) :] for r in rows]
+    name = hash(tuple(tuple(s[:4]) for s in sizes)) & (2**62 - 1)
+    if not all(name in s[4:] for s in sizes):
+        every = ring.share(torch.cat([shard.positions, shard.kv_positions]), [s[0] + s[1] for s in sizes])
+        cut = [x.split([s[0], s[1]]) for x, s in zip(every, sizes, strict=True)]
+        table = Table(*(tuple(Positions(x.clone()) for x in side) for side in zip(*cut, strict=True)))
+        _check_cover(table)
+        known[name] = table
+    table = known[name] = known.pop(name)
+    for old in list(known)[:-_KNOWN]:
+        del known[old]
+    return needs, table
+
+
+def _number(word: Any) -> int:
+    """An integer that stands for a word of the header: itself if it is one, else a digest."""
+    if isinstance(word, int):
+        return int(word)
+    return 2**40 + int.from_bytes(hashlib.blake2b(repr(word).encode(), digest_size=6).digest(), "big")
+
+
+def _check_cover(table: Table) -> None:
+    def described(wrong: Tensor) -> str:
+        return f"{wrong[:5].tolist()}{' …' if len(wrong) > 5 else ''}"
+
+    for name, every in (("positions", table.queries), ("kv_positions", table.keys)):
+        index, times = torch.cat([one.index for one in every]).unique(return_counts=True)
+        if bool((times > 1).any()):
+            raise ValueError(f"{name} overlap between or within ranks: {described(index[times > 1])} are held twice")
+        if every is table.keys and len(index) and int(index[-1]) != len(index) - 1:
+            gaps = torch.ones(int(index[-1]) + 1, dtype=torch.bool).index_fill_(0, index, False).nonzero()[:, 0]
+            raise ValueError(f"{name} leave gaps: no rank holds the keys {described(gaps)}; they must cover 0 … n−1")
+
+
+def _whole(x: Any) -> int:
+    """x as an integer; 0, which is none of ours, if it is not one."""
+    try:
+        return 0 if isinstance(x, bool) else operator.index(x)
+    except TypeError:
+        return 0
+
+
+@dataclass(frozen=True)
+class Dilation:
+    """LongNet's dilated attention (2307.02486): branch i cuts the sequence into segments of
+    `segment_lengths[i]` and keeps every `dilation_rates[i]`-th position of each, `(pos % w) % r ==
+    offset`; the branches' results merge by their softmax denominators (eq. 9, 10).
+
+    `heads="all"`: every branch serves all heads, head j with offset `j % r`. `heads="grouped"`:
+    branch i serves one contiguous group of heads (sizes differ by at most one, the larger first),
+    with offset `i % r`.
+    """
+
+    segment_lengths: Sequence[int]
+    dilation_rates: Sequence[int]
+    heads: str = "all"
+
+    def __post_init__(self):
+        for name in ("segment_lengths", "dilation_rates"):
+            values = getattr(self, name)
+            if isinstance(values, str) or not isinstance(values, Sequence) or not values:
+                raise ValueError(f"{name} must be a non-empty list of positive integers, got {values!r}")
+            whole = tuple(map(_whole, values))
+            if not all(0 < x < EVERYTHING for x in whole):
+                raise ValueError(f"{name} must be positive integers below 2**62, got {list(values)}")
+            object.__setattr__(self, name, whole)
+        if len(self.segment_lengths) != len(self.dilation_rates):
+            raise ValueError(
+                f"segment_lengths and dilation_rates must have the same length, "
+                f"got {len(self.segment_lengths)} "
+                f"and {len(self.dilation_rates)}"
+            )
+        for w, r in zip(self.segment_lengths, self.dilation_rates, strict=True):
+            if r > w:
+                raise ValueError(f"dilation_rates: r = {r} is larger than its segment length w = {w}")
+        if self.heads not in ("all", "grouped"):
+            raise ValueError(f'heads must be "all" or "grouped", got {self.heads!r}')
