@@ -6,7 +6,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .engine.attend import Trip, attend
+from .engine.attend import attend
+from .engine.route import Trip
 from .shard import Attended, Dilation, Shard
 
 
@@ -39,15 +40,15 @@ def gathering(trip: Trip):
     """My own keys while the others' arrive, then theirs; gradients wait until all are computed."""
     ring, me = trip.ring, trip.ring.rank
     others = [member for member in range(ring.size) if member != me]
-    mine, gathered = trip.pack(trip.load(me)), {r: trip.space(trip.load(r)) for r in others}
-    arriving = ring.exchange(dict.fromkeys(others, mine), gathered)
+    asked, needed = {r: trip.gathered(me, r) for r in others}, {r: trip.gathered(r, me) for r in others}
+    arrived = {r: trip.space(load) for r, load in needed.items()}
+    arriving = ring.exchange(trip.pack_for(asked), arrived)
     yield trip.own
     arriving.wait()
-    parts = {}
-    for source in others:
-        gradients = yield trip.block(trip.load(source), gathered[source])
+    shares = {}
+    for source, load in needed.items():
+        gradients = yield trip.blocks(load, arrived[source])
         if gradients is not None:
-            parts[source] = gradients.alone()
+            shares[source] = gradients.alone()
     yield None
-    parts[me] = tuple(x.zero_() for x in trip.space(trip.load(me), summed=ring.size > 2))
-    return [(trip.load(me), ring.reduce([parts[r] for r in range(ring.size)]))] if others else []
+    return ((asked[r], share) for r, share in ring.scatter(shares, lambda r: trip.space(asked[r]))) if shares else ()

@@ -6,7 +6,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .engine.attend import Trip, attend
+from .engine.attend import attend
+from .engine.route import Trip
 from .shard import Attended, Dilation, Shard
 
 
@@ -41,19 +42,19 @@ def fetching(trip: Trip):
     """My own keys while the others' arrive, then theirs; their gradients go straight back."""
     ring, me = trip.ring, trip.ring.rank
     others = [member for member in range(ring.size) if member != me]
-    asked, needed = {r: trip.wanted(r, me) for r in others}, {r: trip.wanted(me, r) for r in others}
-    fetched = {r: trip.space(load) for r, load in needed.items()}
-    arriving = ring.exchange({r: trip.pack(load) for r, load in asked.items()}, fetched)
+    asked, needed = {r: trip.seen(me, r) for r in others}, {r: trip.seen(r, me) for r in others}
+    arrived = {r: trip.space(load) for r, load in needed.items()}
+    arriving = ring.exchange(trip.pack_for(asked), arrived)
     yield trip.own
     arriving.wait()
-    parts = {}
+    shares = {}
     for source, load in needed.items():
-        gradients = yield trip.block(load, fetched[source])
+        gradients = yield trip.blocks(load, arrived[source])
         if gradients is not None:
-            parts[source] = gradients.alone()
-    home = {r: trip.space(load) for r, load in asked.items()} if parts else {}
-    returning = ring.exchange(parts, home) if parts else None
+            shares[source] = gradients.alone()
+    home = {r: trip.space(load) for r, load in asked.items()} if shares else {}
+    returning = ring.exchange(shares, home) if shares else None
     yield None
     if returning:
         returning.wait()
-    return [(asked[r], home[r]) for r in home]
+    return [(asked[r], share) for r, share in home.items()]

@@ -6,7 +6,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .engine.attend import Trip, attend
+from .engine.attend import attend
+from .engine.route import Trip
 from .shard import Attended, Dilation, Shard
 
 
@@ -44,25 +45,40 @@ def ring_attention(
 
 
 def rotating(trip: Trip):
-    """My own keys, then those of the rank before me, the one before that …; their gradients follow
-    one hop behind.
+    """My own keys, then those of the rank before me, the one before that …; their gradients follow one hop behind, and
+    leave for home from the last rank that sees any of them.
     """
-    ring, p = trip.ring, trip.ring.size
-    source = ring.rank
-    arriving = ring.rotate(trip.pack(trip.load(source)), trip.space(trip.load(source - 1))) if p > 1 else None
+    ring, me, p = trip.ring, trip.ring.rank, trip.ring.size
+    after, before = (me + 1) % p, (me - 1) % p
+
+    def load(back: int, hop: int):  # what travels at this hop of the keys of the rank so far before me
+        return trip.load((me - back) % p, hop)
+
+    arriving = ring.exchange({after: trip.pack(load(0, 1))}, {before: trip.space(load(1, 1))}) if p > 1 else None
     yield trip.own
-    returning = None
+    returning, home = None, None
     for hop in range(1, p):
-        source = (ring.rank - hop) % p
-        before = trip.load((source - 1) % p)
-        keys, arriving = arriving.wait(), None
+        here, onward = load(hop, hop), load(hop, hop + 1)
+        keys, arriving = arriving.wait()[before], None
         if hop < p - 1:  # posted before this block is computed, waited for after it
-            arriving = ring.rotate(keys, trip.space(before))
-        gradients = yield trip.block(trip.load(source), keys)
+            keys_on = trip.pass_on(keys, onward.among(here))
+            arriving = ring.exchange({after: keys_on}, {before: trip.space(load(hop + 1, hop + 1))})
+            del keys_on
+        gradients = yield trip.blocks(here, keys)
         keys = None  # before the gradients' buffers are made
-        if gradients is not None:
-            gradients = gradients.onto(returning.wait()) if returning else gradients.alone()
-            returning = ring.rotate(gradients, trip.space(before, summed=hop > 1))
+        if gradients is None:
+            continue
+        arrived = returning.wait() if returning else {}
+        if len(here):
+            came = arrived.get(before)
+            gradients = gradients.onto(came, here.among(load(hop, 1))) if hop > 1 else gradients.alone()
+        to = after if len(onward) else (me - hop) % p
+        into = {before: trip.space(load(hop + 1, 1), summed=hop > 1)} if len(load(hop + 1, hop + 1)) else {}
+        if len(load(0, hop)) and not len(load(0, hop + 1)):  # my own keys' gradients end their journey
+            home = into[(me + hop) % p] = trip.space(load(0, 1), summed=hop > 1)
+        returning = ring.exchange({to: gradients} if len(here) else {}, into)
+        gradients = came = arrived = into = None
     yield None
-    # after p − 1 hops the next rank round is the owner
-    return [(trip.load(ring.rank), returning.wait())] if returning else []
+    if returning:
+        returning.wait()
+    return [(load(0, 1), home)] if home else []

@@ -193,12 +193,12 @@ def swap(given: Inputs, split: Split, methods=METHODS, **arguments) -> None:
 def in_parts(count: int):
     """Every rank works in so many parts, however small it is."""
     small = 1 if count > 1 else 2**30
-    plan._plan.cache_clear()
+    plan.parts.cache_clear()
     try:
         with mock.patch.multiple(plan, _PART_BYTES=small, _PART_BYTES_OF_TWO=small, _MOST_PARTS=count):
             yield
     finally:
-        plan._plan.cache_clear()
+        plan.parts.cache_clear()
 
 
 def step_peaks(ring, method, causal, layout, dtype, s, h, d, c=None, dilation=None):

@@ -158,13 +158,13 @@ def test_parts(dilation, masked, monkeypatch):
     """Large inputs are worked on in parts of the heads; make every input large."""
     for name in ("_PART_BYTES", "_PART_BYTES_OF_TWO"):
         monkeypatch.setattr(plan, name, 1)
-    plan._plan.cache_clear()
+    plan.parts.cache_clear()
     try:
         for h, g in ((6, 6), (12, 3), (10, 5)):
             split, arguments = Split(layout("zigzag", 21, 3)), {"dilation": DILATIONS[dilation]}
             swap(inputs(21, h=h, g=g), split, OTHERS, causal=True, mask_mod=masked, **arguments)
     finally:
-        plan._plan.cache_clear()
+        plan.parts.cache_clear()
 
 
 @pytest.mark.parametrize("size", [100.0, 1e4])

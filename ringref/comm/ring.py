@@ -9,7 +9,7 @@ to oneself never leaves. A transport is one `_post`: threads of one process (sim
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -137,21 +137,25 @@ class Ring:
         self.exchange(dict.fromkeys(others, (x,)), {r: (every[r],) for r in others}).wait()
         return every
 
-    def reduce(self, parts: Sequence[Message]) -> Message:
-        """The sum over ranks of what each holds for me (reduce-scatter): `parts[r]` is this rank's
-        share for rank r.
+    def scatter(self, parts: dict[int, Message], into: Callable[[int], Message]) -> Iterator[tuple[int, Message]]:
+        """Send `parts[r]` to rank r and yield (r, what r had for me), in buffers that `into(r)` makes.
 
-        Neighbour by neighbour, so that one share is in flight at a time; my own part is added to in
-        place, and its dtype, which may be wider than that of the shares, is the sum's.
+        Neighbour by neighbour, so that one part is in flight at a time; `parts` is empty afterwards.
         """
-        total = parts[self.rank]
         for step in range(1, self.size):
             to, come = (self.rank + step) % self.size, (self.rank - step) % self.size
-            arriving = tuple(torch.empty_like(x, dtype=y.dtype) for x, y in zip(total, parts[to], strict=True))
-            self.exchange({to: parts[to]}, {come: arriving}).wait()
-            for x, y in zip(total, arriving, strict=True):
+            arriving = into(come)
+            self.exchange({to: parts.pop(to)}, {come: arriving}).wait()
+            yield come, arriving
+
+    def reduce(self, parts: Sequence[Message]) -> Message:
+        """The sum over ranks of what each holds for me (reduce-scatter): `parts[r]` is this rank's
+        share for rank r. My own part is added to in place.
+        """
+        total = parts[self.rank]
+        for _, arrived in self.scatter(dict(enumerate(parts)), lambda _: tuple(map(torch.empty_like, total))):
+            for x, y in zip(total, arrived, strict=True):
                 x += y
-            del arriving, y  # before the next buffers are made
         return total
 
     def among(self, members: Sequence[int]) -> Ring:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..shard import EVERYTHING
-from .attend import _job
+from .attend import meet, plan
 from .call import agree
 from .kernels import KERNELS, Kernel, Task, choose
+from .route import Trip, heads_of
 
 
 def explain(
@@ -45,15 +46,16 @@ def paths(q: Tensor, k: Tensor, **arguments) -> tuple[set[tuple[str, bool]], lis
     how its keys travel and its rows are read, a line per strand or set of strands. Every rank must ask.
     """
     call = agree("explain", q, k, k, able=lambda *_: None, **arguments)
-    job, me, kinds, lines = _job(call, None, q, k), call.ring.rank, set(), []
-    for part in job.forward:
-        for leg in part.legs:
-            branches = sorted({(x.w, x.r) for x in leg.strands})
+    kinds, lines = set(), []
+    for part in plan(call, q, k, forward=True):
+        for route in part.routes:
+            branches = sorted({(x.w, x.r) for x in route.strands})
             named = ", ".join("all keys" if w == EVERYTHING else f"w={w} r={r}" for w, r in branches)
-            members = leg.route.members
-            where = "stay" if len(members) == 1 else f"travel among ranks {list(members)}"
-            blocks = [call.table.keys[me], *(leg.route.load[j].positions for j in members if j != me)]
-            met = [x.visit for keys in blocks for x in job.meetings(part, leg, keys)]
+            where = "stay" if len(route.members) == 1 else f"travel among ranks {list(route.members)}"
+            trip = Trip(call.ring, route, q.shape[2] // k.shape[2], *[k[:, :, heads_of(part.kv_heads)]] * 2)
+            loads = [trip.load(r) for r in range(trip.ring.size) if r != trip.ring.rank]
+            blocks = [*trip.own, *(block for load in loads for block in trip.blocks(load, trip.space(load)))]
+            met = [x.visit for block in blocks for x in meet(call, part, block)]
             read = {"strided views" if x.queries.strided and x.keys.strided else "copied rows" for x in met}
             kinds |= {(x.kind, x.queries.c == x.keys.c == 1) for x in met}
             visited = f"{len(met)} visits ({', '.join(sorted({x.kind for x in met}))}) of {', '.join(sorted(read))}"

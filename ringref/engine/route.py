@@ -1,85 +1,194 @@
-"""Which rows of keys travel between whom."""
+"""Which rows of keys travel between whom.
+
+Strands whose keys are shared by the same ranks travel together. A `Load` is what travels of one rank's keys, some of
+its rows in each of these strands; a `Trip` is how they can travel, as a conductor sees it.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..shard import Positions, Table
-from .visits import Rows, Strand
+from ..comm.ring import Message, Ring
+from ..shard import Positions, Table, wide
+from .visits import Bounds, Rows, Strand, serving
 
 
 class Load:
-    """Some rows of a rank's keys, which travel together: where they lie in its tensors, and their
-    positions.
-    """
+    """Of each strand that travels, the rows of one rank's keys, in its tensors' order, and their positions."""
 
-    def __init__(self, keys: Positions, rows: Tensor):
-        self.rows = Rows(rows[None])
-        self.positions = keys if len(rows) == len(keys) else keys[rows]
+    def __init__(self, keys: Positions, index: Sequence[Tensor]):
+        self.index = tuple(index)
+        self.rows = tuple(Rows(some[None]) for some in index)
+        self.positions = tuple(keys if len(some) == len(keys) else keys[some] for some in index)
 
     def __len__(self):
-        return len(self.positions)
+        return sum(map(len, self.index))
+
+    def among(self, more: Load) -> list[Tensor | None]:
+        """Where these rows lie among more, strand by strand; None where they are all of them."""
+        pairs = zip(self.index, more.index, strict=True)
+        return [None if len(some) == len(every) else torch.searchsorted(every, some) for some, every in pairs]
 
 
-class Route(NamedTuple):
-    """How a strand's keys can travel: the ranks that share a segment, and what each needs of each.
+class Block(NamedTuple):
+    """Keys and values `b k g d` that are here, the positions of their rows, and the strands that see them."""
 
-    `members`: in rank order, me among them. `load[j]`: of rank j, what any other member needs.
-    `wanted[i][j]`: of rank j, what rank i needs; one of the two is me.
+    positions: Positions
+    k: Tensor
+    v: Tensor
+    strands: tuple[Strand, ...]
+    kv_heads: range
+
+
+@lru_cache(maxsize=256)
+def _held(strand: Strand, positions: Positions) -> tuple[Tensor, Tensor, Tensor]:
+    """A strand's rows among these, in the tensors' order; the segment of each; and every segment once."""
+    rows = strand.rows(positions).sort().values
+    segment = strand.segment(positions.index[rows])
+    return rows, segment, segment.unique()
+
+
+def _needed(strand: Strand, keys: Positions, queries: Positions, bounds: Bounds) -> Tensor:
+    """Which of the strand's rows of these keys any of these queries sees."""
+    rows, segment, _ = _held(strand, keys)
+    if bounds == (None, None):
+        seen = torch.isin(segment, _held(strand, queries)[2])
+    else:
+        (left, right), at, q_at = bounds, keys.index[rows], queries.index[strand.rows(queries)]
+        first = segment if right is None else torch.maximum(segment, at - right)
+        end = strand.end(at) if left is None else torch.minimum(strand.end(at), at + left + 1)
+        seen = torch.searchsorted(q_at, first) < torch.searchsorted(q_at, end)
+    return rows if bool(seen.all()) else rows[seen]
+
+
+class Route:
+    """Who shares the segments of some strands, and what each needs of each: alike on all its members.
+
+    Args:
+        exact: whether masks that positions decide trim what travels round; otherwise segments alone do.
     """
 
-    members: tuple[int, ...]
-    load: dict[int, Load]
-    wanted: dict[int, dict[int, Load]]
+    def __init__(
+        self, members: tuple[int, ...], strands: tuple[Strand, ...], table: Table, bounds: Bounds, exact: bool
+    ):
+        self.members, self.strands, self._bounds, self._exact = members, strands, bounds, exact
+        self.queries, self.keys = ([side[r] for r in members] for side in table)
+        self._known: dict = {}
+
+    def seen(self, of: int, by: int, exact: bool = True) -> Load:
+        """The rows of member `of` that member `by` sees."""
+        return self._keep(("seen", of, by, exact), of, [by], exact)
+
+    def load(self, of: int, hop: int = 1) -> Load:
+        """The rows of member `of` that travel on at this hop round the ring: what any other sees, and where masks
+        trim what travels, only those this far from it and farther.
+        """
+        p = len(self.members)
+        hop = hop if self._exact or hop >= p else 1
+        return self._keep(("load", of, hop), of, [(of + t) % p for t in range(hop, p)], self._exact)
+
+    def gathered(self, of: int, by: int) -> Load:
+        """The rows of member `of` that are gathered by member `by`: what travels, or where masks trim that, what it
+        sees.
+        """
+        return self.seen(of, by) if self._exact else self.load(of)
+
+    def _keep(self, name: tuple, of: int, by: list[int], exact: bool) -> Load:
+        if name not in self._known:
+            keys, bounds = self.keys[of], self._bounds if exact else (None, None)
+            each = [[_needed(strand, keys, self.queries[x], bounds) for x in by] for strand in self.strands]
+            self._known[name] = Load(keys, [_union(some) for some in each])
+        return self._known[name]
 
 
-@lru_cache(maxsize=8)  # asked for twice in a row
-def _shared(strand: Strand, table: Table) -> tuple[list[Tensor], list[Tensor], dict[tuple[int, int], Tensor]]:
-    """Of every rank: the positions of its queries and the rows of its keys in a strand; of every
-    two, which of the rows of the second lie in a segment of the first.
-    """
-    ranks = range(len(table.keys))
-    q_at = [one.index[strand.rows(one)] for one in table.queries]
-    # rows in the order of the tensor, so that all of them are the tensor itself
-    k_rows = [strand.rows(one).sort().values for one in table.keys]
-    k_segment = [one.index[rows] // strand.w for one, rows in zip(table.keys, k_rows, strict=True)]
-    q_segment = [(at // strand.w).unique_consecutive() for at in q_at]
-    meets = {(i, j): torch.isin(k_segment[j], q_segment[i]) for i in ranks for j in ranks if i != j}
-    return q_at, k_rows, {pair: rows for pair, rows in meets.items() if bool(rows.any())}
+def _union(some: list[Tensor]) -> Tensor:
+    if not some:
+        return torch.empty(0, dtype=torch.int64)
+    return some[0] if all(x is some[0] for x in some) else torch.cat(some).unique()
 
 
-def travels(strand: Strand, table: Table) -> bool:
-    """Whether any rank needs another's keys."""
-    return bool(_shared(strand._replace(heads=range(0)), table)[2])
+@lru_cache(maxsize=256)
+def _linked(strand: Strand, table: Table, rank: int) -> tuple[int, ...]:
+    """The ranks that are linked to this one by segments they share, in rank order, this one among them."""
+    segments = [[_held(strand, one)[2] for one in side] for side in table]
 
+    def shared(i: int, j: int) -> bool:
+        return any(bool(torch.isin(segments[0][a], segments[1][b]).any()) for a, b in ((i, j), (j, i)))
 
-def route(strand: Strand, table: Table, rank: int, causal: bool) -> Route:
-    """The route of one strand as one rank sees it; every member computes the same."""
-    return _route(strand._replace(heads=range(0)), table, rank, causal)
-
-
-@lru_cache(maxsize=64)
-def _route(strand: Strand, table: Table, rank: int, causal: bool) -> Route:
-    q_at, k_rows, meets = _shared(strand, table)
     members, fresh = {rank}, [rank]
     while fresh:
         i = fresh.pop()
-        new = {j for pair in meets if i in pair for j in pair} - members
+        new = {j for j in range(len(table.keys)) if j not in members and shared(i, j)}
         members |= new
         fresh += new
-    load, wanted = {}, {i: {} for i in members}
-    for j in members:
-        needed = torch.zeros(len(k_rows[j]), dtype=torch.bool)
-        for i in members - {j}:
-            seen = meets.get((i, j), torch.zeros_like(needed))
-            needed |= seen
-            if rank in (i, j):
-                if causal and len(q_at[i]):
-                    seen = seen & (table.keys[j].index[k_rows[j]] <= q_at[i][-1])
-                wanted[i][j] = Load(table.keys[j], k_rows[j][seen])
-        load[j] = Load(table.keys[j], k_rows[j][needed])
-    return Route(tuple(sorted(members)), load, wanted)
+    return tuple(sorted(members))
+
+
+def most_linked(strand: Strand, table: Table) -> int:
+    """How many ranks a strand links at the most."""
+    return max(len(_linked(strand._replace(heads=range(0)), table, rank)) for rank in range(len(table.keys)))
+
+
+@lru_cache(maxsize=64)
+def routes(strands: tuple[Strand, ...], table: Table, rank: int, bounds: Bounds, exact: bool) -> tuple[Route, ...]:
+    """The strands by the ranks that share their keys: those that stay on this rank first, then in one order on all."""
+    found: dict[tuple[int, ...], list[Strand]] = {(rank,): []}
+    for strand in strands:
+        found.setdefault(_linked(strand._replace(heads=range(0)), table, rank), []).append(strand)
+    return tuple(Route(members, tuple(some), table, bounds, exact) for members, some in found.items() if some)
+
+
+class Trip:
+    """How the keys of a route travel, as a conductor sees it: what to send, what to receive. Ranks are those of `ring`,
+    the route's members.
+    """
+
+    def __init__(self, ring: Ring, route: Route, group: int, k: Tensor, v: Tensor):
+        self.ring, self._route, self._k, self._v = ring.among(route.members), route, k, v
+        self.seen, self.load, self.gathered = route.seen, route.load, route.gathered
+        self._kv_heads = [serving(strand.heads, group) for strand in route.strands]
+        self.own = (Block(route.keys[self.ring.rank], k, v, route.strands, range(k.shape[2])),)
+
+    def pack_for(self, asked: dict[int, Load]) -> dict[int, Message]:
+        """My K and V of these loads, packed once where ranks ask for the same."""
+        packed = {id(load): self.pack(load) for load in asked.values()}
+        return {rank: packed[id(load)] for rank, load in asked.items()}
+
+    def pack(self, load: Load) -> Message:
+        """My K and V of this load, ready to be sent."""
+        cut = [(rows, heads_of(heads)) for rows, heads in zip(load.rows, self._kv_heads, strict=True)]
+        return tuple(rows.of(x, heads)[:, 0].contiguous() for rows, heads in cut for x in (self._k, self._v))
+
+    def pass_on(self, message: Message, where: Sequence[Tensor | None]) -> Message:
+        """What of a message travels on: these of each strand's rows."""
+        return tuple(
+            x if where[i // 2] is None else x.index_select(1, where[i // 2].to(x.device)) for i, x in enumerate(message)
+        )
+
+    def space(self, load: Load, summed: bool = False) -> Message:
+        """Buffers for the K and V of this load, or its dK and dV, which may be summed already."""
+        return tuple(
+            x.new_empty((x.shape[0], len(index), len(heads), x.shape[3]), dtype=wide(x.dtype) if summed else x.dtype)
+            for index, heads in zip(load.index, self._kv_heads, strict=True)
+            for x in (self._k, self._v)
+        )
+
+    def blocks(self, load: Load, message: Message) -> tuple[Block, ...]:
+        """A load that has arrived, a block for each strand that it has rows of."""
+        each = zip(load.positions, message[::2], message[1::2], self._route.strands, self._kv_heads, strict=True)
+        return tuple(Block(at, k, v, (strand,), heads) for at, k, v, strand, heads in each)
+
+    def home(self, load: Load, message: Message) -> Iterator[tuple[Rows, slice, Tensor, Tensor]]:
+        """dK and dV of a load of mine that others computed: to which rows and heads they belong."""
+        each = zip(load.rows, self._kv_heads, message[::2], message[1::2], strict=True)
+        return ((rows, heads_of(heads), dk[:, None], dv[:, None]) for rows, heads, dk, dv in each)
+
+
+def heads_of(heads: range) -> slice:
+    """These evenly spaced heads as a slice."""
+    return slice(heads.start, heads[-1] + 1, heads.step)

@@ -1,9 +1,11 @@
 """Where queries meet keys, decided from global positions alone.
 
-A *strand* `(w, r, offset, heads)` is a set of heads that keep the positions with `(pos % w) % r ==
-offset` and attend within the segment `pos // w`. Dense attention is one strand; LongNet
-(2307.02486, eq. 8–10) is a strand per branch and offset. A *visit* is a strand on one block of
-keys, cut so that each piece is full, causal or masked.
+A *strand* is a set of heads that keep the same positions and attend within the same segments. Dense attention is one
+strand; LongNet (2307.02486, eq. 8–10) is a strand per branch and offset; packed documents are segments with lengths of
+their own. A *visit* is a strand on one block of keys, cut so that each piece is full, causal or masked.
+
+`bounds` are the pair (left, right): a query at position i sees the keys at i − left … i + right of its segment, None
+is no bound. Causal attention is (None, 0).
 """
 
 from __future__ import annotations
@@ -19,43 +21,72 @@ from torch import Tensor
 
 from ..shard import EVERYTHING, Dilation, Positions, _runs
 
+Bounds = tuple["int | None", "int | None"]
+
 
 class Strand(NamedTuple):
-    """Heads that keep the positions with `(pos % w) % r == offset` and attend within the segment
-    `pos // w`.
+    """Heads that keep the positions with `(pos % w) % r == offset` and attend within the segment `pos // w`, where
+    positions count from the start of their document: `documents` is cu_seqlens without its last entry.
     """
 
     w: int
     r: int
     offset: int
     heads: range
+    documents: Positions | None = None
 
     def rows(self, positions: Positions) -> Tensor:
         """Which rows this strand keeps, in order of position."""
-        return _kept(positions, self.w, self.r, self.offset)
+        return _kept(self._replace(heads=range(0)), positions)
+
+    def _inside(self, at: Tensor) -> tuple[Tensor, Tensor]:
+        """Where the document of each position starts, and where its segment does within the document."""
+        starts = torch.zeros((), dtype=torch.int64)
+        if self.documents is not None:
+            starts = self.documents.index[torch.searchsorted(self.documents.index, at, right=True) - 1]
+        return starts, (at - starts) // self.w * self.w if self.w < EVERYTHING else torch.zeros_like(at)
+
+    def keeps(self, at: Tensor) -> Tensor:
+        """Whether the strand keeps these positions."""
+        starts, _ = self._inside(at)
+        return (at - starts) % self.w % self.r == self.offset
+
+    def segment(self, at: Tensor) -> Tensor:
+        """Where the segment of each position starts, which is its name."""
+        starts, inside = self._inside(at)
+        return starts + inside
+
+    def end(self, at: Tensor) -> Tensor:
+        """Where the segment of each position ends: the first position after it."""
+        starts, inside = self._inside(at)
+        ends = starts + inside + self.w if self.w < EVERYTHING else torch.full_like(at, EVERYTHING)
+        if self.documents is None:
+            return ends
+        last = torch.cat([self.documents.index, torch.tensor([EVERYTHING])])
+        return torch.minimum(ends, last[torch.searchsorted(last, at, right=True)])
 
 
 @lru_cache(maxsize=256)  # of n rows each; what is kept for long is plans, which are small
-def _kept(positions: Positions, w: int, r: int, offset: int) -> Tensor:
+def _kept(strand: Strand, positions: Positions) -> Tensor:
     index = positions.index
     order = index.argsort(stable=True) if len(index) > 1 and bool((index.diff() < 0).any()) else None
-    rows = ((index if order is None else index[order]) % w % r == offset).nonzero()[:, 0]
+    rows = strand.keeps(index if order is None else index[order]).nonzero()[:, 0]
     return rows if order is None else order[rows]
 
 
-def strands(dilation: Dilation | None, h: int) -> list[Strand]:
+def strands(dilation: Dilation | None, h: int, documents: Positions | None = None) -> list[Strand]:
     """The strands of a call: each (head, branch) pair is in exactly one (`heads="grouped"`: each
     head).
     """
     if dilation is None:
-        return [Strand(EVERYTHING, 1, 0, range(h))]
+        return [Strand(EVERYTHING, 1, 0, range(h), documents)]
     branches = list(zip(dilation.segment_lengths, dilation.dilation_rates, strict=True))
     if dilation.heads == "grouped":
         groups = [range(x[0], x[-1] + 1) if len(x := part.tolist()) else range(0) for part in _runs(h, len(branches))]
         found = [Strand(w, r, i % r, heads) for i, ((w, r), heads) in enumerate(zip(branches, groups, strict=True))]
     else:
         found = [Strand(w, r, offset, range(offset, h, r)) for w, r in branches for offset in range(min(r, h))]
-    return [strand for strand in found if strand.heads]
+    return [strand._replace(documents=documents) for strand in found if strand.heads]
 
 
 def serving(heads: range, group: int) -> range:
@@ -118,7 +149,7 @@ class Rows:
         whole = self.start == 0 and self.step == 1 and self.hop == self.c and self.m * self.c == s
         return whole and self.strided and not self.slant
 
-    def of(self, x: Tensor, heads: slice) -> Tensor:
+    def of(self, x: Tensor, heads: slice = slice(None)) -> Tensor:
         if not self.strided:
             return x[:, :, heads].index_select(1, self.flat(x.device)).unflatten(1, (self.m, self.c))
         (b, row, head, *rest), shape = x.stride(), x.shape
@@ -134,13 +165,15 @@ class Rows:
             self._on[device] = self.index.flatten().to(device)
         return self._on[device]
 
-    def change(self, x: Tensor, heads: slice, write: Callable[[Tensor], Any]) -> Any:
+    def change(self, x: Tensor, heads: slice, write: Callable[[Tensor], Any]) -> None:
         """Let `write` write to `of(x, heads)`; what it wrote is in x afterwards."""
         part = self.of(x, heads)
-        result = write(part)
+        write(part)
         if not self.strided:
             x[:, :, heads].index_copy_(1, self.flat(x.device), part.flatten(1, 2))
-        return result
+
+
+# ------------------------------------------------------------------------------------------- visits
 
 
 class Visit(NamedTuple):
@@ -204,24 +237,55 @@ def staircase(q_positions: Tensor, k_positions: Tensor) -> list[tuple[slice, sli
     return pieces
 
 
-def visits(strand: Strand, *meeting) -> list[Visit]:
-    """Where a strand's queries meet a block of keys; `meeting` is queries, keys, causal, masked and
-    q_chunk.
+def _cut(q_at: Tensor, k_at: Tensor, bounds: Bounds) -> Iterator[tuple[Tensor, Tensor, str]]:
+    """What sorted queries see of sorted keys: the rows of both, and the kind.
+
+    A bound on the left is a bound on the right with queries and keys in reverse: its triangles are causal, too.
     """
-    return _visits(strand._replace(heads=range(0)), *meeting)
+    (left, right), q, k = bounds, torch.arange(len(q_at)), torch.arange(len(k_at))
+    if left is None and right is None:
+        yield q, k, "full"
+    elif left is None:
+        yield from ((q[a], k[b], kind) for a, b, kind in staircase(q_at + right, k_at))
+    elif right is None:
+        q, k = q.flip(0), k.flip(0)
+        for a, b, kind in staircase(left - q_at[q], -k_at[k]):
+            yield *((q[a], k[b]) if kind == "causal" else (q[a].flip(0), k[b].flip(0))), kind
+    elif len(q_at) and len(k_at):
+        # keys up to about where the first query's end are bounded on the left only, those after them on the right only
+        first = torch.searchsorted(k_at, q_at - left)
+        end = int(torch.searchsorted(k_at, q_at[:1] + right, right=True))
+        rows = int((first <= end).sum())  # of which that holds; the others see nothing before it
+        middle = max(int(first[rows - 1]), end - 1) if rows else 0
+        for some, these in (((left, None), slice(0, middle)), ((None, right), slice(middle, None))):
+            yield from ((a, k[these][b], kind) for a, b, kind in _cut(q_at[:rows], k_at[these], some))
+        rest = max(rows, 1)  # the first query may see nothing at all
+        yield from ((a + rest, b, kind) for a, b, kind in _cut(q_at[rest:], k_at, bounds))
+
+
+def _hull(pieces: list[tuple[Tensor, Tensor, str]]) -> list[tuple[Tensor, Tensor, str]]:
+    """The one rectangle that holds all pieces, in which positions say what is seen."""
+    sides = [torch.cat(side) for side in list(zip(*pieces, strict=True))[:2]]
+    return [(*(torch.arange(int(x.min()), int(x.max()) + 1) for x in sides), "mask")] if pieces else []
+
+
+def visits(
+    strand: Strand, queries: Positions, keys: Positions, causal: bool, masked: bool, q_chunk: int | None,
+    window: Bounds = (None, None),
+) -> list[Visit]:  # fmt: skip
+    """Where a strand's queries meet a block of keys; masked: what is seen is not decided by positions alone."""
+    bounds = (window[0], 0) if causal else window
+    return _visits(strand._replace(heads=range(0)), queries, keys, bounds, masked, q_chunk)
 
 
 @lru_cache(maxsize=2048)
-def _visits(strand: Strand, queries: Positions, keys: Positions, causal: bool, masked: bool, q_chunk: int | None):
+def _visits(strand: Strand, queries: Positions, keys: Positions, bounds: Bounds, masked: bool, q_chunk: int | None):
     found: list[Visit] = []
     q_rows, k_rows = strand.rows(queries), strand.rows(keys)
     q_at, k_at = queries.index[q_rows], keys.index[k_rows]
-    q_segment, q_count = (q_at // strand.w).unique_consecutive(return_counts=True)
-    k_segment, k_count = (k_at // strand.w).unique_consecutive(return_counts=True)
-    q_start, k_start = q_count.cumsum(0) - q_count, k_count.cumsum(0) - k_count
-    q_shared, k_shared = torch.isin(q_segment, k_segment), torch.isin(k_segment, q_segment)
-    shape = torch.stack([q_count[q_shared], k_count[k_shared]], 1)
-    start = torch.stack([q_start[q_shared], k_start[k_shared]], 1)
+    start, shape = _segments(strand, q_at, k_at)
+    if None not in bounds:
+        start, shape = _banded(start, shape, q_at, k_at, bounds, strand.r, q_chunk)
     for c, kc in shape.unique(dim=0).tolist() if len(shape) else ():
         # segments of one shape, then of one pattern of positions: all but a tail are usually alike
         firsts = start[(shape == torch.tensor([c, kc])).all(1)]
@@ -230,17 +294,47 @@ def _visits(strand: Strand, queries: Positions, keys: Positions, causal: bool, m
             origin = q_at[q_index[:, :1]]
             pattern = torch.cat([q_at[q_index] - origin, k_at[k_index] - origin], 1)
             alike = (pattern == pattern[0]).all(1)
-            pieces = _alike(q_at, k_at, q_index[alike], k_index[alike], causal, q_chunk)
-            found += (
-                Visit(Rows(q_rows[x]), Rows(k_rows[y]), "mask" if masked else kind, (queries, keys))
-                for x, y, kind in pieces
-            )
+            pieces = _alike(q_at, k_at, q_index[alike], k_index[alike], bounds, masked, q_chunk)
+            found += (Visit(Rows(q_rows[x]), Rows(k_rows[y]), kind, (queries, keys)) for x, y, kind in pieces)
             q_index, k_index = q_index[~alike], k_index[~alike]
     return found
 
 
+def _segments(strand: Strand, q_at: Tensor, k_at: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each segment that has queries and keys: where both start among the rows, and how many there are."""
+    q_segment, q_count = strand.segment(q_at).unique_consecutive(return_counts=True)
+    k_segment, k_count = strand.segment(k_at).unique_consecutive(return_counts=True)
+    q_start, k_start = q_count.cumsum(0) - q_count, k_count.cumsum(0) - k_count
+    q_shared, k_shared = torch.isin(q_segment, k_segment), torch.isin(k_segment, q_segment)
+    start = torch.stack([q_start[q_shared], k_start[k_shared]], 1)
+    return start, torch.stack([q_count[q_shared], k_count[k_shared]], 1)
+
+
+_BAND = 64  # query rows that a piece of a window has at least, so that a narrow one is no thousand tiny pieces
+
+
+def _banded(
+    start: Tensor, shape: Tensor, q_at: Tensor, k_at: Tensor, bounds: Bounds, r: int, q_chunk: int | None
+) -> tuple[Tensor, Tensor]:
+    """Cut segments under a window: left + right query rows at a time and the keys that any of them sees, which are
+    two triangles; so work grows with what is seen.
+    """
+    left, right = bounds
+    rows = min(max(_BAND, (left + right) // r), q_chunk or EVERYTHING)
+    times = -(-shape[:, 0] // rows)
+    of = torch.arange(len(times)).repeat_interleave(times)
+    ahead = (torch.arange(len(of)) - (times.cumsum(0) - times)[of]) * rows
+    begin, end = start[of].clone(), (start + shape)[of]
+    begin[:, 0] += ahead
+    end[:, 0] = torch.minimum(end[:, 0], begin[:, 0] + rows)
+    begin[:, 1] = torch.maximum(begin[:, 1], torch.searchsorted(k_at, q_at[begin[:, 0]] - left))
+    end[:, 1] = torch.minimum(end[:, 1], torch.searchsorted(k_at, q_at[end[:, 0] - 1] + right, right=True))
+    seen = (begin < end).all(1)
+    return begin[seen], (end - begin)[seen]
+
+
 def _alike(
-    q_at: Tensor, k_at: Tensor, q_index: Tensor, k_index: Tensor, causal: bool, q_chunk: int | None
+    q_at: Tensor, k_at: Tensor, q_index: Tensor, k_index: Tensor, bounds: Bounds, masked: bool, q_chunk: int | None
 ) -> Iterator[tuple[Tensor, Tensor, str]]:
     """Segments that are alike, `q_chunk` query rows at a time, whole segments if they fit, else
     parts: which of the queries at `q_at` meet which of the keys at `k_at`, and the kind.
@@ -250,7 +344,7 @@ def _alike(
     for i in range(0, len(q_index), some):
         for j in range(0, c, q_chunk or c):
             qi, ki = q_index[i : i + some, j : j + (q_chunk or c)], k_index[i : i + some]
-            pieces = [(slice(None), slice(None), "full")]
-            if causal:
-                pieces = staircase(q_at[qi[0]], k_at[ki[0]])
+            pieces = list(_cut(q_at[qi[0]], k_at[ki[0]], bounds))
+            if masked or len(pieces) > _PIECES:
+                pieces = _hull(pieces)
             yield from ((qi[:, a], ki[:, b], kind) for a, b, kind in pieces)
