@@ -24,11 +24,6 @@ from torch import Tensor
 from .shard import Attended, wide
 
 
-def share(lse: Tensor, merged: Tensor) -> Tensor:
-    """The weight exp(lse − merged) of a block in the merge; 0 where neither saw a key."""
-    return torch.exp(lse - merged).nan_to_num_(0.0)
-
-
 def merge(a: Attended, b: Attended) -> Attended:
     """The attention over the union of two disjoint key sets.
 

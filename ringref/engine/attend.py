@@ -171,7 +171,7 @@ def _seen(call: Call, part: Part, meeting: Meeting, like: Tensor) -> kernels.See
 
 def _cut(heads: range, *tensors: Tensor | None) -> list[Tensor | None]:
     """These heads of tensors `b s h …`."""
-    return [None if x is None else x[:, :, heads_of(heads)] for x in tensors]
+    return [x if x is None or len(heads) == x.shape[2] else x[:, :, heads_of(heads)] for x in tensors]
 
 
 def _joined(some: list[Tensor]) -> Tensor:

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..block import share
 from ..comm.ring import Message
 from ..shard import wide
 from .visits import Rows
@@ -52,10 +51,10 @@ class Running:
             self._merge(*block)
 
     def _merge(self, rows: Rows, heads: slice, out: Tensor, lse: Tensor) -> None:
-        before = rows.of(self.lse, heads)
-        merged = torch.logaddexp(before, lse)
-        kept, weight = (share(x, merged)[..., None] for x in (before, lse))
-        rows.change(self.lse, heads, lambda part: part.copy_(merged))
+        # exp(lse − logaddexp(lse, before)); two that saw nothing are 0 whatever they weigh
+        weight = torch.sigmoid((lse - rows.of(self.lse, heads)).nan_to_num_(0.0))[..., None]
+        kept = 1 - weight
+        rows.change(self.lse, heads, lambda part: torch.logaddexp(part, lse, out=part))
         rows.change(self.out, heads, lambda part: torch.addcmul(_scaled(part, kept), out, weight, out=part))
 
 
