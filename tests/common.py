@@ -5,6 +5,7 @@
 
 import math
 from contextlib import contextmanager
+from functools import partial
 from typing import NamedTuple
 from unittest import mock
 
@@ -236,3 +237,29 @@ DILATIONS = {
     "odd": Dilation([5, 40], [2, 3]),  # neither divides w, n or h; a tail; w > n
     "grouped": Dilation([6, 12, 30], [1, 2, 3], heads="grouped"),
 }
+
+
+def everything(ring, device="cpu", rounds=6):
+    """Every kind of exchange, uneven and empty, of changing shapes, whole and among some ranks, on any transport."""
+    p, me, dice = ring.size, ring.rank, torch.Generator().manual_seed(7)  # the same on every rank
+    full, empty = partial(torch.full, device=device), partial(torch.empty, device=device)
+
+    def some(most, *shape):
+        return torch.randint(0, most, shape, generator=dice).tolist()
+
+    for _ in range(rounds):
+        n, lengths, table = some(300), some(200, p), some(90, p, p)
+        posted = ring.rotate((full((n,), me), full((3,), me * 0.5)), (empty(n, dtype=torch.int64), empty(3)))
+        own = full((lengths[me], 3), float(me)).t()  # strided
+        every = ring.gather(own, [(3, m) for m in lengths])
+        assert [x.shape[1] for x in every] == lengths and all((x == r).all() for r, x in enumerate(every))
+        whole, half = posted.wait()  # after another exchange was posted and done
+        assert (whole == (me - 1) % p).all() and (half == (me - 1) % p * 0.5).all()
+        (total,) = ring.reduce([(full((n, 2), 10.0 * me + r),) for r in range(p)])
+        assert (total == sum(10.0 * r + me for r in range(p))).all()
+        into = {r: (empty(table[r][me], dtype=torch.uint8),) for r in range(p)}
+        ring.exchange({r: (full((table[me][r],), 16 * me + r, dtype=torch.uint8),) for r in range(p)}, into).wait()
+        assert all((x == 16 * r + me).all() for r, (x,) in into.items())
+        few = ring.among([p - 1, 0] if me in (0, p - 1) else list(range(1, p - 1))) if p > 2 else ring
+        (came,) = few.rotate((full((n,), me),), (empty(n, dtype=torch.int64),)).wait()
+        assert (came == ({0: p - 1, p - 1: 0}.get(me, 1 + (me - 2) % (p - 2)) if p > 2 else 1 - me)).all()

@@ -72,6 +72,14 @@ def test_exposed_is_message_time_with_no_compute_under_it():
     assert bench.exposed_time(kernels) == (1 + 1, 10)
 
 
+def test_a_hop_hides_from_the_length_after_the_last_at_which_it_does_not():
+    def rows(*together):
+        return [{"tokens_per_gpu": 2**i, "kernel_ms": 1.0, "together_ms": x} for i, x in enumerate(together)]
+
+    assert bench.hides_from(rows(1.02, 1.2, 1.03, 0.99)) == 4
+    assert bench.hides_from(rows(1.0, 1.0)) == 1 and bench.hides_from(rows(1.0, 1.04)) == "not here"
+
+
 def test_the_command_writes_what_it_found(tmp_path):
     assert bench.main(["--ranks", "1", "--sections", "long", "--longest", "0", "--data", str(tmp_path)]) == 0
     (file,) = tmp_path.glob("long-*-x1.json")

@@ -2,11 +2,15 @@
 the last recorded run is figures/data/tests-h100-80gb-x1.xml.
 """
 
+import time
+
 import pytest
 import torch
+from common import everything
 
 import ringref
 from ringref import block
+from ringref.comm.launch import RankError
 from ringref.engine import kernels
 from ringref.engine.call import Call
 from ringref.shard import Table, alone, counted
@@ -167,9 +171,14 @@ def _nccl(ring):
     return max(errors)
 
 
-def test_nccl_with_uneven_shards():
+def _over(transport):
+    return lambda ring: _nccl(ringref.ProcessRing(transport=transport))
+
+
+@pytest.mark.parametrize("transport", ["nccl", "peer"])
+def test_processes_with_uneven_shards(transport):
     for p in {1, torch.cuda.device_count()}:
-        assert max(ringref.launch(_nccl, p, "nccl")) < 1e-10
+        assert max(ringref.launch(_over(transport), p, "nccl")) < 1e-10
 
 
 def _subgroup(ring):
@@ -179,6 +188,131 @@ def _subgroup(ring):
     return _nccl(ringref.ProcessRing(group)) if ring.rank == 1 else 0.0
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+two = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+
+
+@two
 def test_nccl_on_a_subgroup():
     assert max(ringref.launch(_subgroup, torch.cuda.device_count(), "nccl")) < 1e-10
+
+
+# ------------------------------------------------------------------------------------ copy engines
+
+
+def _exchanges(ring):
+    """Changing shapes, two rings alive at once, memory that torch gives back in between, and a ring that ends."""
+    other = ringref.ProcessRing()
+    for _ in range(3):
+        posted = other.rotate(
+            (torch.full((1000,), ring.rank, device="cuda"),), (torch.empty(1000, device="cuda").long(),)
+        )
+        everything(ring, "cuda")
+        assert (posted.wait()[0] == (ring.rank - 1) % ring.size).all()
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+    return ring.transport, other.transport
+
+
+@two
+def test_gpus_that_reach_each_other_use_copy_engines():
+    assert set(ringref.launch(_exchanges, torch.cuda.device_count(), "nccl")) == {("peer", "peer")}
+
+
+def _same_over_both(ring):
+    """Forward and forward+backward, repeatedly, in float64: out, lse and gradients are the same to the last bit."""
+    torch.manual_seed(0)
+    rings = [ringref.ProcessRing(transport=x) for x in ("nccl", "peer")]
+    for n in (300, 4096, 70):
+        q, k, v, dout = torch.randn(4, 1, n, 4, 64, dtype=torch.float64).cuda()
+        for method in METHODS:
+            found = []
+            for one in rings:
+                shard = ringref.partition(n, one, "zigzag")
+                mine = [shard.take(x).requires_grad_() for x in (q, k, v)]
+                method(*mine, causal=True, shard=shard)  # a forward whose backward never comes
+                out, lse = method(*mine, causal=True, shard=shard)
+                out.backward(shard.take(dout))
+                found.append([out.detach(), lse.detach(), *(x.grad for x in mine)])
+            for ours, theirs in zip(*found, strict=True):
+                assert torch.equal(ours, theirs), (method.__name__, n)
+    return [(one.transport, one.traffic) for one in rings]
+
+
+@two
+def test_transports_give_the_same_results():
+    for (_, nccl), (name, peer) in ringref.launch(_same_over_both, torch.cuda.device_count(), "nccl"):
+        assert name == "peer" and nccl == peer
+
+
+def _captured(ring):
+    a, b = torch.zeros(2, 1 << 20, device="cuda")
+
+    def step():
+        posted = ring.rotate((a,), (torch.empty_like(a),))
+        once = a * 2  # under the message
+        return ring.rotate((posted.wait()[0] + 1,), (b,)).wait()[0] + once
+
+    def right(out, i):
+        return bool((out == (ring.rank - 2) % ring.size + i + 1 + 2 * (ring.rank + i)).all())
+
+    step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = step()
+    found = []
+    for i in range(5):
+        a.fill_(ring.rank + i)
+        graph.replay()
+        found.append(right(out, i))
+        a.fill_(ring.rank - i)  # and as it comes, in between
+        found.append(right(step(), -i))
+    torch.cuda.synchronize()
+    del graph
+    return all(found)
+
+
+@two
+def test_an_exchange_can_be_captured():
+    assert all(ringref.launch(_captured, torch.cuda.device_count(), "nccl"))
+
+
+def _stands_still(ring):
+    """Rank 1 takes what is sent to it and sends nothing: on the host all is well."""
+    x, y = torch.ones(1000, device="cuda"), torch.empty(1000, device="cuda")
+    if ring.rank == 1:
+        ring.exchange({}, {0: (y,)}).wait()
+        torch.cuda.synchronize()
+        time.sleep(60)
+    elif ring.rank == 0:
+        y.sum().item()
+        ring.exchange({1: (x,)}, {1: (y,)}).wait()
+        y.sum().item()
+
+
+@two
+def test_a_message_that_never_comes_is_an_error_in_time():
+    start = time.monotonic()
+    with pytest.raises(RankError, match="rank 0 of .* raised:(.|\n)*device-side assert"):
+        ringref.launch(_stands_still, 2, "nccl", timeout=5)
+    assert time.monotonic() - start < 40
+
+
+def _stumbles(ring):
+    """An exception that all ranks meet in the middle of a call, and another call."""
+
+    def mask(b, h, i, j):
+        raise KeyError("in the caller's mask")
+
+    for _ in range(3):
+        shard = ringref.partition(256, ring)
+        mine = [x.requires_grad_() for x in torch.randn(3, 1, len(shard.positions), 2, 64, device="cuda")]
+        with pytest.raises(KeyError):
+            ringref.ring_attention(*mine, mask_mod=mask, shard=shard)
+        everything(ring, "cuda", rounds=1)
+    return True
+
+
+@two
+def test_an_exception_in_the_middle_leaves_a_ring_of_use():
+    assert all(ringref.launch(_stumbles, 2, "nccl"))

@@ -160,6 +160,11 @@ def test_ranks_one_and_three_of_four():
             for method in METHODS.values():
                 mine = given.cut(*split.rows[part.rank])
                 assert_close(both_ways(method, mine, shard=split.shard(part), causal=True), true)
+            assert part.transport == "gloo"
+        with pytest.raises(ValueError, match="transport: 'peer' needs a group with NCCL, this one has gloo"):
+            ProcessRing(transport="peer")
+        with pytest.raises(ValueError, match="transport: expected 'auto', 'peer' or 'nccl', got 'pigeon'"):
+            ProcessRing(transport="pigeon")
         mesh = dist.device_mesh.init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "context"))
         return ProcessRing(mesh["context"]).rank, ProcessRing(mesh["data"]).rank
 

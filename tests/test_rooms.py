@@ -17,7 +17,8 @@ OPTIONAL = {"engine.kernels": {"xformers"}, "lab.bench": {"dilated_attention_pyt
 
 FLOORS = (  # from the ground up: a room imports from floors below its own, and from nobody beside it
     {"comm.ring"},
-    {"comm.process", "comm.simulate"},
+    {"comm.peer", "comm.simulate"},
+    {"comm.process"},
     {"comm.launch", "shard"},
     {"block", "engine.call", "engine.visits"},
     {"dense", "engine.kernels", "engine.route", "engine.sums"},
@@ -42,7 +43,7 @@ UNSPOKEN = {  # whole identifiers that a room has no use for
     "dilated": {"einsum"},
     "collective": {"einsum"},
     "ring": {"einsum"},
-    **{f"comm.{room}": {"q", "k", "v"} for room in ("ring", "process", "simulate", "launch")},
+    **{f"comm.{room}": {"q", "k", "v"} for room in ("ring", "process", "peer", "simulate", "launch")},
 }
 DISTRIBUTED = {"comm", "oracle.sanitizer", "oracle.pool", "lab.bench"}
 DEFINITION = {"engine.call", "shard"}  # all that the judge may share with those it judges: no arithmetic in either

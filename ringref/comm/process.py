@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -9,7 +10,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from .peer import Cuda, Peers, Unreachable, together
 from .ring import Ring, Traffic, _tell
+
+_made: dict[str, int] = {}  # how many rings each group has had
 
 
 class ProcessRing(Ring):
@@ -17,9 +21,14 @@ class ProcessRing(Ring):
 
     A subgroup's own ranks 0 … size−1 are the ring's ranks, whatever their global ranks are. `None`
     is the whole world.
+
+    In a group with NCCL, CUDA tensors travel by copy engines ("peer", peer.py) where all its GPUs can reach each
+    other, over NCCL ("nccl") where not; `transport`, or else the environment variable RINGREF_TRANSPORT, asks for one
+    of the two. The attribute `transport` says which it is, `unreachable` why not "peer". Making such a ring is
+    collective: every member makes it, and several rings of a group in one order.
     """
 
-    def __init__(self, group_or_mesh: Any = None):
+    def __init__(self, group_or_mesh: Any = None, transport: str | None = None):
         if not dist.is_initialized():
             raise RuntimeError("ProcessRing needs torch.distributed.init_process_group() first")
         if hasattr(group_or_mesh, "get_group"):
@@ -32,28 +41,70 @@ class ProcessRing(Ring):
         self.rank, self.size = dist.get_rank(self.group), dist.get_world_size(self.group)
         self.traffic, self._hop, self._side = Traffic(), 0, None
         self._world_ranks = dist.get_process_group_ranks(self.group)
+        self._calls, self._peers, self.unreachable = 0, None, None
+        self.transport = self._connect(transport)
+
+    def _connect(self, transport):
+        """Find out, together with the other ranks, how CUDA tensors travel."""
+        wish, backend = transport or os.environ.get("RINGREF_TRANSPORT") or "auto", dist.get_backend(self.group)
+        if wish not in ("auto", "peer", "nccl"):
+            raise ValueError(f"transport: expected 'auto', 'peer' or 'nccl', got {wish!r}")
+        if "nccl" not in dist.get_backend_config(self.group):
+            if transport not in (None, "auto"):
+                raise ValueError(f"transport: {wish!r} needs a group with NCCL, this one has {backend}")
+            return backend
+        if self.size == 1:
+            return "nccl" if wish == "auto" else wish
+        name = f"ringref {self.group.group_name} {self._world_ranks}"
+        _made[name] = _made.get(name, 0) + 1
+        store = dist.PrefixStore(f"{name} {_made[name]}", self.group.get_group_store())
+        wishes = together(self.rank, self.size, store, "transport", lambda: wish)
+        if len(set(wishes)) > 1:
+            raise ValueError(f"transport: the ranks ask for different ones: {wishes}")
+        if wish == "nccl":
+            return wish
+        timeout = self.group._get_backend(torch.device("cuda")).options._timeout.total_seconds()
+        try:
+            self._peers = Peers(self.rank, self.size, store, Cuda, timeout)
+            return "peer"
+        except Unreachable as why:
+            if wish == "peer":
+                raise
+            self.unreachable = str(why)
+            return "nccl"
 
     def _post(self, outgoing, into):
         self._hop += 1
-        hop, peers = self._hop, sorted({*outgoing, *into})
-        sends = [(r, x.contiguous()) for r, message in outgoing.items() for x in message]
-        ops = [dist.P2POp(dist.isend, x, self._world_ranks[r], self.group) for r, x in sends]
-        ops += [dist.P2POp(dist.irecv, x, self._world_ranks[r], self.group) for r, m in into.items() for x in m]
-        where = f"rank {self.rank}, hop {hop}: the exchange with ranks {peers}"
+        where = f"rank {self.rank}, hop {self._hop}: the exchange with ranks {sorted({*outgoing, *into})}"
         _tell(f"{where} is posted")
         with _named(where):
-            works = dist.batch_isend_irecv(ops)
+            if self._peers and all(x.is_cuda for message in (*outgoing.values(), *into.values()) for x in message):
+                wait = self._peers.post(outgoing, into, self._calls, where)
+            else:
+                wait = self._over_group(outgoing, into)
 
         def finish():
             with _named(where):
-                for work in works:
-                    work.wait()
+                wait()
             _tell(f"{where} is done")
-            sends.clear()  # the buffers had to live until here
 
         return finish
 
+    def _over_group(self, outgoing, into):
+        sends = [(r, x.contiguous()) for r, message in outgoing.items() for x in message]
+        ops = [dist.P2POp(dist.isend, x, self._world_ranks[r], self.group) for r, x in sends]
+        ops += [dist.P2POp(dist.irecv, x, self._world_ranks[r], self.group) for r, m in into.items() for x in m]
+        works = dist.batch_isend_irecv(ops)
+
+        def wait():
+            for work in works:
+                work.wait()
+            sends.clear()  # the buffers had to live until here
+
+        return wait
+
     def share(self, row, lengths):
+        self._calls += 1
         if self.size == 1:
             return [row]
         device = "cpu" if "cpu" in dist.get_backend_config(self.group) else "cuda"
@@ -75,5 +126,5 @@ def _named(where: str) -> Iterator[None]:
     """Say where a transport's error broke in."""
     try:
         yield
-    except RuntimeError as error:
+    except (RuntimeError, OSError) as error:
         raise RuntimeError(f"{where} broke off: {error}") from error

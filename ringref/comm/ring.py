@@ -3,7 +3,7 @@
 Post some sends and some receives, compute, `wait()`. A message is a tuple of tensors that leave together (one batch,
 so NCCL launches one kernel for K and V). Both sides know every size, so an empty tensor is never sent, and a message
 to oneself never leaves. A transport is one `_post`: threads of one process (simulate.py), `torch.distributed`
-(process.py).
+(process.py), copy engines between GPUs (peer.py).
 """
 
 from __future__ import annotations
@@ -58,6 +58,7 @@ class Ring:
     rank: int
     size: int
     traffic: Traffic
+    transport = "threads"  # how messages travel
 
     def _post(self, outgoing: dict[int, Message], into: dict[int, Message]) -> Callable[[], None]:
         """Post sends to and receives from other ranks; returns the function that waits for all of
@@ -173,6 +174,7 @@ class SubRing(Ring):
     def __init__(self, whole: Ring, members: Sequence[int]):
         self.whole, self.members = whole, list(members)
         self.rank, self.size, self.traffic = (self.members.index(whole.rank), len(self.members), whole.traffic)
+        self.transport = whole.transport
 
     def _post(self, outgoing, into):
         return self.whole._post(*({self.members[r]: m for r, m in x.items()} for x in (outgoing, into)))

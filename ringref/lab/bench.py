@@ -78,7 +78,7 @@ def _report(bench, section, rows, args):
         table.add_row(*(f"{x:.4g}" if isinstance(x, float) else str(x) for x in cells))
     Console(width=180).print(table)
     record = {"section": section, "machine": machine, "versions": bench.versions(), "command": args.command}
-    record |= {"date": datetime.date.today().isoformat(), "rows": rows}
+    record |= {"date": datetime.date.today().isoformat(), "transport": bench.ring.transport, "rows": rows}
     args.data.mkdir(parents=True, exist_ok=True)
     slug = "-".join(bench.machine.lower().removeprefix("nvidia ").split()[:2])
     (args.data / f"{section}-{slug}-x{bench.ring.size}.json").write_text(json.dumps(record, indent=1) + "\n")
@@ -126,6 +126,15 @@ class Bench:
         slower = self.worst(*(a.elapsed_time(b) if self.cuda else 1e3 * (b - a) for a, b in pairs))
         return statistics.median(slower), max(slower) - min(slower)
 
+    def host(self, step):
+        """Seconds of a step on the host of the slower rank, when the device does not hold it up."""
+        self.synchronise()
+        start = time.perf_counter()
+        for _ in range(REPEATS):
+            step()
+        (taken,) = self.worst((time.perf_counter() - start) / REPEATS)
+        return taken
+
     def _mark(self):
         if not self.cuda:
             return time.perf_counter()
@@ -171,7 +180,7 @@ class Bench:
         if not self.cuda:
             return found
         nccl = ".".join(map(str, torch.cuda.nccl.version()))
-        return {**found, "cuda": torch.version.cuda, "cudnn": torch.kernels.cudnn.version(), "nccl": nccl}
+        return {**found, "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version(), "nccl": nccl}
 
     def attempt(self, row, run, method, h, d, **how):
         """The row with what run(inputs, dout) finds, if row["n"] tokens fit.
@@ -331,18 +340,65 @@ class Impatient(ProcessRing):
 
 
 def overlap_section(bench, args):
-    """Message and compute kernels of one training step; exposed is message time with no compute under it."""
-    for s in args.tokens if bench.cuda and bench.ring.size > 1 else ():
-        row = {"tokens_per_gpu": s, "p": bench.ring.size}
-        for name, ring in (("_waits_first", Impatient(bench.ring.group)), ("", bench.ring)):
-            kernels = traced(bench, ring, s)
-            exposed, length = exposed_time(kernels)
-            (row[f"exposed_percent{name}"],) = bench.worst(100 * exposed / length)
-        yield {**row, "kernels": kernels}
+    """For each transport: a hop of K and V alone, the attention kernel on them alone (a causal zigzag's: half the
+    queries), and both together; and from which shard length on a hop hides, which is to take no more than 3 % of the
+    kernel's time. Where `--tokens` asks for it also a training step: exposed is message time with no compute under it.
+    """
+    for transport in ("peer", "nccl") if bench.cuda and bench.ring.size > 1 else ():
+        try:
+            rings = [kind(bench.ring.group, transport) for kind in (Impatient, ProcessRing)]
+        except RuntimeError as error:  # on all ranks alike
+            yield {"transport": transport, "failed": str(error)[:100]}
+            continue
+        lengths = sorted({*args.tokens, *(2**i for i in range(10, max(args.tokens).bit_length()))})
+        rows = [
+            {"transport": transport, "tokens_per_gpu": s, "p": bench.ring.size, **_hop(bench, rings[1], s)}
+            for s in lengths
+        ]
+        for row in rows:
+            row["hides_from"] = hides_from(rows)
+            if row["tokens_per_gpu"] in args.tokens:
+                for name, ring in zip(("_waits_first", ""), rings, strict=True):
+                    kernels = traced(bench, ring, row["tokens_per_gpu"])
+                    exposed, length = exposed_time(kernels)
+                    (row[f"exposed_percent{name}"],) = bench.worst(100 * exposed / length)
+                row["kernels"] = kernels
+            yield row
+
+
+def hides_from(rows):
+    """The shard length from which on a hop hides, as far as was measured."""
+    found = "not here"
+    for row in reversed(rows):
+        if row["together_ms"] > 1.03 * row["kernel_ms"]:
+            break
+        found = row["tokens_per_gpu"]
+    return found
+
+
+def _hop(bench, ring, s):
+    (q, k, v), _ = bench.inputs(s, HEADS, HEAD_DIM)
+    into, attention = (torch.empty_like(k), torch.empty_like(v)), partial(bench.plain(False), q[:, : s // 2], k, v)
+
+    def post():
+        return ring.rotate((k, v), into)
+
+    def together():
+        posted = post()
+        attention()
+        posted.wait()
+
+    with torch.no_grad():
+        steps = {"hop_ms": lambda: post().wait(), "kernel_ms": attention, "together_ms": together}
+        # in turns, for a GPU slows as it warms
+        rounds = [{name: bench.milliseconds(step)[0] for name, step in steps.items()} for _ in range(4)]
+        row = {name: statistics.mean(x[name] for x in rounds[1:]) for name in steps}
+        row["host_us"] = 1e6 * bench.host(steps["hop_ms"])
+    return {**row, "gb_per_s": sum(x.nbytes for x in into) / row["hop_ms"] / 1e6}
 
 
 def traced(bench, ring, s):
-    """The kernels of one training step of a causal ring; NCCL's are messages."""
+    """The kernels of one training step of a causal ring; NCCL's and copies between GPUs are messages."""
     inputs, dout = bench.inputs(s, HEADS, HEAD_DIM)
     attention = partial(ring_attention, causal=True, shard=partition(s * ring.size, ring, "zigzag"))
 
@@ -354,15 +410,16 @@ def traced(bench, ring, s):
     with profile(activities=[ProfilerActivity.CUDA]) as trace:
         step()  # profilers start at different times; after a step the ranks are together
         step()
-    skipped = ("Memcpy", "Memset", "nccl:")  # the last are annotations around NCCL's kernels
+    skipped = ("Memcpy DtoD", "Memcpy HtoD", "Memcpy DtoH", "Memset", "nccl:")  # the last are notes around kernels
     events = [e for e in trace.events() if e.device_type.name == "CUDA" and not e.name.startswith(skipped)]
     spans = sorted((e.time_range.start, e.time_range.end, e.name) for e in events)
     spans = spans[len(spans) // 2 :]
     kinds = {True: "message", False: "compute"}
     return [
-        {"name": name[:60], "kind": kinds["nccl" in name.lower()], "start_us": a - spans[0][0], "duration_us": b - a}
+        {"name": name[:60], "kind": kinds["nccl" in name.lower() or "PtoP" in name], "start_us": a - spans[0][0],
+         "duration_us": b - a}
         for a, b, name in spans
-    ]
+    ]  # fmt: skip
 
 
 def exposed_time(kernels):

@@ -1,0 +1,399 @@
+"""Messages by copy engines, between GPUs that reach each other: they take no multiprocessor from a running kernel.
+
+A sender maps the receiver's memory into its own address space and copies straight from where a tensor is to where it
+is wanted: no buffer lies between. The hosts agree on the addresses, the streams on the moment:
+
+    receiver's host     offers the addresses of `into`, and for memory that is new to the sender a handle to map it
+    sender's host       waits for the offer, and checks that it is for this message of this call
+    receiver's stream   ready = 1 at the sender · wait full == 1 · full = 0
+    sender's stream     wait ready == 1 · ready = 0 · copy · full = 1 at the receiver
+
+Signals are integers in GPU memory that streams write and wait for, two for each pair of ranks and direction. Each rank
+queues an exchange on one stream of its own, first what others wait for: so its waits are for the same exchange on other
+ranks, and ranks that post alike cannot lock each other, whatever hardware queue a stream is in. All that a stream is
+told is constant: a captured exchange can be replayed, as long as its ring lives, though nobody looks at the clock then.
+`Peers` is this protocol, `Mailbox` carries the offers, and `Cuda` is what is asked of a device; the tests have a device
+of their own.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import logging
+import select
+import socket
+import threading
+import time
+import uuid
+import weakref
+from collections import deque
+from collections.abc import Callable
+from contextlib import contextmanager
+
+import torch
+
+from .ring import Message
+
+log = logging.getLogger(__name__)
+_abandoned: list = []  # memory of rings that were dropped in the middle of an exchange
+_WAIT, _WRITE = 1, 2  # CU_STREAM_MEM_OP_WAIT_VALUE_32 and …_WRITE_VALUE_32
+
+
+class Unreachable(RuntimeError):
+    """These ranks cannot write to each other's memory."""
+
+
+class Peers:
+    """One rank's end of the messages. Making one is collective: it raises `Unreachable` on all ranks or on none."""
+
+    def __init__(self, rank: int, size: int, store, make_device: Callable, timeout: float):
+        self.rank, self.size, self.timeout = rank, size, timeout
+        self.broken, self._closed, self._signals = None, threading.Event(), None
+        self._others = [r for r in range(size) if r != rank]
+        self._told = {r: set() for r in self._others}  # the segments of mine that a rank knows
+        self._maps = {r: {} for r in self._others}  # where its segments are for me
+        self._offered, self._accepted = dict.fromkeys(self._others, 0), dict.fromkeys(self._others, 0)
+        self._prepared: dict = {}
+        self._flying: deque = deque()  # (mark, what it keeps alive, since when, what it is)
+        self._reach(store, make_device)
+        threading.Thread(target=_watch, args=(weakref.ref(self), self._closed), daemon=True).start()
+
+    def _reach(self, store, make_device: Callable) -> None:
+        """Map everybody's signals and exchange something; that it worked everywhere is what all ranks know then."""
+
+        def offer():
+            self._device, self._mailbox = make_device(), Mailbox(self.timeout)
+            self._signals = self._device.signals(2 * self.size)
+            key, offset = self._device.locate(self._signals.data_ptr())
+            return json.dumps([self._mailbox.name, key, self._device.export(key).hex(), offset])
+
+        def accept():
+            for peer in self._others:
+                name, key, handle, offset = json.loads(offers[peer])
+                self._mailbox.meet(peer, name)
+                self._maps[peer][key] = self._device.open(bytes.fromhex(handle))
+                self._pages[peer] = self._maps[peer][key] + offset
+                self._told[peer].add(json.loads(offers[self.rank])[1])
+
+        def prove():
+            mine, into = (
+                self._signals.new_full((9,), self.rank),
+                {r: (self._signals.new_zeros(9),) for r in self._others},
+            )
+            self.post(dict.fromkeys(self._others, (mine,)), into, 0, f"rank {self.rank}'s first exchange")()
+            if wrong := [r for r, (x,) in into.items() if x.tolist() != [r] * 9]:
+                raise RuntimeError(f"what ranks {wrong} wrote did not arrive")
+
+        offers = together(self.rank, self.size, store, "offer", offer)
+        self._pages = {self.rank: self._signals.data_ptr()}
+        together(self.rank, self.size, store, "accept", accept)
+        together(self.rank, self.size, store, "prove", prove)
+
+    def _ready(self, sender: int, receiver: int) -> int:
+        """Where the sender is told that a receiver's memory may be written."""
+        return self._pages[sender] + 8 * receiver
+
+    def _full(self, sender: int, receiver: int) -> int:
+        """Where the receiver is told that a sender has written it."""
+        return self._pages[receiver] + 8 * sender + 4
+
+    def post(self, outgoing: dict[int, Message], into: dict[int, Message], call: int, what: str) -> Callable[[], None]:
+        """Queue an exchange after what the current stream holds; the returned function lets that stream wait for it.
+
+        The host waits for the hosts of the ranks that it sends to, until they have posted the same exchange.
+        """
+        device = self._device
+        self._check()
+        outgoing = {r: tuple(x.contiguous() for x in message) for r, message in outgoing.items()}
+        with self._or_broken():
+            for peer, message in into.items():
+                self._offer(peer, message, call)
+            copies = [copy for peer, message in outgoing.items() for copy in self._accept(peer, message, call)]
+        first, last = self._signals_of(tuple(outgoing), tuple(into))
+        device.begin()
+        device.signal(first)
+        device.copy(copies)
+        device.signal(last)
+        mark, kept = device.end(), [outgoing, into]  # until the stream that may reuse their memory waits for the mark
+        if not device.capturing():  # a mark in a graph cannot be looked at
+            self._flying.append((mark, kept, time.monotonic(), what))
+
+        def finish():
+            self._check()
+            mark.join()
+            kept.clear()
+
+        return finish
+
+    def _signals_of(self, to: tuple[int, ...], sources: tuple[int, ...]) -> tuple:
+        """What a stream is told before and after the copies of an exchange."""
+        if (to, sources) not in self._prepared:
+            me, prepare = self.rank, self._device.prepare
+            first = [(_WRITE, self._ready(peer, me), 1) for peer in sources]
+            first += [(op, self._ready(me, peer), value) for peer in to for op, value in ((_WAIT, 1), (_WRITE, 0))]
+            last = [(_WRITE, self._full(me, peer), 1) for peer in to]
+            last += [(op, self._full(peer, me), value) for peer in sources for op, value in ((_WAIT, 1), (_WRITE, 0))]
+            self._prepared[to, sources] = prepare(first), prepare(last)
+        return self._prepared[to, sources]
+
+    def _offer(self, peer: int, message: Message, call: int) -> None:
+        if not all(x.is_contiguous() for x in message):
+            raise ValueError("into: received tensors must be contiguous")
+        places = [(*self._device.locate(x.data_ptr()), x.nbytes) for x in message]
+        used, told, gone = {key for key, *_ in places}, self._told[peer], []
+        fresh = used - told
+        if fresh:  # mapping is slow, and seldom: the time to say what need not be mapped any more
+            gone = [key for key in told - used if not self._device.alive(key)]
+            told |= fresh
+            told -= set(gone)
+        self._offered[peer] += 1
+        handles = [(key, self._device.export(key).hex()) for key in fresh]
+        self._mailbox.send(peer, json.dumps([self.rank, call, self._offered[peer], places, handles, gone]))
+
+    def _accept(self, peer: int, message: Message, call: int) -> list[tuple[int, int, int]]:
+        """(to, from, bytes) of each tensor of a message, once the peer has said where it wants them."""
+        its_call, number, places, handles, gone = self._mailbox.receive(peer)
+        self._accepted[peer] += 1
+        mine = call, self._accepted[peer], [x.nbytes for x in message]
+        its = its_call, number, [count for *_, count in places]
+        if mine != its:
+            raise RuntimeError(
+                "the ranks are not in the same exchange: (call, message, bytes of its tensors) "
+                f"are {mine} on rank {self.rank} and {its} on rank {peer}"
+            )
+        maps = self._maps[peer]
+        for key in gone:
+            self._device.close(maps.pop(key))
+        maps |= {key: self._device.open(bytes.fromhex(handle)) for key, handle in handles}
+        return [
+            (maps[key] + offset, x.data_ptr(), count)
+            for (key, offset, count), x in zip(places, message, strict=True)
+        ]  # fmt: skip
+
+    @contextmanager
+    def _or_broken(self):
+        """After an error between hosts, offers and messages would no longer belong together."""
+        try:
+            yield
+        except BaseException as error:
+            self.broken = self.broken or f"an exchange of this ring broke off before: {error}"
+            raise
+
+    def _check(self) -> None:
+        if self.broken:
+            raise RuntimeError(self.broken)
+
+    def overdue(self) -> None:
+        """Let go of what has arrived; fail if the oldest exchange under way is older than the timeout."""
+        while self._flying and self._flying[0][0].done():
+            self._flying.popleft()
+        if self._flying and not self.broken and time.monotonic() - self._flying[0][2] > self.timeout:
+            self.broken = f"{self._flying[0][3]} was not done after {self.timeout:g} s: another rank is late or gone"
+            log.error("%s", self.broken)
+            self._device.fail()
+
+    def __del__(self):
+        self._closed.set()
+        if self.broken or not all(mark.done() for mark, *_ in self._flying):
+            _abandoned.append((self._signals, self._flying))  # others may still write to it
+            return
+        for maps in self._maps.values():
+            for base in maps.values():
+                self._device.close(base)
+
+
+def together(rank: int, size: int, store, what: str, step: Callable[[], str | None]) -> list[str]:
+    """Take a step that may fail; if it did on any rank all raise, else all know what it returned."""
+    try:
+        mine = f"+{step() or ''}"
+    except (OSError, RuntimeError, AttributeError) as error:  # the last: a driver without it
+        mine = f"-rank {rank} ({what}): {error}"
+    store.set(f"{what} {rank}", mine)
+    every = [store.get(f"{what} {r}").decode() for r in range(size)]
+    if problems := [x[1:] for x in every if x.startswith("-")]:
+        raise Unreachable("; ".join(problems))
+    return [x[1:] for x in every]
+
+
+def _watch(reference: weakref.ref, closed: threading.Event) -> None:
+    """Look after exchanges that hosts have queued and left; keeps no ring alive."""
+    peers, pause = reference(), 0.0
+    if peers is not None:
+        peers._device.watch_only()
+        pause = min(1.0, peers.timeout / 10)
+    del peers
+    while not closed.wait(pause):
+        peers = reference()
+        if peers is None:
+            return
+        try:
+            peers.overdue()
+        except RuntimeError:  # the device is lost, and says so wherever it is used next
+            return
+        del peers
+
+
+class Mailbox:
+    """Short messages between processes of one machine, in order from each."""
+
+    def __init__(self, timeout: float):
+        self.name, self._timeout = f"\0ringref-{uuid.uuid4().hex}", timeout
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._socket.bind(self.name)
+        self._socket.setblocking(False)
+        self._arrival = select.poll()
+        self._arrival.register(self._socket, select.POLLIN)
+        self._names: dict[int, str] = {}
+        self._backlog: dict[int, deque] = {}
+
+    def meet(self, peer: int, name: str) -> None:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as trial:
+            trial.connect(name)
+        self._names[peer], self._backlog[peer] = name, deque()
+
+    def send(self, peer: int, text: str) -> None:
+        end = time.monotonic() + self._timeout
+        while True:
+            try:
+                self._socket.sendto(text.encode(), self._names[peer])
+                return
+            except BlockingIOError:  # the peer's queue is full: it may wait for a place in mine
+                if not self._take(0.01) and time.monotonic() > end:
+                    raise TimeoutError(f"rank {peer} took no message for {self._timeout:g} s") from None
+            except OSError as error:
+                raise RuntimeError(f"rank {peer} is gone: {error}") from error
+
+    def receive(self, peer: int) -> list:
+        """The next message of this rank."""
+        end = time.monotonic() + self._timeout
+        while not self._backlog[peer]:
+            left = end - time.monotonic()
+            if left <= 0 or not self._take(left):
+                raise TimeoutError(f"rank {peer} did not post its side within {self._timeout:g} s")
+        return self._backlog[peer].popleft()
+
+    def _take(self, seconds: float) -> bool:
+        """Put the next message where it belongs, if one comes in time."""
+        if not self._arrival.poll(1e3 * seconds):
+            return False
+        peer, *rest = json.loads(self._socket.recv(2**18))
+        self._backlog[peer].append(rest)
+        return True
+
+    def __del__(self):
+        self._socket.close()
+
+
+# ---------------------------------------------------------------------------------------- the device
+
+
+class _Handle(ctypes.Structure):
+    _fields_ = [("reserved", ctypes.c_ubyte * 64)]
+
+
+class _Mark:
+    def __init__(self, event: torch.cuda.Event):
+        self.done = event.query
+        self.join = lambda: torch.cuda.current_stream().wait_event(event)
+
+
+class Cuda:
+    """What `Peers` asks of a GPU: memory that other processes map, and copies and signals queued on a stream."""
+
+    def __init__(self):
+        self._index, self._driver = torch.cuda.current_device(), ctypes.CDLL("libcuda.so.1")
+        self._stream = torch.cuda.Stream(priority=-1)
+        self._queue = ctypes.c_void_p(self._stream.cuda_stream)
+        self._bases: dict[int, int] = {}
+        # what `fail` needs is loaded now: nothing can be loaded while a stream waits
+        self._false = torch.zeros((), dtype=torch.bool, device=self._index)
+        torch._assert_async(~self._false)
+        torch.cuda.synchronize()
+
+    def _call(self, name: str, *arguments) -> None:
+        status = getattr(self._driver, name)(*arguments)
+        if status:
+            text = ctypes.c_char_p()
+            self._driver.cuGetErrorString(status, ctypes.byref(text))
+            raise RuntimeError(f"{name}: {(text.value or b'?').decode()} ({status})")
+
+    def signals(self, count: int) -> torch.Tensor:
+        zeros = torch.zeros(count, dtype=torch.int32, device=self._index)
+        torch.cuda.synchronize()
+        return zeros
+
+    def locate(self, address: int) -> tuple[int, int]:
+        """The segment that an address is in, by a number that is never used twice, and the offset in it."""
+        base, key = ctypes.c_uint64(), ctypes.c_uint64()
+        self._call("cuMemGetAddressRange_v2", ctypes.byref(base), None, ctypes.c_uint64(address))
+        self._call("cuPointerGetAttribute", ctypes.byref(key), 7, base)  # CU_POINTER_ATTRIBUTE_BUFFER_ID
+        self._bases[key.value] = base.value
+        return key.value, address - base.value
+
+    def alive(self, key: int) -> bool:
+        try:
+            return self.locate(self._bases[key]) == (key, 0)
+        except RuntimeError:
+            return False
+
+    def export(self, key: int) -> bytes:
+        handle = _Handle()
+        with self._unordered():
+            self._call("cuIpcGetMemHandle", ctypes.byref(handle), ctypes.c_uint64(self._bases[key]))
+        return bytes(handle)
+
+    def open(self, handle: bytes) -> int:
+        base = ctypes.c_uint64()
+        with self._unordered():
+            self._call("cuIpcOpenMemHandle_v2", ctypes.byref(base), _Handle.from_buffer_copy(handle), ctypes.c_uint(1))
+        return base.value
+
+    def close(self, base: int) -> None:
+        with self._unordered():
+            self._call("cuIpcCloseMemHandle", ctypes.c_uint64(base))
+
+    @contextmanager
+    def _unordered(self):
+        """Calls that are no part of a capture that may be going on."""
+        mode = ctypes.c_int(2)  # CU_STREAM_CAPTURE_MODE_RELAXED
+        self._call("cuThreadExchangeStreamCaptureMode", ctypes.byref(mode))
+        try:
+            yield
+        finally:
+            self._call("cuThreadExchangeStreamCaptureMode", ctypes.byref(mode))
+
+    def capturing(self) -> bool:
+        return torch.cuda.is_current_stream_capturing()
+
+    def begin(self) -> None:
+        self._stream.wait_stream(torch.cuda.current_stream())
+
+    def prepare(self, operations: list[tuple[int, int, int]]) -> tuple:
+        """Waits and writes (which, address, value), one after the other, for `signal`."""
+        # CUstreamBatchMemOpParams is six words; flag 1 of a wait is: until equal
+        words = [word for op, address, value in operations for word in (op, address, value, int(op == _WAIT), 0, 0)]
+        return ctypes.c_uint(len(operations)), (ctypes.c_uint64 * len(words))(*words), ctypes.c_uint(0)
+
+    def signal(self, prepared: tuple) -> None:
+        self._call("cuStreamBatchMemOp_v2", self._queue, *prepared)
+
+    def copy(self, copies: list[tuple[int, int, int]]) -> None:
+        for to, source, count in copies:
+            to, source, count = ctypes.c_uint64(to), ctypes.c_uint64(source), ctypes.c_size_t(count)
+            self._call("cuMemcpyAsync", to, source, count, self._queue)
+
+    def end(self) -> _Mark:
+        event = torch.cuda.Event()
+        event.record(self._stream)
+        return _Mark(event)
+
+    def watch_only(self) -> None:
+        """This thread looks at marks while others may capture."""
+        torch.cuda.set_device(self._index)
+        self._call("cuThreadExchangeStreamCaptureMode", ctypes.byref(ctypes.c_int(2)))
+
+    def fail(self) -> None:
+        """A stream's wait has no end of its own: lose the device, so that whoever waits for it gets an error."""
+        with torch.cuda.stream(torch.cuda.Stream(self._index)):
+            torch._assert_async(self._false)

@@ -1,0 +1,281 @@
+"""The protocol of the peer transport, over a device of this process: slots, signals, a rank that is late, one that is
+gone.
+"""
+
+import ctypes
+import gc
+import queue
+import random
+import threading
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+from common import everything
+
+from ringref.comm.peer import _WAIT, Mailbox, Peers, Unreachable
+from ringref.comm.ring import Ring, Traffic
+from ringref.comm.simulate import simulate
+
+
+class Mark:
+    def __init__(self, device):
+        self._device, self._event = device, threading.Event()
+        self.set, self.done = self._event.set, self._event.is_set
+
+    def join(self):
+        """A stream of the CPU is this thread: it waits itself."""
+        while not self._event.wait(0.01):
+            if self._device.lost:
+                raise RuntimeError("the device is lost")
+
+
+class Host:
+    """A device whose stream is a thread, and whose memory every rank of this process can reach."""
+
+    def __init__(self, reach=True, lateness=0.0):
+        self.lost, self._reach, self._lateness = False, reach, lateness
+        self._tasks, self._dice = queue.Queue(), random.Random(int(lateness * 1e6))
+        self.opened, self.closed = 0, 0
+        threading.Thread(target=_live, args=(self._tasks,), daemon=True).start()
+
+    def __del__(self):
+        self._tasks.put(None)
+
+    def signals(self, count):
+        return torch.zeros(count, dtype=torch.int32)
+
+    def locate(self, address):
+        return address // 64, address % 64
+
+    def alive(self, key):
+        return self._dice.random() < 0.5
+
+    def export(self, key):
+        if not self._reach:
+            raise RuntimeError("this memory cannot be shared")
+        return key.to_bytes(8, "big")
+
+    def open(self, handle):
+        self.opened += 1
+        return int.from_bytes(handle, "big") * 64
+
+    def close(self, base):
+        self.closed += 1
+
+    def capturing(self):
+        return False
+
+    def begin(self):
+        self._tasks.put(lambda: time.sleep(self._dice.random() * self._lateness))
+
+    def prepare(self, operations):
+        return operations
+
+    def signal(self, operations):
+        def task():
+            for op, address, value in operations:
+                flag = ctypes.c_int32.from_address(address)
+                while op == _WAIT and flag.value != value:
+                    if self.lost:
+                        raise RuntimeError("lost")
+                    time.sleep(1e-5)
+                if op != _WAIT:
+                    flag.value = value
+
+        self._tasks.put(task)
+
+    def copy(self, copies):
+        self._tasks.put(lambda: [ctypes.memmove(*x) for x in copies])
+
+    def end(self):
+        mark = Mark(self)
+        self._tasks.put(mark.set)
+        return mark
+
+    def watch_only(self):
+        pass
+
+    def fail(self):
+        self.lost = True
+
+
+def _live(tasks):
+    try:
+        while (task := tasks.get()) is not None:
+            task()
+    except RuntimeError:
+        pass  # a lost device does nothing any more
+
+
+class PeerRing(Ring):
+    """A rank of a ring over `Peers` and a `Host`."""
+
+    def __init__(self, rank, size, store, timeout=20.0, **how):
+        self.rank, self.size, self.traffic, self.calls = rank, size, Traffic(), 0
+        self.peers = Peers(rank, size, store, lambda: Host(**how), timeout)
+
+    def _post(self, outgoing, into):
+        return self.peers.post(outgoing, into, self.calls, f"rank {self.rank}'s exchange")
+
+
+def ranks(fn, p, each=lambda rank: {}, **how):
+    """fn(ring) on p threads; results, or the exceptions, in rank order."""
+    store, results = dist.HashStore(), [None] * p
+
+    def live(rank):
+        try:
+            results[rank] = fn(PeerRing(rank, p, store, **how, **each(rank)))
+        except Exception as error:
+            results[rank] = error
+
+    threads = [threading.Thread(target=live, args=(r,), daemon=True) for r in range(p)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+        assert not thread.is_alive(), "a rank hangs"
+    return results
+
+
+def good(results):
+    for x in results:
+        if isinstance(x, Exception):
+            raise x
+    return results
+
+
+@pytest.mark.parametrize("p", [2, 3, 5])
+@pytest.mark.parametrize("lateness", [0.0, 0.003])
+def test_every_exchange(p, lateness):
+    good(ranks(everything, p, lambda rank: {"lateness": lateness * rank}))
+
+
+def test_the_same_exchanges_over_threads():
+    simulate(everything, 3, adversarial=True)
+
+
+def test_two_rings_of_the_same_ranks_are_apart():
+    store = dist.HashStore()
+
+    def both(ring):
+        other = PeerRing(ring.rank, ring.size, dist.PrefixStore("other", store))
+        first = ring.rotate((torch.full((9,), ring.rank),), (torch.empty(9, dtype=torch.int64),))
+        second = other.rotate((torch.full((5,), -ring.rank),), (torch.empty(5, dtype=torch.int64),))
+        before = (ring.rank - 1) % ring.size
+        assert (second.wait()[0] == -before).all() and (first.wait()[0] == before).all()
+
+    good(ranks(both, 3))
+
+
+def test_a_late_rank_is_waited_for():
+    def late(ring):
+        if ring.rank == 1:
+            time.sleep(0.5)
+        return ring.rotate((torch.full((7,), ring.rank),), (torch.empty(7, dtype=torch.int64),)).wait()[0][0].item()
+
+    assert good(ranks(late, 3)) == [2, 0, 1]
+
+
+def hurry(ring, seconds):
+    """From now on (a busy machine may need longer to come here)."""
+    ring.peers.timeout = ring.peers._mailbox._timeout = seconds
+
+
+def test_a_rank_that_is_gone_is_an_error_for_the_others_in_time():
+    def leave(ring):
+        everything(ring)
+        if ring.rank == 1:
+            return
+        hurry(ring, 0.5)
+        with pytest.raises((RuntimeError, TimeoutError), match="rank 1"):
+            ring.exchange({1: (torch.ones(3),)}, {1: (torch.empty(3),)}).wait()
+        with pytest.raises(RuntimeError, match="broke off before"):  # a ring is not used on as if nothing had been
+            ring.exchange({1: (torch.ones(3),)}, {1: (torch.empty(3),)})
+
+    good(ranks(leave, 3))
+
+
+def test_a_message_that_never_leaves_is_an_error_for_who_waits_for_it():
+    """The hosts agreed, and then one rank's stream stood still: nothing but the clock can tell."""
+    told = threading.Event()
+
+    def stop(ring):
+        other = 1 - ring.rank
+        if ring.rank == 1:
+            ring.peers._offer(0, (torch.empty(3),), 0)  # what it posts before it stands still
+            assert told.wait(60)
+            return
+        posted = ring.exchange({other: (torch.ones(3),)}, {other: (torch.empty(3),)})
+        hurry(ring, 0.5)
+        with pytest.raises(RuntimeError, match="the device is lost"):
+            posted.wait()
+        with pytest.raises(RuntimeError, match="rank 0's exchange was not done after 0.5 s"):
+            ring.exchange({other: (torch.ones(3),)}, {other: (torch.empty(3),)})
+        told.set()
+
+    good(ranks(stop, 2))
+
+
+@pytest.mark.parametrize("what", ["bytes", "call"])
+def test_ranks_in_different_exchanges_get_an_error(what):
+    def differ(ring):
+        everything(ring)
+        if what == "call":
+            ring.calls = ring.rank
+        size = 4 + (what == "bytes") * ring.rank
+        ring.rotate((torch.ones(size),), (torch.empty(size),)).wait()
+
+    found = ranks(differ, 2)
+    assert all(isinstance(x, RuntimeError) and "not in the same exchange" in str(x) for x in found), found
+
+
+def test_ranks_that_cannot_reach_each_other_all_know():
+    found = ranks(everything, 3, lambda rank: {"reach": rank != 1})
+    assert all(isinstance(x, Unreachable) and "rank 1 (offer): this memory cannot be shared" in str(x) for x in found)
+
+
+def test_an_exception_in_the_middle_leaves_a_ring_of_use_if_all_posted_alike():
+    def stumble(ring):
+        try:
+            ring.rotate((torch.ones(1000),), (torch.empty(1000),))
+            raise KeyError("in the caller, on every rank")
+        except KeyError:
+            gc.collect()
+        everything(ring)
+
+    good(ranks(stumble, 3))
+
+
+def test_memory_that_is_gone_is_no_longer_mapped_and_a_ring_lets_go_of_everything():
+    counts = []
+
+    def use(ring):
+        everything(ring)
+        counts.append((ring.peers._device, threading.active_count()))
+
+    good(ranks(use, 3))
+    gc.collect()
+    for device, _ in counts:
+        assert device.opened == device.closed > 2  # the last by the ring's end
+
+
+def test_a_full_mailbox_is_emptied_by_who_waits_for_a_place_in_another():
+    boxes = [Mailbox(10.0) for _ in range(2)]
+    for mine, other in ((0, 1), (1, 0)):
+        boxes[mine].meet(other, boxes[other].name)
+
+    def flood(mine):
+        other = 1 - mine
+        for i in range(3000):
+            boxes[mine].send(other, f"[{mine}, {i}]")
+        return [boxes[mine].receive(other) for _ in range(3000)]
+
+    found = [None, None]
+    threads = [threading.Thread(target=lambda i=i: found.__setitem__(i, flood(i)), daemon=True) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert found == [[[i] for i in range(3000)]] * 2
