@@ -125,7 +125,7 @@ class Rows:
         self._on: dict = {}
 
     def _even(self) -> Tensor:
-        segments, rows = torch.arange(self.m)[:, None], torch.arange(self.c)
+        segments, rows = torch.arange(self.m, device="cpu")[:, None], torch.arange(self.c, device="cpu")
         return self.start + self.hop * segments + self.step * rows
 
     @property
@@ -288,8 +288,9 @@ def _visits(strand: Strand, queries: Positions, keys: Positions, bounds: Bounds,
         start, shape = _banded(start, shape, q_at, k_at, bounds, strand.r, q_chunk)
     for c, kc in shape.unique(dim=0).tolist() if len(shape) else ():
         # segments of one shape, then of one pattern of positions: all but a tail are usually alike
-        firsts = start[(shape == torch.tensor([c, kc])).all(1)]
-        q_index, k_index = firsts[:, :1] + torch.arange(c), firsts[:, 1:] + torch.arange(kc)
+        firsts = start[(shape == shape.new_tensor([c, kc])).all(1)]
+        own, others = torch.arange(c, device="cpu"), torch.arange(kc, device="cpu")
+        q_index, k_index = firsts[:, :1] + own, firsts[:, 1:] + others
         while len(q_index):
             origin = q_at[q_index[:, :1]]
             pattern = torch.cat([q_at[q_index] - origin, k_at[k_index] - origin], 1)
