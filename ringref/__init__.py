@@ -4,7 +4,7 @@ Dense, dilated, collective and ring attention share one signature and one meanin
 keep the result.
 """
 
-from .block import merge
+from .block import merge, sink
 from .collective import collective_attention
 from .comm.launch import from_env, launch
 from .comm.process import ProcessRing
@@ -30,4 +30,5 @@ __all__ = [
     "partition",
     "ring_attention",
     "simulate",
+    "sink",
 ]
