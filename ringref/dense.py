@@ -108,7 +108,7 @@ def _define(q: Tensor, k: Tensor, v: Tensor, q_idx: Tensor, kv_idx: Tensor, call
         # what a masked score becomes is nobody's concern: neither the value nor the derivative reaches q and k
         made = call.score(scores.masked_fill(times == 0, 0.0), *indices)
         scores = torch.where(times == 0, scores, made)
-    scores = (scores + times.log()).masked_fill(times == 0, -math.inf)
+    scores = scores + times.log()
     blind = (scores == -math.inf).all(-1, keepdim=True)
     # before the softmax, whose gradient on a row of −inf is NaN
     scores = scores.masked_fill(blind, 0.0)

@@ -323,13 +323,24 @@ def test_the_block_keeps_the_same_rules(score_mod, mask_mod, window):
 
 
 def test_the_block_does_not_write_to_what_score_mod_returns():
-    bias = torch.randn(6, 6, dtype=torch.float64)
+    bias = torch.randn(1, 1, 2, 6, 6, dtype=torch.float64)
     before = bias.clone()
-    _, modify = _ring_call(score_mod=lambda s, b, h, q, k: bias[q, k]).rules(1, range(2), *[torch.arange(6)[None]] * 2)
     given = [x.unflatten(1, (1, 6)) for x in inputs(6, b=1, h=2, g=1)[:4]]
-    out, lse = block.forward(*given[:3], 1.0, None, modify)
-    dq, dk, _ = block.backward(given[3], None, *given[:3], out, lse, 1.0, None, modify)
+    out, lse = block.forward(*given[:3], 1.0, None, lambda scores: bias)
+    dq, dk, _ = block.backward(given[3], None, *given[:3], out, lse, 1.0, None, lambda scores: bias)
     assert bias.equal(before) and not dq.any() and not dk.any()
+
+
+def test_masked_scores_may_be_anything_on_a_block():
+    """NaN and slopes of NaN in the upper triangle."""
+    bend = torch.ones(6, 6, dtype=torch.float64).tril().log()  # −inf where masked, and −inf · 0 is NaN
+    given = [x.unflatten(1, (1, 6)) for x in inputs(6, b=1, h=2, g=1)[:4]]
+    keep = torch.ones(6, 6, dtype=torch.bool).tril()
+    ends = []
+    for modify in (lambda scores: scores * (1 + bend), lambda scores: scores):
+        out, lse = block.forward(*given[:3], 1.0, keep, modify)
+        ends.append([out, lse, *block.backward(given[3], None, *given[:3], out, lse, 1.0, keep, modify)])
+    assert all(map(torch.equal, *ends))
 
 
 def captured(kind):
