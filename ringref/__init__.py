@@ -17,7 +17,7 @@ One call:  ring_attention → attend: agree on a Call with all ranks
                kernels.forward(visit) → block.forward, merged as they come; the backward is the same walk
 """
 
-from .block import merge
+from .block import merge, sink
 from .collective import collective_attention
 from .comm.launch import from_env, launch
 from .comm.process import ProcessRing
@@ -43,4 +43,5 @@ __all__ = [
     "partition",
     "ring_attention",
     "simulate",
+    "sink",
 ]

@@ -8,17 +8,21 @@ from torch import Tensor
 
 from .engine.attend import attend
 from .engine.route import Trip
-from .shard import Attended, Dilation, Shard
+from .shard import Attended, Dilation, Shard, eagerly
 
 
+@eagerly
 def collective_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     *,
     causal: bool = False,
+    window: tuple[int | None, int | None] | None = None,
+    cu_seqlens: Tensor | None = None,
     dilation: Dilation | None = None,
     mask_mod=None,
+    score_mod=None,
     scale: float | None = None,
     shard: Shard | None = None,
     q_chunk: int | None = None,
@@ -31,8 +35,8 @@ def collective_attention(
     a branch's rows are gathered, only among ranks that are linked by segments (see `ring_attention`).
     """
     return attend(
-        gathering, "collective", q, k, v, causal=causal, dilation=dilation, mask_mod=mask_mod,
-        scale=scale, shard=shard, q_chunk=q_chunk, backend=backend,
+        gathering, "collective", q, k, v, causal=causal, window=window, cu_seqlens=cu_seqlens, dilation=dilation,
+        mask_mod=mask_mod, score_mod=score_mod, scale=scale, shard=shard, q_chunk=q_chunk, backend=backend,
     )  # fmt: skip
 
 

@@ -17,17 +17,21 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from .engine.call import Call, agree, exactly
-from .shard import Attended, Dilation, Shard, wide
+from .shard import Attended, Dilation, Shard, eagerly, wide
 
 
+@eagerly
 def dense_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     *,
     causal: bool = False,
+    window: tuple[int | None, int | None] | None = None,
+    cu_seqlens: Tensor | None = None,
     dilation: Dilation | None = None,
     mask_mod=None,
+    score_mod=None,
     scale: float | None = None,
     shard: Shard | None = None,
     q_chunk: int | None = None,
@@ -37,27 +41,39 @@ def dense_attention(
     whole.
 
     Args:
-        q: b s h d; k, v: b s' g d with g dividing h, query head j using key/value head j // (h/g).
+        q: b s h d; k: b s' g d with g dividing h, query head j using key/value head j // (h/g); v: b s' g d_v.
         causal: a query sees the keys at its own position and before.
-        dilation: LongNet's branches (2307.02486); None is one branch with w = n, r = 1.
+        window: (left, right): a query at position i sees the keys at i − left … i + right, None being no bound;
+            distances are those of global positions, whatever else is asked.
+        cu_seqlens: documents packed into one sequence: a 1-D integer tensor 0 = c₀ ≤ c₁ ≤ … ≤ n, on the CPU if
+            nothing is to wait for a GPU, alike on all ranks and for the whole batch. A query sees its own document.
+        dilation: LongNet's branches (2307.02486); None is one branch with w = n, r = 1. Segments and offsets count
+            from the start of the document.
         mask_mod: `(b, h, q_idx, kv_idx) -> keep`, FlexAttention's signature, pointwise on global
             indices.
+        score_mod: `(score, b, h, q_idx, kv_idx) -> score`, FlexAttention's signature, pointwise: makes of scale · q·k,
+            in float32 or wider, the score that is masked (softcap, ALiBi, a bias); −inf counts as masked. The
+            gradient flows through it to q and k; a tensor that it captures may not require grad.
         scale: factor of the scores, 1/√d by default.
         shard: who holds what (see `partition`); None: I hold the whole sequence, counted from 0.
         q_chunk: query rows whose scores exist at one time (recomputed in the backward).
         backend: "auto" or "math", the only one that the definition has.
 
     Returns:
-        `Attended(out, lse)`: out b s h d in q's dtype, lse b h s in natural log, float32 (float64
+        `Attended(out, lse)`: out b s h d_v in q's dtype, lse b h s in natural log, float32 (float64
         for float64). A query that sees no key has out 0, lse −inf and zero gradients.
+
+    `torch.autocast` changes nothing: the precision is that of q, k and v as they are given, and what `score_mod` and
+    `mask_mod` compute is left alone too; the backward belongs outside it, as everywhere in PyTorch. `torch.compile`
+    breaks its graph here, and finds the same.
 
     Raises:
         TypeError, ValueError: an argument is wrong, or differs between ranks; raised on every rank.
         NotImplementedError: the backend cannot do it.
     """
     call = agree(
-        "dense", q, k, v, able=_only_math, causal=causal, dilation=dilation, mask_mod=mask_mod,
-        scale=scale, shard=shard, q_chunk=q_chunk, backend=backend,
+        "dense", q, k, v, able=_only_math, causal=causal, window=window, cu_seqlens=cu_seqlens, dilation=dilation,
+        mask_mod=mask_mod, score_mod=score_mod, scale=scale, shard=shard, q_chunk=q_chunk, backend=backend,
     )  # fmt: skip
     queries, keys = ([one.index for one in side] for side in call.table)
     # wide before the chunks, whose dK and dV then add up without rounding
@@ -86,7 +102,13 @@ def _define(q: Tensor, k: Tensor, v: Tensor, q_idx: Tensor, kv_idx: Tensor, call
     g = k.shape[2]
     q = rearrange(q, "b q (g e) d -> b q g e d", g=g)
     scores = torch.einsum("bqged,bkgd->bgeqk", q, k) * call.scale
-    scores = rearrange(scores, "b g e q k -> b (g e) q k") + _log_times_seen(q_idx, kv_idx, scores, call)
+    scores = rearrange(scores, "b g e q k -> b (g e) q k")
+    times, indices = _times_seen(q_idx, kv_idx, scores, call)
+    if call.score_mod is not None:
+        # what a masked score becomes is nobody's concern: neither the value nor the derivative reaches q and k
+        made = call.score(scores.masked_fill(times == 0, 0.0), *indices)
+        scores = torch.where(times == 0, scores, made)
+    scores = scores + times.log()
     blind = (scores == -math.inf).all(-1, keepdim=True)
     # before the softmax, whose gradient on a row of −inf is NaN
     scores = scores.masked_fill(blind, 0.0)
@@ -96,30 +118,41 @@ def _define(q: Tensor, k: Tensor, v: Tensor, q_idx: Tensor, kv_idx: Tensor, call
     return Attended(out, lse.masked_fill(blind[..., 0], -math.inf))
 
 
-def _log_times_seen(q_idx: Tensor, kv_idx: Tensor, scores: Tensor, call: Call) -> Tensor:
-    """log of how often each query sees each key, broadcastable to b h q k."""
-    b, h = scores.shape[0], scores.shape[1] * scores.shape[2]
+def _times_seen(q_idx: Tensor, kv_idx: Tensor, scores: Tensor, call: Call) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """How often each query sees each key, broadcastable to b h q k, and the indices b, h, q_idx and kv_idx."""
     device = q_idx.device
-    batch, head = torch.arange(b, device=device), torch.arange(h, device=device)
+    batch, head = (torch.arange(size, device=device) for size in scores.shape[:2])
     batch, head = batch[:, None, None, None], head[None, :, None, None]
     q_idx, kv_idx = q_idx[None, None, :, None], kv_idx[None, None, None, :]
-    times = torch.ones((), dtype=scores.dtype, device=scores.device)
+    times = torch.ones((), dtype=scores.dtype, device=device)
+    q_in, kv_in = q_idx, kv_idx  # counted from the start of the document
+    if call.documents is not None:
+        bounds = call.documents.index.to(device)
+        q_document, kv_document = ((x[..., None] >= bounds).sum(-1) - 1 for x in (q_idx, kv_idx))
+        times = (q_document == kv_document).to(scores.dtype)
+        q_in, kv_in = q_idx - bounds[q_document], kv_idx - bounds[kv_document]
     if call.dilation is not None:
-        times = 0
+        through = 0
         branches = list(zip(call.dilation.segment_lengths, call.dilation.dilation_rates, strict=True))
         for i, (w, r) in enumerate(branches):
             offset = head % r
             if call.dilation.heads == "grouped":
-                few, more = divmod(h, len(branches))
+                few, more = divmod(head.shape[1], len(branches))
                 first, last = i * few + min(i, more), (i + 1) * few + min(i + 1, more)
                 offset = torch.where((head >= first) & (head < last), i % r, -1)
-            kept_q, kept_k = q_idx % w % r == offset, kv_idx % w % r == offset
-            times = times + (kept_q & kept_k & (q_idx // w == kv_idx // w)).to(scores.dtype)
+            kept_q, kept_k = q_in % w % r == offset, kv_in % w % r == offset
+            through = through + (kept_q & kept_k & (q_in // w == kv_in // w)).to(scores.dtype)
+        times = times * through
+    left, right = call.window
+    if left is not None:
+        times = times * (q_idx - kv_idx <= left)
+    if right is not None:
+        times = times * (kv_idx - q_idx <= right)
     if call.causal:
         times = times * (kv_idx <= q_idx)
     if call.mask_mod is not None:
         times = times * call.keep(batch, head, q_idx, kv_idx)
-    return times.log()
+    return times, (batch, head, q_idx, kv_idx)
 
 
 class _Whole(torch.autograd.Function):

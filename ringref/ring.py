@@ -8,17 +8,21 @@ from torch import Tensor
 
 from .engine.attend import attend
 from .engine.route import Trip
-from .shard import Attended, Dilation, Shard
+from .shard import Attended, Dilation, Shard, eagerly
 
 
+@eagerly
 def ring_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     *,
     causal: bool = False,
+    window: tuple[int | None, int | None] | None = None,
+    cu_seqlens: Tensor | None = None,
     dilation: Dilation | None = None,
     mask_mod=None,
+    score_mod=None,
     scale: float | None = None,
     shard: Shard | None = None,
     q_chunk: int | None = None,
@@ -39,8 +43,8 @@ def ring_attention(
     "xformers".
     """
     return attend(
-        rotating, "ring", q, k, v, causal=causal, dilation=dilation, mask_mod=mask_mod,
-        scale=scale, shard=shard, q_chunk=q_chunk, backend=backend,
+        rotating, "ring", q, k, v, causal=causal, window=window, cu_seqlens=cu_seqlens, dilation=dilation,
+        mask_mod=mask_mod, score_mod=score_mod, scale=scale, shard=shard, q_chunk=q_chunk, backend=backend,
     )  # fmt: skip
 
 

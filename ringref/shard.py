@@ -11,7 +11,7 @@ import hashlib
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, wraps
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -24,6 +24,25 @@ from .comm.simulate import ThreadRing, _World
 
 LAYOUTS = ("contiguous", "zigzag", "striped")
 EVERYTHING = 2**62  # a segment length that no sequence reaches
+
+
+def eagerly(method: Callable) -> Callable:
+    """`method` as torch.compile is to take it: a clean break of the graph, for it communicates and looks at values.
+
+    The decorator of `torch.compiler` would make everybody wait for Dynamo's import, compiling or not.
+    """
+
+    outside: list[Callable] = []
+
+    @wraps(method)
+    def run(*args, **kwargs):
+        if not torch.compiler.is_compiling():
+            return method(*args, **kwargs)
+        if not outside:
+            outside.append(torch.compiler.disable(method))
+        return outside[0](*args, **kwargs)
+
+    return run
 
 
 class Attended(NamedTuple):
@@ -67,7 +86,7 @@ class Positions:
 @lru_cache(maxsize=16)
 def counted(n: int) -> Positions:
     """0 … n−1."""
-    return Positions(torch.arange(n))
+    return Positions(torch.arange(n, device="cpu"))
 
 
 def _positions(name: str, index: Any) -> Positions:
@@ -102,6 +121,59 @@ class Shard:
 
     Keys must cover 0 … n−1 over all ranks without overlap; queries must only not overlap. Both are
     checked at the first call that communicates, on every rank.
+
+    Rotary embedding needs no special case, for a rank knows the positions of its rows, in every layout:
+
+    >>> import torch
+    >>> from ringref import Attended, Shard, merge, partition, ring_attention, simulate
+    >>> def rotated(x, positions, base=10_000.0):
+    ...     rates = base ** -torch.linspace(0, 1, x.shape[3] // 2 + 1)[:-1]
+    ...     angles = (positions[:, None] * rates)[:, None].to(x)  # s 1 d/2
+    ...     a, b = x.chunk(2, 3)
+    ...     return torch.cat([a * angles.cos() - b * angles.sin(), a * angles.sin() + b * angles.cos()], 3)
+    >>> def layer(ring, q, k, v, layout):
+    ...     shard = partition(q.shape[1], ring, layout)
+    ...     q, k, v = (shard.take(x) for x in (q, k, v))
+    ...     q, k = rotated(q, shard.positions), rotated(k, shard.kv_positions)
+    ...     return shard.gather(ring_attention(q, k, v, causal=True, shard=shard).out)
+
+    Decoding: one new query, whose rank has one row where the others have none, and the keys where they are. With more
+    new tokens than one this is chunked prefill: the ranks share the chunk's queries, and each adds the keys of its
+    part to those it holds already. Positions stay global, so `causal` and `window` mean what they always mean:
+
+    >>> def decode(ring, q, k, v):  # q: b 1 h d, of the last token; k, v: all n, of which each rank holds a run
+    ...     n = k.shape[1]
+    ...     held, last = torch.arange(n).tensor_split(ring.size)[ring.rank], ring.rank == ring.size - 1
+    ...     shard = Shard(torch.arange(n - 1, n if last else n - 1), ring, kv_positions=held)
+    ...     return ring_attention(q if last else q[:, :0], k[:, held], v[:, held], causal=True, shard=shard).out
+    >>> def prefill(ring, q, k, v):  # q: b c h d, the last c of n tokens
+    ...     n, c = k.shape[1], q.shape[1]
+    ...     cached, chunk = (x.tensor_split(ring.size)[ring.rank] for x in torch.arange(n).split([n - c, c]))
+    ...     shard = Shard(chunk, ring, kv_positions=torch.cat([cached, chunk]))
+    ...     k, v = (x[:, shard.kv_positions] for x in (k, v))
+    ...     return ring_attention(q[:, chunk - (n - c)], k, v, causal=True, shard=shard).out
+
+    Where every rank has the query, two ranks would hold one position, which is an error: the gradient of a key would
+    count each of them. Let one rank ask, as above; or, where nothing is masked, each attends to its own keys alone, and
+    the results, which are all that travels, merge:
+
+    >>> def replicated(ring, q, k, v):
+    ...     mine = torch.arange(k.shape[1]).tensor_split(ring.size)[ring.rank]
+    ...     alone = Shard(torch.arange(q.shape[1]), None, kv_positions=torch.arange(len(mine)))
+    ...     part = ring_attention(q, k[:, mine], v[:, mine], shard=alone)
+    ...     whole, *others = map(Attended, *map(ring.gather, part))
+    ...     for other in others:
+    ...         whole = merge(whole, other)
+    ...     return whole.out
+
+    >>> q, k, v = torch.randn(3, 1, 12, 2, 8, dtype=torch.float64)
+    >>> whole = ring_attention(rotated(q, torch.arange(12)), rotated(k, torch.arange(12)), v, causal=True).out
+    >>> for layout in ("contiguous", "zigzag", "striped"):
+    ...     assert all(x.allclose(whole) for x in simulate(lambda ring: layer(ring, q, k, v, layout), 3))
+    >>> whole = ring_attention(q, k, v, causal=True).out
+    >>> assert torch.cat(simulate(lambda ring: decode(ring, q[:, -1:], k, v), 3), 1).allclose(whole[:, -1:])
+    >>> assert torch.cat(simulate(lambda ring: prefill(ring, q[:, -5:], k, v), 3), 1).allclose(whole[:, -5:])
+    >>> assert all(x.allclose(whole[:, -1:]) for x in simulate(lambda ring: replicated(ring, q[:, -1:], k, v), 3))
     """
 
     def __init__(self, positions: Tensor, ring: Ring | None, kv_positions: Tensor | None = None):
@@ -119,6 +191,7 @@ class Shard:
             raise ValueError(f"x has {x.shape[dim]} rows along dim {dim}; my last position is {self.positions.max()}")
         return x.index_select(dim, self.positions.to(x.device))
 
+    @eagerly
     def gather(self, x: Tensor, dim: int = 1) -> Tensor:
         """Every rank's rows in global order, `b s …` → `b n …`; the gradient is summed over ranks
         and cut again.
@@ -137,7 +210,7 @@ class Shard:
 
         names = ("method", "dtype of x", "device of x", "dim", "shape of x", "grad mode")
         needs, table = meet(self, names, say)
-        anchor = torch.zeros((), requires_grad=True) if needs else None
+        anchor = torch.zeros((), requires_grad=True, device="cpu") if needs else None
         dim = dim % x.dim()
         return _Rejoin.apply(x, anchor, self.ring, table.queries, dim)
 
@@ -162,7 +235,7 @@ class _Rejoin(torch.autograd.Function):
 
 def _runs(n: int, m: int) -> list[Tensor]:
     """0 … n−1 in m runs whose lengths differ by at most one, the longer first."""
-    return list(torch.arange(n).tensor_split(m))
+    return list(torch.arange(n, device="cpu").tensor_split(m))
 
 
 def partition(n: int, ring: Ring, layout: str = "contiguous") -> Shard:
@@ -179,7 +252,7 @@ def partition(n: int, ring: Ring, layout: str = "contiguous") -> Shard:
         chunks = _runs(n, 2 * p)
         return Shard(torch.cat([chunks[i], chunks[2 * p - 1 - i]]), ring)
     if layout == "striped":
-        return Shard(torch.arange(i, max(n, i), p), ring)
+        return Shard(torch.arange(i, max(n, i), p, device="cpu"), ring)
     raise ValueError(f"layout must be one of {LAYOUTS}, got {layout!r}")
 
 
@@ -216,7 +289,7 @@ def meet(shard: Shard, names: Sequence[str], say: Callable[[], tuple[list, bool]
     """
     try:
         (words, needs), mistake = say(), None
-    except (TypeError, ValueError, NotImplementedError) as error:
+    except Exception as error:  # score_mod is tried out as well, and may raise anything
         words, needs, mistake = [0] * len(names), False, error
     ring, known = shard.ring, _tables.setdefault(shard.ring, {})
     row = [int(mistake is None), int(needs), *map(_number, words)]
@@ -262,9 +335,12 @@ def _check_cover(table: Table) -> None:
     for name, every in (("positions", table.queries), ("kv_positions", table.keys)):
         index, times = torch.cat([one.index for one in every]).unique(return_counts=True)
         if bool((times > 1).any()):
-            raise ValueError(f"{name} overlap between or within ranks: {described(index[times > 1])} are held twice")
+            twice = described(index[times > 1])
+            advice = "; let one rank ask (see Shard on replicated queries)" if every is table.queries else ""
+            raise ValueError(f"{name} overlap between or within ranks: {twice} are held twice{advice}")
         if every is table.keys and len(index) and int(index[-1]) != len(index) - 1:
-            gaps = torch.ones(int(index[-1]) + 1, dtype=torch.bool).index_fill_(0, index, False).nonzero()[:, 0]
+            gaps = torch.ones(int(index[-1]) + 1, dtype=torch.bool, device="cpu").index_fill_(0, index, False)
+            gaps = gaps.nonzero()[:, 0]
             raise ValueError(f"{name} leave gaps: no rank holds the keys {described(gaps)}; they must cover 0 … n−1")
 
 

@@ -60,10 +60,12 @@ class Inputs(NamedTuple):
         return Inputs(q[:, queries], k[:, keys], v[:, keys], dout[:, queries], dlse[:, :, queries])
 
 
-def inputs(m, n=None, b=2, h=4, g=2, d=3, dtype=torch.float64, seed=0, size=1.0) -> Inputs:
-    """Random inputs for m queries and n keys (m, if not given); the logits grow with `size`."""
-    random, n = torch.Generator().manual_seed(seed), m if n is None else n
-    shapes = ((b, m, h, d), (b, n, g, d), (b, n, g, d), (b, m, h, d), (b, h, m))
+def inputs(m, n=None, b=2, h=4, g=2, d=3, dtype=torch.float64, seed=0, size=1.0, dv=None) -> Inputs:
+    """Random inputs for m queries and n keys (m, if not given), values of dv columns (d, if not given); the logits grow
+    with `size`.
+    """
+    random, n, dv = torch.Generator().manual_seed(seed), m if n is None else n, dv or d
+    shapes = ((b, m, h, d), (b, n, g, d), (b, n, g, dv), (b, m, h, dv), (b, h, m))
     q, *rest = (torch.randn(x, generator=random, dtype=torch.float64) for x in shapes)
     *most, dlse = (x.to(dtype) for x in (q * size, *rest))
     return Inputs(*most, dlse if dtype == torch.float64 else dlse.float())

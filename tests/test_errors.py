@@ -44,6 +44,7 @@ BAD_TENSORS = {
     "v of another dtype": (lambda q, k, v: (q, k, v.half()), ["v", "float16"]),
     "k on meta": (lambda q, k, v: (q, k.to("meta"), v), ["k", "meta", "cpu"]),
     "k and v of other lengths": (lambda q, k, v: (q, k, v[:, :-1]), ["k and v", "shape"]),
+    "no value head dim": (lambda q, k, v: (q, k, v[..., :0]), ["v's, 0"]),
     "k and v of other heads": (lambda q, k, v: (q, k, v[:, :, :1]), ["k and v", "shape"]),
     "another batch": (lambda q, k, v: (q, k[:1], v[:1]), ["k", "batch"]),
     "another head dim": (lambda q, k, v: (q, k[..., :1], v[..., :1]), ["k", "head dim"]),
@@ -56,8 +57,24 @@ BAD_TENSORS = {
 }
 BAD_ARGUMENTS = {
     "causal": [1, None, "yes", torch.tensor(True)],
+    "window": [4, (4,), (1, 2, 3), (-1, 0), (1.0, 0), (True, 0), "12", {1, 2}, torch.tensor([1, 2])],
+    "cu_seqlens": [
+        [0, N],
+        (0, N),
+        torch.tensor([0, N]).numpy(),
+        torch.tensor([0.0, N]),
+        torch.tensor([False, True]),
+        3,
+        torch.tensor([[0, N]]),
+        torch.tensor(0),
+        torch.tensor([], dtype=torch.int64),
+        torch.tensor([1, N]),
+        torch.tensor([0, 5, 4, N]),
+        torch.tensor([0, N]).to("meta"),
+    ],
     "dilation": [(4, 2), [[4], [2]], 4],
     "mask_mod": [3, torch.ones(9, 9)],
+    "score_mod": [3, torch.ones(9, 9)],
     "scale": [float("nan"), float("inf"), "1", True, torch.tensor(1.0)],
     "q_chunk": [0, -1, 2.0, True, "2"],
     "backend": ["cuda", "flash", None, 3],
@@ -427,8 +444,8 @@ def test_arguments_are_keywords():
     with pytest.raises(TypeError):
         dense_attention(*inputs(N)[:3], True)
     for method in METHODS.values():
-        with pytest.raises(TypeError, match="window"):
-            method(*inputs(N)[:3], window=4)
+        with pytest.raises(TypeError, match="dropout"):
+            method(*inputs(N)[:3], dropout=0.1)
 
 
 def test_what_is_right_is_not_refused():

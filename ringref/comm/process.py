@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -113,12 +113,17 @@ class ProcessRing(Ring):
         # a stream of its own, so that reading a header does not wait for the computation queued
         # before it
         where = f"rank {self.rank}, hop {self._hop}: the header after it"
-        with torch.cuda.stream(self._side), _named(where):
+        with torch.cuda.stream(self._side) if self._side else nullcontext(), _named(where):
             mine = torch.nn.functional.pad(row, (0, max(lengths) - len(row))).to(device)
             rows = mine.new_empty(self.size, len(mine))
             dist.all_gather(list(rows), mine, group=self.group)
             every = rows.cpu()
         return [every[r, : lengths[r]] for r in range(self.size)]
+
+
+def world_size() -> int:
+    """How many ranks this process is one of; 1 where nobody has initialised a process group."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 @contextmanager

@@ -96,7 +96,9 @@ class Ring:
         short message.
         """
         mine = [len(row), *row, *[0] * (_HEADER - 1 - len(row))]
-        rows = [x.tolist() for x in self.share(torch.tensor(mine, dtype=torch.int64), [_HEADER] * self.size)]
+        rows = [
+            x.tolist() for x in self.share(torch.tensor(mine, dtype=torch.int64, device="cpu"), [_HEADER] * self.size)
+        ]
         if len({x[0] for x in rows}) > 1:
             raise ValueError(f"the ranks are not in the same call: they announce {[x[0] for x in rows]} integers")
         return [x[1 : 1 + len(row)] for x in rows]

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 from .ring import Elsewhere, Message, Ring, Traffic
 
@@ -72,8 +73,10 @@ class _World:
         sent, asked = ([(tuple(x.shape), x.dtype) for x in side] for side in (parcel.tensors, parcel.buffers))
         if sent != asked:
             raise ValueError(f"rank {to}, message {hop} of rank {source}: {asked} was expected and {sent} was sent")
-        for x, y in zip(parcel.buffers, parcel.tensors, strict=True):
-            x.copy_(y)
+        # whichever rank waits first copies, which is nothing that this rank's dispatch modes may see
+        with _disable_current_modes():
+            for x, y in zip(parcel.buffers, parcel.tensors, strict=True):
+                x.copy_(y)
         parcel.delivered, parcel.tensors, parcel.buffers = True, None, None
 
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+import operator
+import warnings
 from collections.abc import Callable
-from functools import wraps
-from typing import NamedTuple
+from functools import cache, reduce, wraps
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..comm.process import world_size
 from ..comm.ring import Ring
-from ..shard import Dilation, Shard, Table, alone, counted, meet
+from ..shard import Dilation, Positions, Shard, Table, alone, counted, meet, wide
 
 BACKENDS = ("auto", "math", "torch", "xformers")
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -33,6 +36,27 @@ def exactly(step: Callable) -> Callable:
     return run
 
 
+class Sight(NamedTuple):
+    """Which keys a query may see, as far as their positions decide: from `left` before it to `right` after it (None:
+    no bound), in its own document. Hashable, so that plans can be cached by it.
+    """
+
+    left: int | None
+    right: int | None  # 0 is causal
+    documents: Positions | None  # where documents begin, in order, and n at the end
+
+    def document(self, at: Tensor) -> Tensor:
+        """Which document each position lies in."""
+        return torch.searchsorted(self.documents.index.to(at.device), at.contiguous(), right=True)
+
+    def keeps(self, q_idx: Tensor, kv_idx: Tensor) -> Tensor | None:
+        """Whether queries at q_idx see keys at kv_idx, which broadcast against each other; None: all do."""
+        bounds = [] if self.left is None else [kv_idx >= q_idx - self.left]
+        bounds += [] if self.right is None else [kv_idx <= q_idx + self.right]
+        bounds += [] if self.documents is None else [self.document(q_idx) == self.document(kv_idx)]
+        return reduce(operator.and_, bounds) if bounds else None
+
+
 class Call(NamedTuple):
     """One attention call as all ranks agreed upon it."""
 
@@ -45,6 +69,15 @@ class Call(NamedTuple):
     ring: Ring
     table: Table
     anchor: Tensor | None  # makes autograd visit this rank's backward when only its neighbours need a gradient
+    window: tuple[int | None, int | None] = (None, None)
+    documents: Positions | None = None  # cu_seqlens without its empty documents; None where there is only one
+    score_mod: Callable | None = None
+
+    @property
+    def sight(self) -> Sight:
+        """Of the masks, what positions decide."""
+        left, right = self.window
+        return Sight(left, 0 if self.causal else right, self.documents)
 
     def keep(self, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         """What `mask_mod` says of these indices: booleans of four dimensions that broadcast to b h
@@ -54,16 +87,74 @@ class Call(NamedTuple):
         if keep.dtype != torch.bool:
             raise TypeError(f"mask_mod must return booleans (True: the key is seen), got {keep.dtype}")
         full = (len(b), h.shape[1], q_idx.shape[2], kv_idx.shape[3])
-        if keep.dim() > 4 or any(x not in (1, y) for x, y in zip(keep.shape[::-1], full[::-1], strict=False)):
-            raise ValueError(f"mask_mod must return what broadcasts to b h q k = {full}, got shape {tuple(keep.shape)}")
-        return keep[(None,) * (4 - keep.dim())]
+        return _of_four("mask_mod", keep, full)
+
+    def score(self, score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        """What `score_mod` makes of these scores b h q k, in their dtype and shape."""
+        return _modified(self.score_mod, score, b, h, q_idx, kv_idx)
+
+    def rules(self, b: int, heads: range, q_at: Tensor, kv_at: Tensor) -> tuple[Tensor | None, Callable | None]:
+        """What holds where m segments of queries at q_at, m q, meet keys at kv_at, m k, of these query heads.
+
+        Returns:
+            keep, which is True where a key is seen and broadcasts to b m h q k (None: all are), and what becomes of
+            scores b m h q k (None: nothing). A dilation is not among them: it decides which rows meet at all.
+        """
+        device = q_at.device
+        batch = torch.arange(b, device=device)[:, None, None, None]
+        head = torch.tensor(heads, device=device)[None, :, None, None]
+        segments = list(zip(q_at[:, None, None, :, None], kv_at[:, None, None, None, :], strict=True))
+        keep = self.sight.keeps(q_at[:, :, None], kv_at[:, None, :])
+        keep = None if keep is None else keep[None, :, None]
+        if self.mask_mod is not None:
+            kept = torch.stack([self.keep(batch, head, *at) for at in segments], 1)
+            keep = kept if keep is None else keep & kept
+
+        def modify(scores: Tensor) -> Tensor:
+            each = zip(scores.unbind(1), segments, strict=True)
+            return torch.stack([self.score(x, batch, head, *at) for x, at in each], 1)
+
+        return keep, None if self.score_mod is None else modify
 
 
-_WORDS = ("method", "batch (dim 0 of q)", "heads (dim 2 of q)", "key/value heads (dim 2 of k)", "head dim", "dtype")
-_WORDS += ("device", "causal", "scale", "dilation", "mask_mod", "backend", "grad mode")
+def _of_four(name: str, x: Tensor, full: tuple[int, ...]) -> Tensor:
+    """x with four dimensions, which must broadcast to b h q k."""
+    if x.dim() > 4 or any(size not in (1, most) for size, most in zip(x.shape[::-1], full[::-1], strict=False)):
+        raise ValueError(f"{name} must return what broadcasts to b h q k = {full}, got shape {tuple(x.shape)}")
+    return x[(None,) * (4 - x.dim())]
 
 
-def agree(method: str, q, k, v, *, able, causal, dilation, mask_mod, scale, shard, q_chunk, backend) -> Call:
+def _modified(score_mod: Callable, score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+    found = torch.as_tensor(score_mod(score, b, h, q_idx, kv_idx), device=score.device)
+    if not found.dtype.is_floating_point:
+        raise TypeError(f"score_mod must return scores, floating-point numbers, got {found.dtype}")
+    if found.requires_grad and not score.requires_grad:
+        raise ValueError(
+            "score_mod uses a tensor that requires grad, which would get none: only q, k and v do; "
+            "detach it, or let q, k or v carry what is to be learned"
+        )
+    return _of_four("score_mod", found, tuple(score.shape)).to(score.dtype).expand_as(score)
+
+
+@exactly
+def _try(q: Tensor, score_mod: Callable) -> None:
+    """Raise where score_mod, asked about one score that needs no gradient, returns none or one that needs a gradient:
+    whatever it captures, be it in a closure, a module or a global, autograd knows best.
+    """
+    with torch.inference_mode(False), torch.enable_grad():
+        nought = torch.zeros(1, 1, 1, 1, dtype=torch.int64, device=q.device)
+        _modified(score_mod, nought.to(wide(q.dtype)), *[nought] * 4)
+
+
+_WORDS = ("method", "batch (dim 0 of q)", "heads (dim 2 of q)", "key/value heads (dim 2 of k)", "head dim")
+_WORDS += ("value head dim (dim 3 of v)", "dtype", "device", "causal", "window", "cu_seqlens", "dilation", "mask_mod")
+_WORDS += ("score_mod", "scale", "backend", "grad mode")
+
+
+def agree(
+    method: str, q, k, v, *, able, causal, dilation, mask_mod, scale, shard, q_chunk, backend,
+    window=None, cu_seqlens=None, score_mod=None,
+) -> Call:  # fmt: skip
     """Check the arguments here and against every other rank's; any rank's mistake is an error on
     all of them.
 
@@ -77,41 +168,125 @@ def agree(method: str, q, k, v, *, able, causal, dilation, mask_mod, scale, shar
 
     def say():
         _check(q, k, v, causal, dilation, mask_mod, scale, shard, q_chunk, backend)
-        able(q, backend, mask_mod is not None, factor())
-        shape = q.shape[0], q.shape[2], k.shape[2], q.shape[3]
-        words = [method, *shape, str(q.dtype), q.device.type, causal, factor(), dilation, mask_mod is not None, backend]
+        sides, documents = _window(window), _documents(cu_seqlens)
+        if score_mod is not None and not callable(score_mod):
+            got = type(score_mod).__name__
+            raise TypeError(f"score_mod must be a function (score, b, h, q_idx, kv_idx) -> score, got {got}")
+        if method != "dense":
+            _not_yet(method, q, v, sides, documents, score_mod)
+        able(q, backend, not (mask_mod is None and score_mod is None), factor())
+        if score_mod is not None and q.numel() and k.numel():
+            _try(q, score_mod)
+        shape = q.shape[0], q.shape[2], k.shape[2], q.shape[3], v.shape[3]
+        packed = documents and f"{len(documents) - 1} documents, digest {documents.digest:x}"
+        words = [method, *shape, str(q.dtype), q.device.type, causal, sides, packed, dilation, mask_mod is not None]
         grad = torch.is_grad_enabled()
-        return [*words, grad], grad and any(x.requires_grad for x in (q, k, v))
+        words += [score_mod is not None, factor(), backend, grad]
+        return words, grad and any(x.requires_grad for x in (q, k, v))
 
     if shard is None:
         _, needs = say()
+        _warn_that_nobody_shares(world_size())
         ring, table = alone(), Table((counted(q.shape[1]),), (counted(k.shape[1]),))
     else:
         needs, table = meet(shard, _WORDS, say)
         ring = shard.ring
-    anchor = torch.zeros((), requires_grad=True) if needs and ring.size > 1 else None
-    return Call(causal, dilation, mask_mod, factor(), q_chunk, backend, ring, table, anchor)
+    documents = _documents(cu_seqlens)
+    if documents is not None:
+        _fit(documents, table)
+    anchor = torch.zeros((), requires_grad=True, device="cpu") if needs and ring.size > 1 else None
+    documents = None if documents is None or len(documents) <= 2 else documents
+    arguments = causal, dilation, mask_mod, factor(), q_chunk, backend, ring, table, anchor
+    return Call(*arguments, _window(window), documents, score_mod)
+
+
+def _not_yet(method: str, q: Tensor, v: Tensor, sides: tuple, documents: Positions | None, score_mod) -> None:
+    asked = {
+        "window": sides != (None, None), "cu_seqlens": documents is not None, "score_mod": score_mod is not None,
+        "v of another head dim than k": v.shape[3] != q.shape[3],
+    }  # fmt: skip
+    for name in (name for name, given in asked.items() if given):
+        raise NotImplementedError(f"{name} is known to dense_attention only, not to the {method} method yet")
+
+
+@cache
+def _warn_that_nobody_shares(ranks: int) -> None:
+    """Once, and only where there are others to share with."""
+    if ranks > 1:
+        warnings.warn(
+            f"shard is None on one of {ranks} ranks: each attends to its own rows only, as if they were the whole "
+            "sequence. Pass shard=partition(n, ring), or shard=Shard(positions, None) if this is what you mean",
+            stacklevel=5,
+        )
+
+
+def _window(window: Any) -> tuple[int | None, int | None]:
+    """How far a query sees to its left and right; None is no bound."""
+    if window is None:
+        return None, None
+    if isinstance(window, (tuple, list)) and len(window) == 2:
+        try:
+            if any(isinstance(side, bool) for side in window):
+                raise TypeError
+            left, right = (None if side is None else operator.index(side) for side in window)
+        except TypeError:
+            pass
+        else:
+            if all(side is None or side >= 0 for side in (left, right)):
+                return left, right
+    raise ValueError(f"window must be None or (left, right), integers ≥ 0 or None for no bound, got {window!r}")
+
+
+def _documents(cu_seqlens: Any) -> Positions | None:
+    """Where documents that have a token begin, and n: cu_seqlens on the CPU."""
+    if cu_seqlens is None:
+        return None
+    wanted = "cu_seqlens must be a 1-D integer tensor of where documents begin, 0 = c₀ ≤ c₁ ≤ … ≤ n"
+    if not isinstance(cu_seqlens, Tensor):
+        raise TypeError(f"{wanted}, got {type(cu_seqlens).__name__}")
+    if cu_seqlens.dtype not in (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8):
+        raise TypeError(f"{wanted}, got {cu_seqlens.dtype}")
+    if cu_seqlens.dim() != 1 or not len(cu_seqlens) or cu_seqlens.is_meta:
+        raise ValueError(f"{wanted}, got shape {tuple(cu_seqlens.shape)} on {cu_seqlens.device}")
+    begins = cu_seqlens.detach().to("cpu", torch.int64)
+    if int(begins[0]) != 0 or bool((begins.diff() < 0).any()):
+        raise ValueError(f"{wanted}, got {begins[:8].tolist()}{' …' if len(begins) > 8 else ''}")
+    return Positions(begins.unique_consecutive())
+
+
+def _fit(documents: Positions, table: Table) -> None:
+    """Raise, on every rank alike, where documents do not cover the keys, or a query lies in none."""
+    if int(documents.index[-1]) != table.n:
+        raise ValueError(f"cu_seqlens must end with the number of keys, {table.n}, got {int(documents.index[-1])}")
+    last = max((int(one.index.max()) for one in table.queries if len(one)), default=-1)
+    if last >= table.n:
+        raise ValueError(f"cu_seqlens ends at {table.n}, and the query at position {last} is in none of its documents")
 
 
 def _check(q, k, v, causal, dilation, mask_mod, scale, shard, q_chunk, backend) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a tensor b s h d, got {type(x).__name__}")
+        if hasattr(x, "to_local"):
+            raise TypeError(f"{name} is a {type(x).__name__}: pass this rank's rows, {name}.to_local(), and a shard")
+        if x.is_nested:
+            packed = f"{name}.values()[None] with cu_seqlens={name}.offsets()"
+            raise TypeError(f"{name} is a nested tensor: pass its rows packed, {packed}")
         if x.dim() != 4:
             raise ValueError(f"{name} must have the four dimensions b s h d, got shape {tuple(x.shape)}")
         if x.dtype not in FLOATS:
             raise TypeError(f"{name} must be float64, float32, bfloat16 or float16, got {x.dtype}")
         if x.dtype != q.dtype or x.device != q.device:
             raise ValueError(f"{name} is {x.dtype} on {x.device} and q is {q.dtype} on {q.device}; they must be alike")
-    if k.shape != v.shape:
-        raise ValueError(f"k and v must have the same shape, got {tuple(k.shape)} and {tuple(v.shape)}")
+    if k.shape[:3] != v.shape[:3]:
+        got = f"{tuple(k.shape)} and {tuple(v.shape)}"
+        raise ValueError(f"k and v must have the same shape, up to the head dim, got {got}")
     (b, s, h, d), (kb, ks, g, kd) = q.shape, k.shape
     if b != kb or d != kd:
         raise ValueError(f"k: batch and head dim must be q's, {b} and {d}, got {kb} and {kd}")
-    if not (h and g and d) or h % g:
-        raise ValueError(
-            f"k has {g} heads and q {h}: the key/value heads must divide the query heads, and d = {d} be ≥ 1"
-        )
+    if not (h and g and d and v.shape[3]) or h % g:
+        heads = f"k has {g} heads and q {h}: the key/value heads must divide the query heads"
+        raise ValueError(f"{heads}, and d = {d} and v's, {v.shape[3]}, be ≥ 1")
     if shard is not None and (s, ks) != (len(shard.queries), len(shard.keys)):
         held = f"{len(shard.queries)} query and {len(shard.keys)} key positions"
         raise ValueError(f"shard has {held}, but q has {s} rows and k has {ks}")

@@ -131,7 +131,7 @@ def _efficient_forward(q, k, v, causal, scale):
 def _efficient_backward(dout, q, k, v, out, lse, causal, scale):
     # the kernel reads whole tiles of rows
     lse = torch.nn.functional.pad(lse.contiguous(), (0, -lse.shape[2] % 32), value=math.inf)
-    seed = torch.zeros((), dtype=torch.int64)
+    seed = torch.zeros((), dtype=torch.int64, device="cpu")
     return aten._scaled_dot_product_efficient_attention_backward(
         dout, q, k, v, None, out, lse, seed, seed, 0.0, [True, True, True, False], causal, scale=scale
     )[:3]

@@ -54,7 +54,7 @@ def parts(
         return [x[:2] for x in order if any(j in x.heads for j in heads)]
 
     found = []
-    for some in torch.arange(g).tensor_split(count):
+    for some in torch.arange(g, device="cpu").tensor_split(count):
         for _, alike in groupby(some.tolist(), serves):
             kv_heads = range((few := list(alike))[0], few[-1] + 1)
             heads = range(kv_heads.start * group, kv_heads.stop * group)

@@ -108,7 +108,7 @@ class Route:
 
 def _union(some: list[Tensor]) -> Tensor:
     if not some:
-        return torch.empty(0, dtype=torch.int64)
+        return torch.empty(0, dtype=torch.int64, device="cpu")
     return some[0] if all(x is some[0] for x in some) else torch.cat(some).unique()
 
 

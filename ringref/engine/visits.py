@@ -41,7 +41,7 @@ class Strand(NamedTuple):
 
     def _inside(self, at: Tensor) -> tuple[Tensor, Tensor]:
         """Where the document of each position starts, and where its segment does within the document."""
-        starts = torch.zeros((), dtype=torch.int64)
+        starts = torch.zeros((), dtype=torch.int64, device="cpu")
         if self.documents is not None:
             starts = self.documents.index[torch.searchsorted(self.documents.index, at, right=True) - 1]
         return starts, (at - starts) // self.w * self.w if self.w < EVERYTHING else torch.zeros_like(at)
@@ -62,7 +62,7 @@ class Strand(NamedTuple):
         ends = starts + inside + self.w if self.w < EVERYTHING else torch.full_like(at, EVERYTHING)
         if self.documents is None:
             return ends
-        last = torch.cat([self.documents.index, torch.tensor([EVERYTHING])])
+        last = torch.cat([self.documents.index, torch.tensor([EVERYTHING], device="cpu")])
         return torch.minimum(ends, last[torch.searchsorted(last, at, right=True)])
 
 
@@ -125,7 +125,7 @@ class Rows:
         self._on: dict = {}
 
     def _even(self) -> Tensor:
-        segments, rows = torch.arange(self.m)[:, None], torch.arange(self.c)
+        segments, rows = torch.arange(self.m, device="cpu")[:, None], torch.arange(self.c, device="cpu")
         return self.start + self.hop * segments + self.step * rows
 
     @property
@@ -242,7 +242,7 @@ def _cut(q_at: Tensor, k_at: Tensor, bounds: Bounds) -> Iterator[tuple[Tensor, T
 
     A bound on the left is a bound on the right with queries and keys in reverse: its triangles are causal, too.
     """
-    (left, right), q, k = bounds, torch.arange(len(q_at)), torch.arange(len(k_at))
+    (left, right), q, k = bounds, *(torch.arange(len(x), device="cpu") for x in (q_at, k_at))
     if left is None and right is None:
         yield q, k, "full"
     elif left is None:
@@ -266,7 +266,7 @@ def _cut(q_at: Tensor, k_at: Tensor, bounds: Bounds) -> Iterator[tuple[Tensor, T
 def _hull(pieces: list[tuple[Tensor, Tensor, str]]) -> list[tuple[Tensor, Tensor, str]]:
     """The one rectangle that holds all pieces, in which positions say what is seen."""
     sides = [torch.cat(side) for side in list(zip(*pieces, strict=True))[:2]]
-    return [(*(torch.arange(int(x.min()), int(x.max()) + 1) for x in sides), "mask")] if pieces else []
+    return [(*(torch.arange(int(x.min()), int(x.max()) + 1, device="cpu") for x in sides), "mask")] if pieces else []
 
 
 def visits(
@@ -288,8 +288,9 @@ def _visits(strand: Strand, queries: Positions, keys: Positions, bounds: Bounds,
         start, shape = _banded(start, shape, q_at, k_at, bounds, strand.r, q_chunk)
     for c, kc in shape.unique(dim=0).tolist() if len(shape) else ():
         # segments of one shape, then of one pattern of positions: all but a tail are usually alike
-        firsts = start[(shape == torch.tensor([c, kc])).all(1)]
-        q_index, k_index = firsts[:, :1] + torch.arange(c), firsts[:, 1:] + torch.arange(kc)
+        firsts = start[(shape == shape.new_tensor([c, kc])).all(1)]
+        own, others = torch.arange(c, device="cpu"), torch.arange(kc, device="cpu")
+        q_index, k_index = firsts[:, :1] + own, firsts[:, 1:] + others
         while len(q_index):
             origin = q_at[q_index[:, :1]]
             pattern = torch.cat([q_at[q_index] - origin, k_at[k_index] - origin], 1)
@@ -322,8 +323,8 @@ def _banded(
     left, right = bounds
     rows = min(max(_BAND, (left + right) // r), q_chunk or EVERYTHING)
     times = -(-shape[:, 0] // rows)
-    of = torch.arange(len(times)).repeat_interleave(times)
-    ahead = (torch.arange(len(of)) - (times.cumsum(0) - times)[of]) * rows
+    of = torch.arange(len(times), device="cpu").repeat_interleave(times)
+    ahead = (torch.arange(len(of), device="cpu") - (times.cumsum(0) - times)[of]) * rows
     begin, end = start[of].clone(), (start + shape)[of]
     begin[:, 0] += ahead
     end[:, 0] = torch.minimum(end[:, 0], begin[:, 0] + rows)
