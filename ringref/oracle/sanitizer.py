@@ -360,6 +360,7 @@ class Watched(dist.ProcessGroup):
         """It answers for itself: what torch asks of a backend is asked of it, and nothing goes past it to gloo."""
         return self
 
+    get_backend = _get_backend
     supports_coalescing = supports_splitting = supports_time_estimate = False  # so torch posts one by one
 
     @property
