@@ -179,6 +179,13 @@ def test_writes_are_counted():
     assert x._version > before
 
 
+def test_a_view_can_be_told_from_its_base():
+    """engine/attend.py asks _is_view, so that a method's result is never a view and its caller may write to it."""
+    x = torch.ones(2)
+    assert x[:1]._is_view() and not x._is_view()
+    assert not x.new_empty(0).set_(x[:1])._is_view()
+
+
 def test_nested_arguments_are_walked():
     """oracle/sanitizer.py exchanges the tensors in a collective's nested lists by torch.utils._pytree."""
     x, options = torch.ones(1), dist.AllreduceOptions()
