@@ -139,13 +139,65 @@ def test_the_callers_signal_handlers_and_environment_stay(fails):
         signal.signal(signal.SIGTERM, before)
 
 
-def test_ctrl_c_reaches_the_caller_and_ends_the_ranks():
-    timer = threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT))
-    timer.start()
+@pytest.mark.parametrize("after", [0.0, 0.05, 0.2, 0.5, 1.5])
+def test_ctrl_c_reaches_the_caller_and_ends_the_ranks(after, tmp_path):
+    def fn(ring, folder=str(tmp_path)):
+        with open(os.path.join(folder, str(os.getpid())), "w"):
+            time.sleep(60)
+
+    # a shell starts what runs in the background with SIGINT ignored, which would be this test's, too
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    timer = threading.Timer(after, os.kill, (os.getpid(), signal.SIGINT))
     start = time.monotonic()
-    with pytest.raises(KeyboardInterrupt):
-        launch(lambda ring: time.sleep(60), 2)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            timer.start()
+            launch(fn, 2)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert time.monotonic() - start < 50
+    while any(os.path.exists(f"/proc/{pid}") for pid in os.listdir(tmp_path)):
+        assert time.monotonic() - start < 50
+        time.sleep(0.1)
+
+
+def test_a_signal_that_the_caller_ignores_or_handles_is_no_end():
+    came = []
+    before = {
+        signal.SIGINT: signal.signal(signal.SIGINT, signal.SIG_IGN),
+        signal.SIGTERM: signal.signal(signal.SIGTERM, lambda number, frame: came.append(number)),
+    }
+    timers = [threading.Timer(1.0, os.kill, (os.getpid(), number)) for number in before]
+    try:
+        for timer in timers:
+            timer.start()
+        assert launch(lambda ring: time.sleep(3) or ring.rank, 2) == [0, 1]
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert came == [signal.SIGTERM]
+
+
+def test_a_signal_that_ends_the_caller_ends_the_ranks_first(tmp_path):
+    script = """
+        import os, time
+        from ringref.comm.launch import launch
+
+        def fn(ring):
+            with open(str(os.getpid()), "w"):
+                time.sleep(60)
+
+        launch(fn, 2)
+    """
+    (tmp_path / "job.py").write_text(textwrap.dedent(script))
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    job = subprocess.Popen([sys.executable, "job.py"], cwd=tmp_path, env=env)
+    while len(ranks := [x for x in os.listdir(tmp_path) if x.isdigit()]) < 2:
+        assert job.poll() is None
+        time.sleep(0.1)
+    job.terminate()
+    assert job.wait(30) == -signal.SIGTERM
+    assert not any(os.path.exists(f"/proc/{pid}") for pid in ranks)
 
 
 def test_failures_are_quiet(capfd):

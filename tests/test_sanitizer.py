@@ -8,11 +8,11 @@ import sys
 import textwrap
 import time
 
-import cloudpickle
 import pytest
 import torch
 import torch.distributed as dist
 
+from ringref.comm.launch import pickled
 from ringref.oracle import Pool
 
 
@@ -20,7 +20,7 @@ def jobs(p, groups=None):
     tensors = {name: torch.randn(1, 4, 2, 3) for name in ("q", "k", "v", "do")}
     step = tensors | {"dlse": torch.zeros(1, 2, 4)}
     one = {"world": p, "groups": groups or [list(range(p))], "steps": [step], "program": [("forward", 0)]}
-    return {rank: one | {"call": cloudpickle.dumps({"causal": False})} for rank in range(p)}
+    return {rank: one | {"call": pickled({"causal": False})} for rank in range(p)}
 
 
 def kinds(results):
@@ -28,7 +28,7 @@ def kinds(results):
 
 
 def run(pool, fn, p, **told):
-    return pool.run(cloudpickle.dumps(fn), jobs(p, **told), deadline=20)
+    return pool.run(pickled(fn), jobs(p, **told), deadline=20)
 
 
 def peers(group):
@@ -166,7 +166,7 @@ def test_a_deadlock_is_known_without_a_deadline(pool):
         return q
 
     began = time.monotonic()
-    results = pool.run(cloudpickle.dumps(fn), jobs(2), deadline=1000)
+    results = pool.run(pickled(fn), jobs(2), deadline=1000)
     assert time.monotonic() - began < 30
     assert all(r["waiting"]["kind"] == "send" for r in results.values())
     assert all(r["waiting"]["line"][2] == "fn" for r in results.values())
@@ -177,7 +177,7 @@ def test_a_hang_that_is_no_deadlock_ends_at_the_deadline_and_the_pool_recovers(p
         while True:
             pass
 
-    results = pool.run(cloudpickle.dumps(loops), jobs(2), deadline=1.5)
+    results = pool.run(pickled(loops), jobs(2), deadline=1.5)
     assert all(r["hang"] >= 1.5 and r["line"][2] == "loops" for r in results.values())
     assert run(pool, lambda q, k, v, **_: q, 2)[0]["error"] is None
 

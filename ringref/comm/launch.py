@@ -11,6 +11,7 @@ already, and `ring = from_env()` joins them.
 import io
 import linecache
 import logging
+import marshal
 import multiprocessing
 import os
 import pickle
@@ -62,23 +63,24 @@ def launch(fn, p, backend="gloo", *, timeout=600.0):
     timeout: seconds that one message may take before its rank raises.
 
     CPU threads per rank: OMP_NUM_THREADS if it is set, else cores // p, at least 1. Changes that
-    the caller made to `os.environ` reach the ranks. The caller's signal handlers are as before when
-    this returns.
+    the caller made to `os.environ` reach the ranks. A signal does to this call what it does to any
+    other: Ctrl-C raises KeyboardInterrupt, what the caller ignores is ignored; the ranks end with it.
 
     Raises RankError with the traceback of the rank that raised first, TypeError and ValueError for
     bad arguments.
     """
     _check(fn, p, backend, timeout)
-    # a notebook cell is in no file: with its lines along, a rank's traceback can quote it
-    typed = {name: entry for name, entry in linecache.cache.items() if len(entry) == 4 and not os.path.exists(name)}
     environ = {name: x for name, x in os.environ.items() if not name.startswith(ELASTIC_ENV)}
     threads = int(os.environ.get("OMP_NUM_THREADS") or max(1, _cores() // p))
-    job = cloudpickle.dumps((fn, backend, timeout, threads))
+    job = pickled((fn, backend, timeout, threads))
 
     start_method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
     if start_method == "forkserver":
         multiprocessing.set_forkserver_preload(PRELOAD)  # no effect on a server that runs already
-    with tempfile.TemporaryDirectory(prefix="ringref_") as folder, _undisturbed_caller():
+    with (
+        tempfile.TemporaryDirectory(prefix="ringref_", ignore_cleanup_errors=True) as folder,  # a late rank may write
+        _undisturbed_caller() as fatal,
+    ):
         config = LaunchConfig(
             min_nodes=1,
             max_nodes=1,
@@ -90,10 +92,11 @@ def launch(fn, p, backend="gloo", *, timeout=600.0):
             max_restarts=0,
             monitor_interval=0.03,
             start_method=start_method,
+            signals_to_handle=",".join(s.name for s in fatal),
             logs_specs=DefaultLogsSpecs(log_dir=os.path.join(folder, "logs")),
         )
         try:
-            results = elastic_launch(config, _rank_main)(job, environ, typed, folder)
+            results = elastic_launch(config, _rank_main)(job, environ, folder)
         except ChildFailedError as error:
             raise _first_failure(error, p, folder) from None
     return [pickle.loads(results[rank]) for rank in range(p)]
@@ -139,7 +142,11 @@ def _cores():
 
 @contextmanager
 def _undisturbed_caller():
-    """Undo what the elastic launcher does to its caller: signal handlers, log floods, __main__."""
+    """Undo what the elastic launcher does to its caller: signal handlers, log floods, __main__.
+
+    Yields the signals that would end the caller at once. Only they are the launcher's to handle: for Ctrl-C it raises
+    an Exception, which anybody may swallow, and it takes what the caller ignores, as shells have background jobs do.
+    """
     quiet = [
         logger
         for name, logger in logging.root.manager.loggerDict.items()
@@ -149,7 +156,7 @@ def _undisturbed_caller():
     with _one_at_a_time:
         were_disabled = [logger.disabled for logger in quiet]
         in_main_thread = threading.current_thread() is threading.main_thread()
-        handlers = {s: signal.getsignal(s) for s in SIGNALS} if in_main_thread else {}
+        fatal = [s for s in SIGNALS if in_main_thread and signal.getsignal(s) is signal.SIG_DFL]
         handled = os.environ.get("TORCHELASTIC_SIGNALS_TO_HANDLE")
         main, received = sys.modules["__main__"], None
         try:
@@ -157,21 +164,20 @@ def _undisturbed_caller():
                 logger.disabled = True
             # fn travels by value, so no rank needs __main__: a script without a guard runs once
             sys.modules["__main__"] = types.ModuleType("__main__")
-            yield
+            yield fatal
         except SignalException as signalled:
             received = signalled.sigval
         finally:
+            for number in fatal:
+                signal.signal(number, signal.SIG_DFL)
             sys.modules["__main__"] = main
             for logger, was_disabled in zip(quiet, were_disabled, strict=True):
                 logger.disabled = was_disabled
-            for number, handler in handlers.items():
-                if handler is not None:  # None: not installed by Python, which cannot put it back
-                    signal.signal(number, handler)
             os.environ.pop("TORCHELASTIC_SIGNALS_TO_HANDLE", None)
             if handled is not None:
                 os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = handled
-    if received is not None:  # the ranks are gone; Ctrl-C, or what came, was meant for the caller
-        signal.raise_signal(received)
+    if received is not None:  # the ranks are gone; what came was meant for the caller
+        signal.raise_signal(received)  # which a container's first process survives
         raise RankError(None, f"launch was ended by {received.name}")
 
 
@@ -192,18 +198,18 @@ def _first_failure(error, p, folder):
 # A rank's side
 
 
-def _rank_main(job, environ, typed, folder):
+def _rank_main(job, environ, folder):
     rank = int(os.environ["RANK"])
+    threading.Thread(target=_leave_with, args=(folder,), daemon=True).start()
     try:
         os.environ.update(environ)  # the fork server may be older than the caller's changes
-        linecache.cache.update(typed)
         fn, backend, timeout, threads = pickle.loads(job)
         torch.set_num_threads(threads)
         # the last hop outlives a rank that NCCL's watchdog or a signal ends
         note = os.open(Path(folder, f"hop.{rank}"), os.O_CREAT | os.O_WRONLY)
         watchers.append(lambda hop: os.pwrite(note, hop.ljust(160).encode(), 0))
         store = _join_group(backend, timeout)
-        result = _pickled(fn(ProcessRing()))
+        result = pickled(fn(ProcessRing()), _ToCpu)
         _wait_for_the_others(store, folder)
         dist.destroy_process_group()
         return result
@@ -220,6 +226,13 @@ def _rank_main(job, environ, typed, folder):
         sys.stderr.flush()
         time.sleep(0.2)
         os._exit(1)
+
+
+def _leave_with(folder):
+    """End this rank when the launch is over: one that was being started when Ctrl-C came is in nobody's list."""
+    while os.path.exists(folder):
+        time.sleep(0.5)
+    os._exit(1)
 
 
 def _join_group(backend, timeout):
@@ -249,14 +262,38 @@ def _wait_for_the_others(store, folder):
         time.sleep(0.01)
 
 
-class _ToCpu(cloudpickle.Pickler):
+# What travels
+
+
+class Pickler(cloudpickle.Pickler):
+    """cloudpickle's, but code keeps its file's name, and a notebook cell's, which is in no file, brings its lines.
+
+    So a traceback quotes them and the oracle names them, whatever this cloudpickle makes of names (`<dynamic-code>`).
+    """
+
+    def reducer_override(self, obj):
+        if not isinstance(obj, types.CodeType):
+            return super().reducer_override(obj)
+        entry = linecache.cache.get(obj.co_filename, ())
+        typed = entry if len(entry) == 4 and not os.path.exists(obj.co_filename) else None
+        return _arrived, (marshal.dumps(obj), obj.co_filename, typed)
+
+
+def _arrived(code, name, typed):
+    if typed:
+        linecache.cache[name] = typed
+    return marshal.loads(code)
+
+
+class _ToCpu(Pickler):
     def reducer_override(self, obj):
         if isinstance(obj, torch.Tensor) and obj.is_cuda:
             return obj.cpu().__reduce_ex__(pickle.HIGHEST_PROTOCOL)
         return super().reducer_override(obj)
 
 
-def _pickled(result):
+def pickled(obj, pickler=Pickler):
+    """`cloudpickle.dumps`, with file names and lines."""
     buffer = io.BytesIO()
-    _ToCpu(buffer).dump(result)
+    pickler(buffer).dump(obj)
     return buffer.getvalue()

@@ -11,12 +11,12 @@ from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
-import cloudpickle
 import torch
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
+from ..comm.launch import pickled
 from . import adapt, diagnose
 from .cases import FEATURES, PLANS, Case, _names, cases
 from .pool import Pool
@@ -113,7 +113,7 @@ class Judge:
     def __init__(self, fn: Callable, pool: Any, report: Report, deadline: float):
         self.fn, self.pool, self.report, self.deadline = fn, pool, report, deadline
         try:
-            self.pickled = cloudpickle.dumps(fn)
+            self.pickled = pickled(fn)
         except Exception as error:  # whatever holds a lock, a file, a process group
             raise TypeError(f"fn: {report.candidate} cannot be sent to other processes: {error}") from error
         self.form: tuple[str, str] | None = None  # of the lse: its base and shape, and where it was first seen
@@ -141,7 +141,7 @@ class Judge:
 
     def run(self, case: Case, poison: float = math.nan) -> dict[int, dict]:
         """Every rank's results."""
-        common = {"world": case.world, "groups": case.teams, "call": cloudpickle.dumps(case.call()), "poison": poison}
+        common = {"world": case.world, "groups": case.teams, "call": pickled(case.call()), "poison": poison}
         common |= {"measure": case.plan == "growth", "packed": case.packed, "steps": [], "program": []}
         jobs = {rank: dict(common) for rank in range(case.world)}
         for team, members in enumerate(case.teams):
