@@ -7,7 +7,7 @@ from torch import Tensor
 from ..shard import EVERYTHING
 from .attend import _job
 from .call import agree
-from .kernels import KERNELS, Kernel, Task, choose
+from .kernels import KERNELS, Kernel, Task, choose, fault
 
 
 def explain(
@@ -15,8 +15,8 @@ def explain(
     mask_mod=None, scale=None, shard=None,
     q_chunk: int | None = None, backend: str = "auto", lse_gradient: bool = False,
 ) -> str:  # fmt: skip
-    """Which kernel each kind of block on this rank takes and why not the others, and which keys
-    travel between whom; one line each.
+    """Which kernel each kind of block on this rank takes (and in the backward, where that is another) and why not the
+    others, and which keys travel between whom; one line each.
 
     A block that positions cut too finely for a kernel is masked, and goes to `math` whatever the
     backend. The arguments are the call's own (k as q where it is left out). `lse_gradient`: whether
@@ -29,19 +29,22 @@ def explain(
     for kind, single in sorted(kinds):
         task = Task(q.device.type, q.dtype, q.shape[-1], kind, lse_gradient, single, 1.0 if scale is None else scale)
         taken = choose(backend, task)
-        lines.append(f"{kind} blocks{' of one query and one key' * single}: {taken.name if taken else 'math'}")
-        for kernel in KERNELS:
-            if kernel is not taken:
-                lines.append(f"  not {kernel.name}: {kernel.why_not(task) or _passed_over(kernel, backend)}")
+        back = choose(backend, task._replace(backward=True))
+        lines.append(f"{kind} blocks{' of one query' * single}: {taken.name if taken else 'math'}")
+        if back is not taken:
+            lines.append(f"  backward: {back.name if back else 'math'}")
+        lines += (f"  not {x.name}: {_why_not(x, task, backend)}" for x in KERNELS if x not in (taken, back))
     return "\n".join(lines + ways)
 
 
-def _passed_over(kernel: Kernel, backend: str) -> str:
-    return "is slower" if backend in ("auto", kernel.family) else f"backend={backend!r} excludes it"
+def _why_not(kernel: Kernel, task: Task, backend: str) -> str:
+    failed = fault(kernel, task, ask=False) or fault(kernel, task._replace(backward=True), ask=False)
+    excluded = None if backend in ("auto", kernel.family) else f"backend={backend!r} excludes it"
+    return kernel.why_not(task) or excluded or failed or "is slower"
 
 
 def paths(q: Tensor, k: Tensor, **arguments) -> tuple[set[tuple[str, bool]], list[str]]:
-    """What a call would do: the kinds of its visits and whether any is of one query and one key; and
+    """What a call would do: the kinds of its visits and whether any is of one query; and
     how its keys travel and its rows are read, a line per strand or set of strands. Every rank must ask.
     """
     call = agree("explain", q, k, k, able=lambda *_: None, **arguments)
@@ -55,7 +58,7 @@ def paths(q: Tensor, k: Tensor, **arguments) -> tuple[set[tuple[str, bool]], lis
             blocks = [call.table.keys[me], *(leg.route.load[j].positions for j in members if j != me)]
             met = [x.visit for keys in blocks for x in job.meetings(part, leg, keys)]
             read = {"strided views" if x.queries.strided and x.keys.strided else "copied rows" for x in met}
-            kinds |= {(x.kind, x.queries.c == x.keys.c == 1) for x in met}
+            kinds |= {(x.kind, x.queries.c == 1) for x in met}
             visited = f"{len(met)} visits ({', '.join(sorted({x.kind for x in met}))}) of {', '.join(sorted(read))}"
             lines.append(f"{named}: keys {where}; {visited if met else 'none are seen here'}")
     return kinds, list(dict.fromkeys(lines))
