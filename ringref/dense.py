@@ -91,7 +91,7 @@ def dense_attention(
     return Attended(*_Mine.apply(out, lse, call.anchor, call, queries))
 
 
-def _only_math(_q: Tensor, backend: str, *_) -> None:
+def _only_math(_q: Tensor, _v: Tensor, backend: str, *_) -> None:
     if backend not in ("auto", "math"):
         raise NotImplementedError(f"backend: dense attention is the definition and has only 'math', got {backend!r}")
 

@@ -43,12 +43,14 @@ def test_dilated_results_are_checked(monkeypatch):
 
     cross = "LongNet + w = n, r = 64"
     good = found()
-    assert {key for key, row in good.items() if "checked" in row} == set(good) - {(1024, cross)}
-    assert all(row["checked"] for row in good.values() if "checked" in row)
+    assert all(row["checked"] for row in good.values())
+    monkeypatch.setattr(bench, "_SCORES", 2**13)  # so that some rows stand for all
+    monkeypatch.setattr(bench, "_CHUNK", 2**11)
+    assert all(row["checked"] for row in found().values())
     assert good[512, "LongNet"]["received_forward_bytes"] == 0 < good[512, cross]["received_forward_bytes"]
     scaled = lambda *x, **how: ringref.dilated_attention(*x, scale=0.1, **how)
     monkeypatch.setattr(bench, "dilated_attention", scaled)
-    assert not any(row["checked"] for row in found().values() if "checked" in row)
+    assert not any(row["checked"] for row in found().values())
 
 
 def test_kernels_that_only_allocate_take_what_kernels_take():

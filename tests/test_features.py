@@ -11,27 +11,13 @@ from functools import partial
 
 import pytest
 import torch
-from common import (
-    DILATIONS,
-    METHODS,
-    OTHERS,
-    Inputs,
-    Results,
-    Split,
-    assert_close,
-    both_ways,
-    documents,
-    error,
-    inputs,
-    layout,
-)
+from common import DILATIONS, METHODS, Inputs, Results, Split, assert_close, both_ways, documents, error, inputs, layout
 
 from ringref import Attended, Shard, block, dense_attention, merge, partition, simulate, sink
 from ringref.comm.simulate import Deadlock
 from ringref.engine.call import Call
 from ringref.shard import Table, alone, counted
 
-KNOWING = {"dense": dense_attention}  # the methods that know these arguments
 N = 23
 
 
@@ -143,7 +129,7 @@ def test_every_pair_of_arguments(names):
     given, split, arguments = case(names, 3, seed=PAIRS.index(names))
     true = truth(given, split, **arguments)
     assert_close(both_ways(dense_attention, given, shard=split.whole, **arguments), true, names)
-    for name, method in KNOWING.items():
+    for name, method in METHODS.items():
         for rank, (one, (q, k)) in enumerate(zip(split.found(method, given, **arguments), split.rows)):
             mine = Results(true.out[:, q], true.lse[:, :, q], true.dq[:, q], true.dk[:, k], true.dv[:, k])
             assert_close(one, mine, f"{name}, rank {rank}, {names}")
@@ -161,28 +147,10 @@ def test_many_arguments_at_once(seed):
     for p in (1, 2, 4):
         given, split, arguments = case(names, p, seed=seed)
         true = truth(given, split, **arguments)
-        for name, method in KNOWING.items():
+        for name, method in METHODS.items():
             for rank, (one, (q, k)) in enumerate(zip(split.found(method, given, **arguments), split.rows)):
                 mine = Results(true.out[:, q], true.lse[:, :, q], true.dq[:, q], true.dk[:, k], true.dv[:, k])
                 assert_close(one, mine, f"{name}, rank {rank} of {p}, {names}")
-
-
-@pytest.mark.parametrize("method", OTHERS)
-@pytest.mark.parametrize("name", ["window", "documents", "softcap", "d_v"])
-def test_nothing_accepted_is_ignored(name, method):
-    """What a method does not know yet it refuses, on every rank, naming the argument."""
-    if method in KNOWING:
-        return
-    given, split, arguments = case([name], 2)
-
-    def on(ring):
-        mine = given.cut(*split.rows[ring.rank])
-        word = next(iter(arguments), "v of another head dim")
-        with pytest.raises(NotImplementedError, match=word):
-            METHODS[method](*mine[:3], shard=split.shard(ring), **arguments)
-        return True
-
-    assert all(simulate(on, 2, adversarial=True))
 
 
 # ---------------------------------------------------------------------------------------- identities

@@ -8,6 +8,7 @@ under a second and an edited ringref is read afresh. Under torchrun the ranks ex
 already, and `ring = from_env()` joins them.
 """
 
+import atexit
 import io
 import linecache
 import logging
@@ -114,7 +115,14 @@ def from_env(backend=None):
         backend = backend or ("nccl" if torch.cuda.device_count() >= local_world else "gloo")
         _check(from_env, local_world, backend, 600.0)
         _join_group(backend, timeout=600.0)
+        atexit.register(_leave_group)
     return ProcessRing()
+
+
+def _leave_group():
+    """Leave the group that `from_env` joined, as torch asks; but after an error at once, for others may wait for us."""
+    if dist.is_initialized() and not hasattr(sys, "last_type"):  # the interpreter sets it for an error that ended it
+        dist.destroy_process_group()
 
 
 def _check(fn, p, backend, timeout):

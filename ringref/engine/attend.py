@@ -69,22 +69,16 @@ class _Attend(torch.autograd.Function):
 
 def plan(call: Call, q: Tensor, k: Tensor, forward: bool) -> tuple[Part, ...]:
     """The parts of a call."""
-    (b, _, h, d), g = q.shape, k.shape[2]
-    row_bytes = b * h * d * q.element_size()
-    table, rank = call.table, call.ring.rank
-    return parts(call.dilation, None, bounds(call), False, h, g, row_bytes, table, rank, forward)
-
-
-def bounds(call: Call) -> tuple[int | None, int | None]:
-    """How far a query sees to the left and to the right."""
-    return None, 0 if call.causal else None
+    (b, _, h, d), g, (*bounds, documents) = q.shape, k.shape[2], call.sight
+    row_bytes, table, rank = b * h * d * q.element_size(), call.table, call.ring.rank
+    return parts(call.dilation, documents, tuple(bounds), call.exact, h, g, row_bytes, table, rank, forward)
 
 
 def meet(call: Call, part: Part, block: Block) -> tuple[Meeting, ...]:
     """Everything that a part's queries do with one block of keys."""
     mine, group = call.table.queries[call.ring.rank], len(part.heads) // len(part.kv_heads)
-    masked = call.mask_mod is not None
-    return meetings(block.strands, block.kv_heads, group, mine, block.positions, bounds(call), masked, call.q_chunk)
+    bounds = call.sight[:2]
+    return meetings(block.strands, block.kv_heads, group, mine, block.positions, bounds, call.masked, call.q_chunk)
 
 
 def _forward(call: Call, conduct: Conductor, part: Part, q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
@@ -154,19 +148,10 @@ def _seen(call: Call, part: Part, meeting: Meeting, like: Tensor) -> kernels.See
     """
     visit = meeting.visit
     if visit.kind != "mask":
-        return kernels.Seen(visit.kind, None)
-    q_idx, kv_idx = visit.q_positions.to(like.device), visit.k_positions.to(like.device)
-    far, (left, right) = kv_idx[:, None, :] - q_idx[:, :, None], bounds(call)
-    keep = None if right is None else far <= right
-    keep = keep if left is None else far >= -left if keep is None else keep & (far >= -left)
-    keep = None if keep is None else keep[None, :, None]
-    if call.mask_mod is not None:
-        batch = torch.arange(like.shape[0], device=like.device)[:, None, None, None]
-        head = torch.tensor(meeting.heads, device=like.device)[None, :, None, None] + part.heads.start
-        segments = zip(q_idx[:, None, None, :, None], kv_idx[:, None, None, None, :], strict=True)
-        kept = torch.stack([call.keep(batch, head, x, y) for x, y in segments], 1)
-        keep = kept if keep is None else keep & kept
-    return kernels.Seen("mask", keep)
+        return kernels.Seen(visit.kind)
+    heads = range(part.heads.start + meeting.heads.start, part.heads.start + meeting.heads.stop, meeting.heads.step)
+    at = (x.to(like.device) for x in (visit.q_positions, visit.k_positions))
+    return kernels.Seen("mask", *call.rules(like.shape[0], heads, *at))
 
 
 def _cut(heads: range, *tensors: Tensor | None) -> list[Tensor | None]:

@@ -74,6 +74,16 @@ class Call(NamedTuple):
     score_mod: Callable | None = None
 
     @property
+    def masked(self) -> bool:
+        """Whether more than positions decides what a query makes of a key."""
+        return self.mask_mod is not None or self.score_mod is not None
+
+    @property
+    def exact(self) -> bool:
+        """Whether only rows that are seen travel: under a window or documents; otherwise segments decide."""
+        return self.window != (None, None) or self.documents is not None
+
+    @property
     def sight(self) -> Sight:
         """Of the masks, what positions decide."""
         left, right = self.window
@@ -158,7 +168,8 @@ def agree(
     """Check the arguments here and against every other rank's; any rank's mistake is an error on
     all of them.
 
-    `able(q, backend, masked, scale)` raises where the backend cannot do it.
+    `able(q, v, backend, masked, scale)` raises where the backend cannot do it; masked is the name of an argument that
+    makes scores more than a function of positions, or None.
     """
     if shard is not None and not isinstance(shard, Shard):
         raise TypeError(f"shard must be a Shard (see partition) or None, got {type(shard).__name__}")
@@ -172,9 +183,8 @@ def agree(
         if score_mod is not None and not callable(score_mod):
             got = type(score_mod).__name__
             raise TypeError(f"score_mod must be a function (score, b, h, q_idx, kv_idx) -> score, got {got}")
-        if method != "dense":
-            _not_yet(method, q, v, sides, documents, score_mod)
-        able(q, backend, not (mask_mod is None and score_mod is None), factor())
+        masked = "score_mod" if score_mod is not None else "mask_mod" if mask_mod is not None else None
+        able(q, v, backend, masked, factor())
         if score_mod is not None and q.numel() and k.numel():
             _try(q, score_mod)
         shape = q.shape[0], q.shape[2], k.shape[2], q.shape[3], v.shape[3]
@@ -198,15 +208,6 @@ def agree(
     documents = None if documents is None or len(documents) <= 2 else documents
     arguments = causal, dilation, mask_mod, factor(), q_chunk, backend, ring, table, anchor
     return Call(*arguments, _window(window), documents, score_mod)
-
-
-def _not_yet(method: str, q: Tensor, v: Tensor, sides: tuple, documents: Positions | None, score_mod) -> None:
-    asked = {
-        "window": sides != (None, None), "cu_seqlens": documents is not None, "score_mod": score_mod is not None,
-        "v of another head dim than k": v.shape[3] != q.shape[3],
-    }  # fmt: skip
-    for name in (name for name, given in asked.items() if given):
-        raise NotImplementedError(f"{name} is known to dense_attention only, not to the {method} method yet")
 
 
 @cache

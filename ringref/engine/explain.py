@@ -7,57 +7,63 @@ from torch import Tensor
 from ..shard import EVERYTHING
 from .attend import meet, plan
 from .call import agree
-from .kernels import KERNELS, Kernel, Task, choose
+from .kernels import KERNELS, Kernel, Task, choose, fault
 from .route import Trip, heads_of
 
 
 def explain(
-    q: Tensor, k: Tensor | None = None, *, causal: bool = False, dilation=None,
-    mask_mod=None, scale=None, shard=None,
+    q: Tensor, k: Tensor | None = None, v: Tensor | None = None, *, causal: bool = False, window=None,
+    cu_seqlens: Tensor | None = None, dilation=None, mask_mod=None, score_mod=None, scale=None, shard=None,
     q_chunk: int | None = None, backend: str = "auto", lse_gradient: bool = False,
 ) -> str:  # fmt: skip
-    """Which kernel each kind of block on this rank takes and why not the others, and which keys
-    travel between whom; one line each.
+    """Which kernel each kind of block on this rank takes (and in the backward, where that is another) and why not the
+    others, and which keys travel between whom; one line each.
 
     A block that positions cut too finely for a kernel is masked, and goes to `math` whatever the
-    backend. The arguments are the call's own (k as q where it is left out). `lse_gradient`: whether
+    backend. The arguments are the call's own (k as q and v as k where they are left out). `lse_gradient`: whether
     the backward will carry a gradient through lse. Under a shard every rank must ask, as for the
     call itself.
     """
-    arguments = {"causal": causal, "dilation": dilation, "mask_mod": mask_mod, "scale": scale, "shard": shard}
-    kinds, ways = paths(q, q if k is None else k, **arguments, q_chunk=q_chunk, backend=backend)
-    lines = []
+    k = q if k is None else k
+    v = k if v is None else v
+    arguments = {"causal": causal, "window": window, "cu_seqlens": cu_seqlens, "dilation": dilation}
+    arguments |= {"mask_mod": mask_mod, "score_mod": score_mod, "scale": scale, "shard": shard}
+    kinds, ways = paths(q, k, v, **arguments, q_chunk=q_chunk, backend=backend)
+    lines, d = [], max(q.shape[-1], v.shape[-1])
     for kind, single in sorted(kinds):
-        task = Task(q.device.type, q.dtype, q.shape[-1], kind, lse_gradient, single, 1.0 if scale is None else scale)
+        task = Task(q.device.type, q.dtype, d, kind, lse_gradient, single, 1.0 if scale is None else scale)
         taken = choose(backend, task)
-        lines.append(f"{kind} blocks{' of one query and one key' * single}: {taken.name if taken else 'math'}")
-        for kernel in KERNELS:
-            if kernel is not taken:
-                lines.append(f"  not {kernel.name}: {kernel.why_not(task) or _passed_over(kernel, backend)}")
+        back = choose(backend, task._replace(backward=True))
+        lines.append(f"{kind} blocks{' of one query' * single}: {taken.name if taken else 'math'}")
+        if back is not taken:
+            lines.append(f"  backward: {back.name if back else 'math'}")
+        lines += (f"  not {x.name}: {_why_not(x, task, backend)}" for x in KERNELS if x not in (taken, back))
     return "\n".join(lines + ways)
 
 
-def _passed_over(kernel: Kernel, backend: str) -> str:
-    return "is slower" if backend in ("auto", kernel.family) else f"backend={backend!r} excludes it"
+def _why_not(kernel: Kernel, task: Task, backend: str) -> str:
+    failed = fault(kernel, task, ask=False) or fault(kernel, task._replace(backward=True), ask=False)
+    excluded = None if backend in ("auto", kernel.family) else f"backend={backend!r} excludes it"
+    return kernel.why_not(task) or excluded or failed or "is slower"
 
 
-def paths(q: Tensor, k: Tensor, **arguments) -> tuple[set[tuple[str, bool]], list[str]]:
-    """What a call would do: the kinds of its visits and whether any is of one query and one key; and
+def paths(q: Tensor, k: Tensor, v: Tensor, **arguments) -> tuple[set[tuple[str, bool]], list[str]]:
+    """What a call would do: the kinds of its visits and whether any is of one query; and
     how its keys travel and its rows are read, a line per strand or set of strands. Every rank must ask.
     """
-    call = agree("explain", q, k, k, able=lambda *_: None, **arguments)
+    call = agree("explain", q, k, v, able=lambda *_: None, **arguments)
     kinds, lines = set(), []
     for part in plan(call, q, k, forward=True):
         for route in part.routes:
             branches = sorted({(x.w, x.r) for x in route.strands})
             named = ", ".join("all keys" if w == EVERYTHING else f"w={w} r={r}" for w, r in branches)
             where = "stay" if len(route.members) == 1 else f"travel among ranks {list(route.members)}"
-            trip = Trip(call.ring, route, q.shape[2] // k.shape[2], *[k[:, :, heads_of(part.kv_heads)]] * 2)
+            trip = Trip(call.ring, route, q.shape[2] // k.shape[2], *(x[:, :, heads_of(part.kv_heads)] for x in (k, v)))
             loads = [trip.load(r) for r in range(trip.ring.size) if r != trip.ring.rank]
             blocks = [*trip.own, *(block for load in loads for block in trip.blocks(load, trip.space(load)))]
             met = [x.visit for block in blocks for x in meet(call, part, block)]
             read = {"strided views" if x.queries.strided and x.keys.strided else "copied rows" for x in met}
-            kinds |= {(x.kind, x.queries.c == x.keys.c == 1) for x in met}
+            kinds |= {(x.kind, x.queries.c == 1) for x in met}
             visited = f"{len(met)} visits ({', '.join(sorted({x.kind for x in met}))}) of {', '.join(sorted(read))}"
             lines.append(f"{named}: keys {where}; {visited if met else 'none are seen here'}")
     return kinds, list(dict.fromkeys(lines))

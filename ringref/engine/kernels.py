@@ -5,11 +5,16 @@ A kernel is a row of `KERNELS`: a name, a family that `backend=` selects, what i
 a forward that returns out and natural-log lse, and a backward that takes the *merged* out and lse.
 Kernels compute `D = rowsum(dO∘O)` themselves; the gradient through lse still fits, as extra columns
 of the head with V = 0, O = −1, dO = dlse and Q = K = 0, which take dlse off D.
+
+No kernel is trusted without proof. What is known to go wrong is a limit, of shapes and never of data, or is worked
+around where the kernel is called; for the rest, a kernel that would be used for the first time in a process is asked
+a tiny awkward problem whose answer the einsum block knows (`fault`), and passed over where it fails.
 """
 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from functools import lru_cache
 from typing import NamedTuple
@@ -18,7 +23,7 @@ import torch
 from torch import Tensor
 
 from .. import block
-from ..shard import Attended
+from ..shard import Attended, wide
 from .call import Call
 
 aten = torch.ops.aten
@@ -26,11 +31,12 @@ aten = torch.ops.aten
 
 class Seen(NamedTuple):
     """What of a block is seen: kind "full", "causal" (square, query i sees keys 0 … i) or "mask"
-    with `keep` b m h q k.
+    with `keep` b m h q k; and what becomes of scores b m h q k first.
     """
 
     kind: str
-    keep: Tensor | None
+    keep: Tensor | None = None
+    modify: Callable[[Tensor], Tensor] | None = None
 
 
 class Task(NamedTuple):
@@ -41,13 +47,16 @@ class Task(NamedTuple):
     head_dim: int
     kind: str
     lse_gradient: bool = False
-    single: bool = False  # one query on one key
+    single: bool = False  # one query
     scale: float = 1.0
+    backward: bool = False
 
 
 class Kernel(NamedTuple):
     """forward(q, k, v, causal, scale) -> out, lse; backward(dout, q, k, v, out, lse, causal, scale)
     -> dq, dk, dv; all b h s d.
+
+    scratch: a float32 dQ that a backward keeps for itself has rows and columns in multiples of these.
     """
 
     name: str
@@ -57,6 +66,7 @@ class Kernel(NamedTuple):
     backward: Callable
     grouped: bool = True  # takes fewer key/value heads than query heads
     granularity: int = 8  # what the head dim must be a multiple of
+    scratch: tuple[int, int] | None = None
 
 
 HALF = (torch.float16, torch.bfloat16)
@@ -115,6 +125,12 @@ def _cudnn_forward(q, k, v, causal, scale):
 
 
 def _cudnn_backward(dout, q, k, v, out, lse, causal, scale):
+    if not causal and k.shape[2] % 128 == 64:
+        # keys up to the next 128 are computed and not masked: where lse < −88 they overflow, and dQ is NaN. Halves of
+        # such a length are no multiple of 64, and right; a sixth slower than the whole, FlashAttention-2 nearly twice
+        halves = zip(k.chunk(2, 2), v.chunk(2, 2), strict=True)
+        (dq, *first), (more, *last) = (_cudnn_backward(dout, q, *half, out, lse, causal, scale) for half in halves)
+        return dq.add_(more), *(torch.cat(x, 2) for x in zip(first, last, strict=True))
     seed = _seed(1, torch.int64, q.device)
     return aten._scaled_dot_product_cudnn_attention_backward(
         dout, q, k, v, out, lse.contiguous()[..., None], seed, seed, None, None, None,
@@ -178,8 +194,10 @@ def _xformers_why_not(task: Task) -> str | None:
 
 
 def _cudnn_why_not(task: Task) -> str | None:
-    limit = _limits("cuda", HALF, 128)(task) or ("needs more than one query or key" if task.single else None)
-    if limit or torch.cuda.get_device_capability() >= (9, 0):
+    limit = _limits("cuda", HALF, 128)(task)
+    if limit is None and task.single:
+        return "needs more than one query: on one its backward returns NaN, where keys are a multiple of 64"
+    if limit or not torch.cuda.is_available() or torch.cuda.get_device_capability() >= (9, 0):
         return limit
     return "is only faster than FlashAttention-2 from Hopper on"
 
@@ -196,10 +214,10 @@ _ONLY_HALF, _CPU_FLOATS = _limits("cuda", HALF, 256), (*HALF, torch.float32, tor
 _NOT_DOUBLE = _limits("cuda", (*HALF, torch.float32), 256)
 _CPU = _limits("cpu", _CPU_FLOATS, 2**16, granularity=1)
 KERNELS = (
-    Kernel("cudnn", "torch", _cudnn_why_not, _cudnn_forward, _cudnn_backward),
-    Kernel("flash", "torch", _ONLY_HALF, _flash_forward, _flash_backward),
-    Kernel("xformers", "xformers", _xformers_why_not, _xformers_forward, _xformers_backward, False),
-    Kernel("efficient", "torch", _NOT_DOUBLE, _efficient_forward, _efficient_backward, False),
+    Kernel("cudnn", "torch", _cudnn_why_not, _cudnn_forward, _cudnn_backward, scratch=(1, 1)),
+    Kernel("flash", "torch", _ONLY_HALF, _flash_forward, _flash_backward, scratch=(128, 32)),
+    Kernel("xformers", "xformers", _xformers_why_not, _xformers_forward, _xformers_backward, False, scratch=(64, 64)),
+    Kernel("efficient", "torch", _NOT_DOUBLE, _efficient_forward, _efficient_backward, False, scratch=(64, 64)),
     Kernel("cpu_flash", "torch", _CPU, _cpu_flash_forward, _cpu_flash_backward, False, 1),
 )
 
@@ -216,25 +234,104 @@ def _ranked(backend: str) -> list[Kernel]:
 
 
 @lru_cache(maxsize=256)
-def _choose(backend: str, task: Task, _impl: str | None) -> Kernel | None:
-    return next((kernel for kernel in _ranked(backend) if kernel.why_not(task) is None), None)
+def _admitted(backend: str, task: Task, _impl: str | None) -> list[Kernel]:
+    return [kernel for kernel in _ranked(backend) if kernel.why_not(task) is None]
 
 
 def choose(backend: str, task: Task) -> Kernel | None:
     """The kernel for a task; None is the einsum block (`math`), which does everything."""
-    return None if backend == "math" else _choose(backend, task, _flash_impl())
+    able = () if backend == "math" else _admitted(backend, task, _flash_impl())
+    return next((kernel for kernel in able if fault(kernel, task) is None), None)
 
 
-def check(q: Tensor, backend: str, masked: bool, scale: float) -> None:
-    """Raise where a backend was asked for by name and cannot do what the call needs."""
+def check(q: Tensor, v: Tensor, backend: str, masked: str | None, scale: float) -> None:
+    """Raise where a backend was asked for by name and cannot do what the call needs; `masked` names an argument that
+    no kernel knows.
+    """
     if backend in ("auto", "math"):
         return
     if scale <= 0:
         raise NotImplementedError(f"backend={backend!r} needs a scale above 0, got {scale}")
-    task = Task(q.device.type, q.dtype, q.shape[-1], "mask" if masked else "full")
+    task = Task(q.device.type, q.dtype, max(q.shape[-1], v.shape[-1]), "mask" if masked else "full")
     if choose(backend, task) is None:
-        reasons = [f"{kernel.name} {kernel.why_not(task)}" for kernel in _ranked(backend)]
-        raise NotImplementedError(f"backend={backend!r} cannot do this: {'; '.join(reasons)}")
+        reasons = [f"{kernel.name} {kernel.why_not(task) or fault(kernel, task)}" for kernel in _ranked(backend)]
+        asked = f"{masked}" if masked else "this"
+        raise NotImplementedError(f"backend={backend!r} cannot do {asked}: {'; '.join(reasons)}")
+
+
+# ---------------------------------------------------------------------------------------- the proof
+
+
+_PROBES = {"full": ((37, 192), (1, 128)), "causal": ((192, 192),)}  # queries, keys
+_faults: dict[tuple, str | None] = {}
+
+
+def fault(kernel: Kernel, task: Task, ask: bool = True) -> str | None:
+    """What came out wrong when this kernel was first asked in this process, for this dtype, head dim, kind and
+    direction; None if nothing did, or if it was not asked and now is no time to.
+    """
+    asked = kernel, *task._replace(single=False, scale=1.0)
+    if asked not in _faults and ask and _can_ask(task.device):
+        _faults[asked] = found = _ask(kernel, task)
+        if found:
+            what = f"{task.dtype}, head dim {task.head_dim}, {task.kind} blocks"
+            warnings.warn(f"{kernel.name} is passed over for {what}: it {found}", RuntimeWarning, stacklevel=2)
+    return _faults.get(asked)
+
+
+def _can_ask(device: str) -> bool:
+    """Not under torch.compile, a CUDA graph's capture, or a mode that counts, traces or fakes what is computed."""
+    if device not in ("cpu", "cuda") or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return False
+    return device == "cpu" or not torch.cuda.is_current_stream_capturing()
+
+
+def _ask(kernel: Kernel, task: Task) -> str | None:
+    """Awkward lengths, one query among them if the kernel takes it, scores near −200, 0 and 200, against the einsum
+    block in float64.
+    """
+    seen, scale = Seen(task.kind), task.head_dim**-0.5
+    for c, n in _PROBES[task.kind]:
+        if c == 1 and kernel.why_not(task._replace(single=True)):
+            continue
+        q, k, v, dout, dlse = _awkward(c, n, task)
+        keep, exact = _keep(q, k, seen), [x.double() for x in (q, k, v)]
+        true = block.forward(*exact, scale, keep)
+        known = true.out.to(q.dtype), true.lse.to(wide(q.dtype))
+        try:
+            if task.backward:
+                given_back = dout.double(), None if dlse is None else dlse.double()
+                true = block.backward(*given_back, *exact, *true, scale, keep)
+                given = _backward(kernel, dout, dlse, q, k, v, *known, task.kind, scale)
+            else:
+                given = _forward(kernel, q, k, v, task.kind, scale)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            return f"raised {str(error)[:200]!r} on {c} queries and {n} keys"
+        for name, x, y in zip(("dq", "dk", "dv") if task.backward else ("out", "lse"), given, true, strict=True):
+            error = float((x.double() - y).norm() / y.norm())
+            # what is broken, not what is imprecise: a score near 200 has lost some digits
+            most = 1e-4 if name == "lse" else 32 * torch.finfo(q.dtype).eps + 1e-3
+            if not error <= most:
+                off = "is not finite" if error != error or math.isinf(error) else f"is off by {error:.2g} of its norm"
+                return f"gave a {name} that {off}, on {c} queries and {n} keys with scores near -200, 0 and 200"
+    return None
+
+
+def _awkward(c: int, n: int, task: Task) -> tuple[Tensor, ...]:
+    """q, k, v, dout and dlse (or None) of three heads, whose scores lie near −200, 0 and 200."""
+    random = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(1, 1, *shape, generator=random, dtype=torch.float32, device="cpu")
+
+    level, d = (200 / task.head_dim**0.5) ** 0.5, task.head_dim
+    q, k = draw(c, 3, d), draw(n, 3, d)
+    q += torch.tensor([level, 0.0, level], device="cpu")[:, None]
+    k += torch.tensor([-level, 0.0, level], device="cpu")[:, None]
+    made = [x.to(task.device, task.dtype) for x in (q, k, draw(n, 3, d), draw(c, 3, d))]
+    return *made, draw(c, 3).to(task.device, wide(task.dtype)) if task.lse_gradient else None
 
 
 # ---------------------------------------------------------------------------------------- the block
@@ -242,10 +339,16 @@ def check(q: Tensor, backend: str, masked: bool, scale: float) -> None:
 
 def forward(q: Tensor, k: Tensor, v: Tensor, seen: Seen, call: Call) -> Attended:
     """Attend to one block: q b m c h d, k and v b m k g d → out b m c h d, lse b m c h."""
-    kernel = _kernel(q, k, seen, call)
+    kernel = _kernel(q, v, seen, call)
     if kernel is None:
-        return block.forward(q, k, v, call.scale, _keep(q, k, seen))
-    out, lse = kernel.forward(*_folded(kernel, q, k, v), seen.kind == "causal", call.scale)
+        return block.forward(q, k, v, call.scale, _keep(q, k, seen), seen.modify)
+    return _forward(kernel, q, k, v, seen.kind, call.scale)
+
+
+def _forward(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, kind: str, scale: float) -> Attended:
+    d = v.shape[-1]
+    out, lse = kernel.forward(*_folded(kernel, *_alike(q, k, v)), kind == "causal", scale)
+    out = out[..., :d]
     return Attended(out.transpose(1, 2).unflatten(0, q.shape[:2]), lse.transpose(1, 2).unflatten(0, q.shape[:2]))
 
 
@@ -253,24 +356,59 @@ def backward(dout, dlse, q, k, v, out, lse, seen: Seen, call: Call) -> tuple[Ten
     """dQ, dK, dV of one block from the merged out and lse (+inf where nothing was seen); dlse may
     be None.
     """
-    kernel = _kernel(q, k, seen, call, dlse is not None)
+    kernel = _kernel(q, v, seen, call, backward=True, lse_gradient=dlse is not None)
     if kernel is None:
-        return block.backward(dout, dlse, q, k, v, out, lse, call.scale, _keep(q, k, seen))
-    d = q.shape[-1]
+        return block.backward(dout, dlse, q, k, v, out, lse, call.scale, _keep(q, k, seen), seen.modify)
+    return _backward(kernel, dout, dlse, q, k, v, out, lse, seen.kind, call.scale)
+
+
+def _backward(kernel: Kernel, dout, dlse, q, k, v, out, lse, kind: str, scale: float) -> tuple[Tensor, ...]:
+    d, d_v = q.shape[-1], v.shape[-1]
+    dout, q, k, v, out = _alike(dout, q, k, v, out)
     if dlse is not None:
         dout, q, k, v, out = _with_lse_gradient(dlse, dout, q, k, v, out, kernel.granularity)
     lse = lse.flatten(0, 1).transpose(1, 2)
-    grads = kernel.backward(_bhsd(dout), *_folded(kernel, q, k, v), _bhsd(out), lse, seen.kind == "causal", call.scale)
-    dq, dk, dv = (x.transpose(1, 2)[..., :d].unflatten(0, q.shape[:2]) for x in grads)
+    folded = _folded(kernel, q, k, v)
+    scratch = _scratch(kernel, *folded[:2]) if q.is_meta else None
+    grads = kernel.backward(_bhsd(dout), *folded, _bhsd(out), lse, kind == "causal", scale)
+    del scratch
+    grads = (x.transpose(1, 2).unflatten(0, q.shape[:2]) for x in grads)
+    dq, dk, dv = (x[..., :size] for x, size in zip(grads, (d, d, d_v), strict=True))
     if dk.shape[3] != k.shape[3]:
         dk, dv = (x.unflatten(3, (k.shape[3], -1)).sum(4) for x in (dk, dv))
     return dq, dk, dv
 
 
-def _kernel(q: Tensor, k: Tensor, seen: Seen, call: Call, lse_gradient: bool = False) -> Kernel | None:
-    single = q.shape[2] == k.shape[2] == 1
-    task = Task(q.device.type, q.dtype, q.shape[-1], seen.kind, lse_gradient, single, call.scale)
+def _kernel(q: Tensor, v: Tensor, seen: Seen, call: Call, backward=False, lse_gradient=False) -> Kernel | None:
+    task = Task(
+        q.device.type,
+        q.dtype,
+        max(q.shape[-1], v.shape[-1]),
+        seen.kind,
+        lse_gradient,
+        q.shape[2] == 1,
+        call.scale,
+        backward,
+    )
     return choose(call.backend, task) if q.numel() else None
+
+
+def _alike(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Head dims filled up with zeros to the largest, which changes neither a score nor what is asked of out."""
+    most = max(x.shape[-1] for x in tensors)
+    return tuple(x if x.shape[-1] == most else torch.nn.functional.pad(x, (0, most - x.shape[-1])) for x in tensors)
+
+
+def _scratch(kernel: Kernel, q: Tensor, k: Tensor) -> Tensor | None:
+    """What a kernel's backward would take for itself beside what it returns, where tensors have no data: a float32
+    dQ and D, and dK and dV of every query head where these share key/value heads. Measured in torch 2.11.
+    """
+    if kernel.scratch is None:
+        return None
+    (b, h, s, d), (rows, columns) = q.shape, kernel.scratch
+    own = 4 * b * h * (-(-s // rows) * rows * -(-d // columns) * columns + s)
+    shared = 2 * b * h * k.shape[2] * d * k.element_size() if k.shape[1] < h else 0
+    return q.new_empty(own + shared, dtype=torch.uint8)
 
 
 def _folded(kernel: Kernel, q: Tensor, *keys: Tensor) -> tuple[Tensor, ...]:
@@ -306,7 +444,7 @@ def _with_lse_gradient(dlse, dout, q, k, v, out, columns: int):
 
 def _keep(q: Tensor, k: Tensor, seen: Seen) -> Tensor | None:
     """The mask of a block for the einsum version, broadcastable to b m g e c k."""
-    if seen.kind == "full":
+    if seen.kind == "full" or (seen.kind == "mask" and seen.keep is None):
         return None
     if seen.kind == "causal":
         return torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()

@@ -2,7 +2,8 @@
 
 `python -m ringref bench` runs on all GPUs of the machine (or a few CPU ranks), `torchrun … -m ringref bench` on the
 ranks that there are. Times are medians after warm-up, of the slower rank, between events on ranks that start together.
-Every section prints a table and writes `figures/data/SECTION-MACHINE-xP.json` with machine, versions, date, command.
+Every section prints its rows as they are measured, then a table, and writes `figures/data/SECTION-MACHINE-xP.json`
+with machine, versions, date, command.
 """
 
 import argparse
@@ -30,7 +31,7 @@ from ..comm.launch import from_env, launch
 from ..comm.process import ProcessRing
 from ..comm.simulate import simulate
 from ..engine import kernels
-from ..shard import Attended, Dilation, Shard, partition
+from ..shard import Attended, Dilation, Shard, partition, wide
 from .memory import measured, predicted
 
 METHODS = {"ring": ring_attention, "collective": collective_attention}
@@ -61,7 +62,10 @@ def _run(args, ring):
     torch.manual_seed(ring.rank)
     bench, good = Bench(ring), True
     for name in args.sections:
-        rows = list(SECTIONS[name](bench, args))
+        rows = []
+        for row in SECTIONS[name](bench, args):
+            rows.append(row)
+            bench.say(f"{name}: {', '.join(f'{c} {x}' for c, x in _cells(row).items())}")
         good &= all(row.get("checked", True) for row in rows)
         if ring.rank == 0 and rows:
             _report(bench, name, rows, args)
@@ -71,17 +75,23 @@ def _run(args, ring):
 def _report(bench, section, rows, args):
     """Print a table and write the JSON."""
     machine = f"{bench.ring.size} × {bench.machine}"
-    columns = list(dict.fromkeys(c for row in rows for c, x in row.items() if not isinstance(x, (dict, list))))
-    table = Table(*(c.replace("_", " ") for c in columns), title=f"{section} on {machine}", title_justify="left")
-    for row in rows:
-        cells = [row.get(c, "") for c in columns]
-        table.add_row(*(f"{x:.4g}" if isinstance(x, float) else str(x) for x in cells))
+    cells = [_cells(row) for row in rows]
+    columns = list(dict.fromkeys(c for row in cells for c in row))
+    table = Table(*columns, title=f"{section} on {machine}", title_justify="left")
+    for row in cells:
+        table.add_row(*(row.get(c, "") for c in columns))
     Console(width=180).print(table)
     record = {"section": section, "machine": machine, "versions": bench.versions(), "command": args.command}
     record |= {"date": datetime.date.today().isoformat(), "transport": bench.ring.transport, "rows": rows}
     args.data.mkdir(parents=True, exist_ok=True)
     slug = "-".join(bench.machine.lower().removeprefix("nvidia ").split()[:2])
     (args.data / f"{section}-{slug}-x{bench.ring.size}.json").write_text(json.dumps(record, indent=1) + "\n")
+
+
+def _cells(row):
+    """What of a row is shown."""
+    shown = {c: x for c, x in row.items() if not isinstance(x, (dict, list))}
+    return {c.replace("_", " "): f"{x:.4g}" if isinstance(x, float) else str(x) for c, x in shown.items()}
 
 
 class Bench:
@@ -92,6 +102,11 @@ class Bench:
         self.device = torch.device("cuda", torch.cuda.current_device()) if self.cuda else torch.device("cpu")
         self.dtype = torch.bfloat16 if self.cuda else torch.float32
         self.machine = torch.cuda.get_device_name() if self.cuda else f"{platform.machine()} CPU"
+
+    def say(self, what):
+        """A line of progress, once."""
+        if self.ring.rank == 0:
+            print(f"{time.strftime('%H:%M:%S')} {what}", flush=True)
 
     def inputs(self, s, h, d):
         """q, k, v that need gradients, and dO: b s h d with b = 1."""
@@ -188,9 +203,9 @@ class Bench:
         Several ranks believe the prediction, for one that runs out of memory leaves the others waiting.
         """
         n, p, kernel = row["n"], self.ring.size, "cudnn" if self.cuda else "cpu_flash"
-        held = predicted(method, n, p, h, d, dtype=self.dtype, causal=True, kernel=kernel, **how)
-        row["predicted_bytes"] = sum(held.values())
+        row["predicted_bytes"] = predicted(method, n, p, h, d, dtype=self.dtype, causal=True, kernel=kernel, **how)
         row["fits"] = True
+        self.say(f"{row['method']}, {n} tokens: {row['predicted_bytes'] / 2**20:.0f} MiB above the inputs predicted")
         if self.cuda and p > 1:
             free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
             inputs = 4 * n // p * h * d * self.dtype.itemsize
@@ -257,16 +272,35 @@ def _truth(bench, shard, causal, inputs, dout):
     return together, {name: max(errors[name] for errors in plain) for name in plain[0]}
 
 
-def _judge_dilated(bench, fn, define, windows, inputs, dout):
-    """Against the definition in float64, on these windows of rows."""
-    ours, true, plain = _results(fn, inputs, dout), [], []
-    for dtype, into in ((torch.float64, true), (bench.dtype, plain)):
-        into += [_results(define, [x[:, few].to(dtype) for x in inputs], dout[:, few].to(dtype)) for few in windows]
-    given = [{name: x[:, few] for name, x in ours.items()} for few in windows]
-    given, true, plain = ({name: torch.cat([x[name] for x in some]) for name in ours} for some in (given, true, plain))
+_SCORES, _CHUNK = 2**28, 2**24  # that the definition computes for a judgement, a head, in all and at a time
+
+
+def _judge_rows(bench, fn, shard, how, inputs, dout):
+    """Against the definition in float64, on some of this rank's query rows, so that it takes as long for any n: dO is
+    0 on the others, and dK and dV, whole, are these rows' alone.
+    """
+    ring, s, device = bench.ring, len(shard.positions), bench.device
+    n = s * ring.size
+    rows = torch.randperm(s)[: max(1, _SCORES // n)].sort().values
+    some = torch.zeros_like(dout).index_copy_(1, rows.to(device), dout[:, rows])
+    every = torch.cat(ring.share(shard.positions, [s] * ring.size))
+    theirs = Shard(shard.positions[rows], None, every)
+    define = partial(dense_attention, **how, shard=theirs, q_chunk=max(1, _CHUNK // n))
+    q, k, v = (x.detach() for x in inputs)
+    k, v = (torch.cat(ring.gather(x, [x.shape] * ring.size), 1) for x in (k, v))
+
+    def defined(dtype):
+        found = _results(define, [x.to(dtype) for x in (q[:, rows], k, v)], dout[:, rows].to(dtype))
+        for name in ("dk", "dv"):  # a sum over the ranks' rows, and mine of it
+            (found[name],) = ring.reduce([(x.to(dtype=wide(dtype), copy=True),) for x in found[name].split(s, 1)])
+        found["dq"] = torch.zeros_like(q, dtype=found["dq"].dtype).index_copy_(1, rows.to(device), found["dq"])
+        return found
+
+    true, plain = defined(torch.float64), defined(bench.dtype)
+    ours = {name: x[:, rows] if name in ("out", "lse") else x for name, x in _results(fn, inputs, some).items()}
     # this definition multiplies in float32: its error is the dtype's own rounding and no more
     floor = torch.finfo(bench.dtype).eps / 2
-    return _verdict(bench, given, true, {name: max(x, floor) for name, x in _errors(plain, true).items()})
+    return _verdict(bench, ours, true, {name: max(x, floor) for name, x in _errors(plain, true).items()})
 
 
 # ----------------------------------------------------------------------------------------- sections
@@ -279,6 +313,7 @@ def ring_section(bench, args):
     for s, causal in product(args.tokens, (True, False)):
         p, plain = bench.ring.size, bench.plain(causal)
         shard, facts = partition(s * p, bench.ring, "zigzag"), {"tokens_per_gpu": s, "p": p, "causal": causal}
+        bench.say(f"ring: {s} tokens a rank, causal {causal}: judged")
         mine = bench.inputs(s, HEADS, HEAD_DIM)
         truth = _truth(bench, shard, causal, *mine)
         ours = {name: partial(method, causal=causal, shard=shard) for name, method in METHODS.items()}
@@ -290,6 +325,8 @@ def ring_section(bench, args):
             runs[f"context_parallel {rotation}"] = partial(_context_parallel, bench, rotation, causal), plain, *mine
         rounds = [{}, {}]
         for found, (name, (scope, *run)) in product(rounds, runs.items()):  # in turns, for a GPU slows as it warms
+            round = "first" if found is rounds[0] else "second"
+            bench.say(f"ring: {s} tokens a rank, causal {causal}: {name}, the {round} time")
             try:
                 with scope():
                     found[name] = bench.measure(*run)
@@ -438,40 +475,34 @@ def exposed_time(kernels):
 def dilated_section(bench, args):
     """LongNet's setting (h = 12, d = 64, causal, w = 2k … 32k, r = 1, 2, 4, 6, 12), n doubling until it does not fit.
 
-    On several ranks also with a last branch over the whole sequence, which crosses them. Results are checked at the
-    first n, and at the largest up to 1M on windows of the largest segment: the first, a random one and the last; at
-    that n the head-grouped convention runs beside its best-known port.
+    On several ranks also with a last branch over the whole sequence, which crosses them. Results are checked up to 1M
+    tokens; at the largest such n the head-grouped convention runs beside its best-known port.
     """
     p, lengths, rates = bench.ring.size, [(2048 if bench.cuda else 16) << i for i in range(5)], [1, 2, 4, 6, 12]
-    judged = max((n for n in args.dilated_tokens if n <= 2**20), default=0)
+    largest = max((n for n in args.dilated_tokens if n <= 2**20), default=0)
     for n in args.dilated_tokens:
         kinds = {"LongNet": Dilation(lengths, rates)}
         if p > 1:
             kinds["LongNet + w = n, r = 64"] = Dilation([*lengths, n], [*rates, 64])
-        if n == judged:
+        if n == largest:
             kinds["grouped"] = Dilation(lengths, rates, heads="grouped")
-        rows, shard = [], partition(n, bench.ring)
+        shard, fits = partition(n, bench.ring), True
         for name, dilation in kinds.items():
-            w, what = max(dilation.segment_lengths), {"causal": True, "dilation": dilation}
-            define, windows, last = partial(dense_attention, **what, q_chunk=256), [], n // p // w - 1
-            if n == args.dilated_tokens[0]:
-                define, windows = partial(define, shard=shard), [slice(None)]
-            elif n == judged and last >= 0:
-                windows = [slice(i * w, (i + 1) * w) for i in (0, int(torch.randint(last + 1, ())), last)]
-            run = partial(_dilated, bench, partial(dilated_attention, **what, shard=shard), define, windows)
-            row = {"n": n, "p": p, "method": name}
-            rows.append(bench.attempt(row, run, "dilated", 12, 64, dilation=dilation))
-        if n == judged and p == 1 and (peer := _dilated_peer(lengths, rates)):
+            run = partial(_dilated, bench, shard, {"causal": True, "dilation": dilation}, n <= 2**20)
+            row = bench.attempt({"n": n, "p": p, "method": name}, run, "dilated", 12, 64, dilation=dilation)
+            fits &= row["fits"]
+            yield row
+        if n == largest and p == 1 and (peer := _dilated_peer(lengths, rates)):
             row = {"n": n, "p": p, "method": "dilated-attention-pytorch"}
             row = bench.attempt(row, partial(bench.measure, peer), "dilated", 12, 64, dilation=kinds["grouped"])
-            rows.append({key: x for key, x in row.items() if key != "predicted_bytes"})  # which is ours
-        yield from rows
-        if not all(row["fits"] for row in rows):
+            yield {key: x for key, x in row.items() if key != "predicted_bytes"}  # which is ours
+        if not fits:
             return
 
 
-def _dilated(bench, fn, define, windows, inputs, dout):
-    verdict = _judge_dilated(bench, fn, define, windows, inputs, dout) if windows else {}
+def _dilated(bench, shard, how, judged, inputs, dout):
+    fn = partial(dilated_attention, **how, shard=shard)
+    verdict = _judge_rows(bench, fn, shard, how, inputs, dout) if judged else {}
     before = bench.ring.traffic.received
     fn(*inputs)
     received = int(bench.worst(bench.ring.traffic.received - before)[0])
@@ -500,8 +531,8 @@ def flat_section(bench, args):
                     torch.autograd.grad(_out(fn, *inputs), inputs, dout)
             return usage.peak / dout.nbytes
 
-        bound = predicted(name, s * p, p, HEADS, HEAD_DIM, dtype=bench.dtype, kernel="cpu_flash")
-        expected = sum(bound.values()) / (s * HEADS * HEAD_DIM * bench.dtype.itemsize)
+        how = {"dtype": bench.dtype, "causal": True, "layout": "zigzag", "kernel": "cpu_flash"}
+        expected = predicted(name, s * p, p, HEADS, HEAD_DIM, **how) / (s * HEADS * HEAD_DIM * bench.dtype.itemsize)
         facts = {"tokens_per_gpu": s, "p": p, "simulated": True, "method": name}
         yield {**facts, "peak_both_q": max(simulate(rank, p)), "predicted_q": expected}
 
@@ -515,9 +546,8 @@ def long_section(bench, args):
         for n in (2**i for i in (range(12, 40) if bench.cuda else range(7, 10))):
             step = partial(fn, causal=True, shard=partition(n, bench.ring, "zigzag"), q_chunk=c)
             row = {"n": n, "p": p, "method": name, "computed": n <= args.longest}
-            row = bench.attempt(
-                row, partial(_long, bench, step, row["computed"]), name.split(",")[0], HEADS, HEAD_DIM, c=c
-            )
+            run, how = partial(_long, bench, step, row["computed"]), {"layout": "zigzag", "c": c}
+            row = bench.attempt(row, run, name.split(",")[0], HEADS, HEAD_DIM, **how)
             yield row
             if not row["fits"]:
                 break
