@@ -156,7 +156,7 @@ def test_many_arguments_at_once(seed):
 # ---------------------------------------------------------------------------------------- identities
 
 
-@pytest.mark.parametrize("method", KNOWING)
+@pytest.mark.parametrize("method", METHODS)
 def test_arguments_that_say_nothing(method):
     """One document is none, an unbounded window is none, a causal window is causal: to the bit."""
     given, split = inputs(N), Split(layout("zigzag", N, 3))
@@ -168,12 +168,12 @@ def test_arguments_that_say_nothing(method):
         ({"cu_seqlens": torch.tensor([0, 0, N, N])}, {}),
         ({"score_mod": lambda score, b, h, q, k: score}, {}),
     ):
-        one, other = (split.found(KNOWING[method], given, **x) for x in (arguments, plain))
+        one, other = (split.found(METHODS[method], given, **x) for x in (arguments, plain))
         for mine, its in zip(one, other):
             assert all(map(torch.equal, mine, its)), arguments
 
 
-@pytest.mark.parametrize("method", KNOWING)
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("dilation", DILATIONS)
 def test_packed_is_separate(method, dilation):
     """Documents packed into one sequence: each is what it is alone, its segments counted from its own start."""
@@ -181,7 +181,7 @@ def test_packed_is_separate(method, dilation):
     given, split = inputs(N), Split(layout("striped", N, 3))
     rows = torch.cat([x for x, _ in split.positions])
     arguments = {"causal": True, "dilation": DILATIONS[dilation], "window": (6, None)}
-    found = split.found(KNOWING[method], given, cu_seqlens=torch.tensor(ends), **arguments)
+    found = split.found(METHODS[method], given, cu_seqlens=torch.tensor(ends), **arguments)
     whole = [torch.cat([x[i] for x in found], 2 if i == 1 else 1) for i in range(5)]
     for a, b in itertools.pairwise(ends):
         mine = ((rows >= a) & (rows < b)).nonzero()[:, 0]
@@ -190,7 +190,7 @@ def test_packed_is_separate(method, dilation):
         assert_close(Results(*(x.index_select(2 if i == 1 else 1, mine) for i, x in enumerate(whole))), alone, (a, b))
 
 
-@pytest.mark.parametrize("method", KNOWING)
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(
     "arguments, seen",
     [
@@ -209,13 +209,13 @@ def test_what_is_not_seen_changes_nothing(method, arguments, seen):
     v[:, rows == t] -= 1.0
     ends = []
     for one in (given, given._replace(k=k, v=v)):
-        found = split.found(KNOWING[method], one, **arguments)
+        found = split.found(METHODS[method], one, **arguments)
         ends.append(torch.cat([x.out for x in found], 1))
     changed = (ends[0] != ends[1]).flatten(2).any(2).all(0)
     assert changed.tolist() == [seen(q, t) for q in rows.tolist()]
 
 
-@pytest.mark.parametrize("method", KNOWING)
+@pytest.mark.parametrize("method", METHODS)
 def test_masked_scores_may_be_anything(method):
     """score_mod is nobody's concern where the masks hide the key: NaN and infinite slopes stay there."""
 
@@ -223,7 +223,7 @@ def test_masked_scores_may_be_anything(method):
         return score * (q_idx - kv_idx).double().sqrt()
 
     given, split = inputs(9), Split(layout("zigzag", 9, 2))
-    for one in split.found(KNOWING[method], given, causal=True, score_mod=root):
+    for one in split.found(METHODS[method], given, causal=True, score_mod=root):
         assert all(x.isfinite().all() for x in one)
     true = truth(given, split, causal=True, score_mod=lambda s, b, h, q, k: s * (q - k).clamp(min=0).double().sqrt())
     assert_close(both_ways(dense_attention, given, shard=split.whole, causal=True, score_mod=root), true)
@@ -322,7 +322,7 @@ def captured(kind):
     }[kind]
 
 
-@pytest.mark.parametrize("method", KNOWING)
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("grad", [torch.enable_grad, torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("kind", ["a closure", "a partial", "a module", "instead of the score"])
 def test_a_captured_tensor_that_requires_grad(method, grad, kind):
@@ -333,10 +333,10 @@ def test_a_captured_tensor_that_requires_grad(method, grad, kind):
         mine = given.cut(*split.rows[ring.rank])
         mods = {0: mod}.get(ring.rank, lambda s, b, h, q, k: s)
         with grad(), pytest.raises(ValueError, match="score_mod uses a tensor that requires grad|rank 0 rejected"):
-            KNOWING[method](*mine[:3], shard=split.shard(ring), score_mod=mods)
+            METHODS[method](*mine[:3], shard=split.shard(ring), score_mod=mods)
         with grad():
             free = torch.ones(4, dtype=torch.float64, requires_grad=True).detach()
-            KNOWING[method](*mine[:3], shard=split.shard(ring), score_mod=lambda s, b, h, q, k: s * free[h])
+            METHODS[method](*mine[:3], shard=split.shard(ring), score_mod=lambda s, b, h, q, k: s * free[h])
         return True
 
     assert all(simulate(on, 3, adversarial=True))
@@ -345,7 +345,7 @@ def test_a_captured_tensor_that_requires_grad(method, grad, kind):
 # -------------------------------------------------------------------------------------------- errors
 
 
-@pytest.mark.parametrize("method", KNOWING)
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(
     "name, one, other",
     [
@@ -362,31 +362,31 @@ def test_ranks_differ(method, name, one, other):
         shard, told = partition(9, ring, "zigzag"), dict(one if ring.rank else other)
         given = inputs(9, dv=told.pop("dv", 3))
         with pytest.raises(ValueError, match=f"{name}.* differs between ranks"):
-            KNOWING[method](*(shard.take(x) for x in given[:3]), shard=shard, **told)
+            METHODS[method](*(shard.take(x) for x in given[:3]), shard=shard, **told)
         return True
 
     assert all(simulate(on, 3, adversarial=True))
 
 
-@pytest.mark.parametrize("method", KNOWING)
+@pytest.mark.parametrize("method", METHODS)
 def test_documents_must_fit(method):
     def on(ring):
         shard, given = partition(9, ring), inputs(9)
         mine = [shard.take(x) for x in given[:3]]
         for ends in ([0, 4], [0, 4, 10]):
             with pytest.raises(ValueError, match=f"cu_seqlens must end with the number of keys, 9, got {ends[-1]}"):
-                KNOWING[method](*mine, shard=shard, cu_seqlens=torch.tensor(ends))
+                METHODS[method](*mine, shard=shard, cu_seqlens=torch.tensor(ends))
         late = Shard(shard.positions + 3, ring, shard.positions)
         with pytest.raises(ValueError, match="the query at position 11 is in none of its documents"):
-            KNOWING[method](*mine, shard=late, cu_seqlens=torch.tensor([0, 4, 9]))
+            METHODS[method](*mine, shard=late, cu_seqlens=torch.tensor([0, 4, 9]))
         return True
 
     assert all(simulate(on, 3, adversarial=True))
     none = [x[:, :0] for x in inputs(3)[:3]]
-    assert KNOWING[method](*none, cu_seqlens=torch.tensor([0])).out.shape == (2, 0, 4, 3)
+    assert METHODS[method](*none, cu_seqlens=torch.tensor([0])).out.shape == (2, 0, 4, 3)
 
 
-@pytest.mark.parametrize("method", KNOWING)
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(
     "mod, kind, words",
     [
@@ -405,7 +405,7 @@ def test_score_mod_returns_something_else(method, mod, kind, words):
         shard, given = partition(9, ring), inputs(9)
         mods = mod if ring.rank == 1 else softcap_and_bias
         try:
-            KNOWING[method](*(shard.take(x) for x in given[:3]), shard=shard, score_mod=mods)
+            METHODS[method](*(shard.take(x) for x in given[:3]), shard=shard, score_mod=mods)
         except Exception as error:
             seen.append((ring.rank, error))
 
@@ -436,7 +436,7 @@ def test_sinks(name):
         torch.autograd.backward(found, mine[3:])
         return Results(found.out.detach(), found.lse.detach(), *(x.grad for x in leaves[:3])), leaves[3].grad
 
-    for method in METHODS if name not in ("documents",) else KNOWING:
+    for method in METHODS:
         found = simulate(partial(on, method=METHODS[method]), 3, adversarial=True)
         for (one, _), (q, k) in zip(found, split.rows):
             whole = (

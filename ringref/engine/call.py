@@ -207,7 +207,15 @@ def agree(
     anchor = torch.zeros((), requires_grad=True, device="cpu") if needs and ring.size > 1 else None
     documents = None if documents is None or len(documents) <= 2 else documents
     arguments = causal, dilation, mask_mod, factor(), q_chunk, backend, ring, table, anchor
-    return Call(*arguments, _window(window), documents, score_mod)
+    return Call(*arguments, _reached(_window(window), table), documents, score_mod)
+
+
+def _reached(window: tuple[int | None, int | None], table: Table) -> tuple[int | None, int | None]:
+    """The bounds without those that no two positions are far enough apart to meet."""
+    if window == (None, None):
+        return window
+    farthest = max((int(one.index.max()) for side in table for one in side if len(one)), default=0)
+    return tuple(None if side is None or side >= farthest else side for side in window)
 
 
 @cache
