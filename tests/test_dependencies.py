@@ -186,6 +186,13 @@ def test_a_view_can_be_told_from_its_base():
     assert not x.new_empty(0).set_(x[:1])._is_view()
 
 
+def test_a_failed_assertion_can_be_put_in_a_stream():
+    """comm/peer.py loses a device on purpose by _assert_async of a false tensor; a CPU raises at once."""
+    torch._assert_async(torch.ones((), dtype=torch.bool))
+    with pytest.raises(RuntimeError):
+        torch._assert_async(torch.zeros((), dtype=torch.bool))
+
+
 def test_nested_arguments_are_walked():
     """oracle/sanitizer.py exchanges the tensors in a collective's nested lists by torch.utils._pytree."""
     x, options = torch.ones(1), dist.AllreduceOptions()
