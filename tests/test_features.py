@@ -166,7 +166,7 @@ def test_arguments_that_say_nothing(method):
         ({"window": (None, 7), "causal": True}, {"causal": True}),
         ({"window": [N, N]}, {}),
         ({"cu_seqlens": torch.tensor([0, 0, N, N])}, {}),
-        ({"score_mod": lambda score, b, h, q, k: score}, {}),
+        ({"score_mod": lambda score, b, h, q, k: score, "backend": "math"}, {"backend": "math"}),
     ):
         one, other = (split.found(METHODS[method], given, **x) for x in (arguments, plain))
         for mine, its in zip(one, other):
