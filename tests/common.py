@@ -6,6 +6,7 @@
 import math
 from contextlib import contextmanager
 from functools import partial
+from itertools import product
 from typing import NamedTuple
 from unittest import mock
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from ringref import (
     Dilation,
     Shard,
+    block,
     collective_attention,
     dense_attention,
     dilated_attention,
@@ -22,8 +24,9 @@ from ringref import (
     ring_attention,
     simulate,
 )
-from ringref.engine import plan
+from ringref.engine import kernels, plan
 from ringref.lab.memory import measured
+from ringref.shard import wide
 
 METHODS = {
     "dense": dense_attention,
@@ -187,6 +190,47 @@ def swap(given: Inputs, split: Split, methods=METHODS, **arguments) -> None:
     for name, method in methods.items():
         for rank, (one, other) in enumerate(zip(split.found(method, given, **arguments), true, strict=True)):
             assert_close(one, other, f"{name}, rank {rank} of {len(true)}, {arguments}")
+
+
+# ------------------------------------------------------------------------------------------ kernels
+
+
+LEVELS = (-300.0, -100.0, 0.0, 100.0)  # near which the scores of each head are
+
+
+def sweep(kernel, dtype, d, device, queries, keys) -> tuple[int, dict]:
+    """One kernel on these lengths, full and causal, against the einsum block in float64: how many calls (a head is
+    one), and the errors, relative to the norm, that are too large: {(kind, queries, keys, level, tensor): error}.
+    """
+    wrong, calls = {}, 0
+    for kind, c, n in [*product(["full"], queries, keys), *(("causal", n, n) for n in keys)]:
+        if kernel.why_not(kernels.Task(device, dtype, d, kind, single=c == 1)):
+            continue
+        random = torch.Generator().manual_seed(0)
+        q, k, v, dout = (torch.randn(1, 1, x, len(LEVELS), d, generator=random) for x in (c, n, n, c))
+        level = torch.tensor(LEVELS)[:, None]
+        q += (level.abs() / d**0.5).sqrt()
+        k += (level.abs() / d**0.5).sqrt() * level.sign()
+        q, k, v, dout = (x.to(device, dtype) for x in (q, k, v, dout))
+        keep, exact = kernels._keep(q, k, kernels.Seen(kind, None)), [x.double() for x in (q, k, v)]
+        true = block.forward(*exact, d**-0.5, keep)
+        given = true.out.to(dtype), true.lse.to(wide(dtype))
+        # from the same rounded out: where one key has all the weight, dQ and dK are differences of what is rounded
+        true += block.backward(dout.double(), None, *exact, *(x.double() for x in given), d**-0.5, keep)
+        found = kernels._forward(kernel, q, k, v, kind, d**-0.5)
+        found += kernels._backward(kernel, dout, None, q, k, v, *given, kind, d**-0.5)
+        calls += len(LEVELS)
+        for name, x, y in zip(Results._fields, found, true, strict=True):
+            x, y = (z[..., None] if name == "lse" else z for z in (x.double(), y))
+            norm = partial(torch.linalg.vector_norm, dim=(0, 1, 2, 4))
+            most = 1e-5 if name == "lse" else 16 * torch.finfo(dtype).eps + 1e-3
+            # what is 0 but for rounding is measured by what it is a difference of
+            parts = norm(dout) * norm(v) * (norm(k) / n if name == "dq" else norm(q) / c**0.5)
+            least = 1e-5 * parts if name in ("dq", "dk") else 1e-30
+            for at, error in zip(LEVELS, (norm(x - y) / (norm(y) + least)).tolist(), strict=True):
+                if not error <= most:
+                    wrong[kind, c, n, at, name] = error
+    return calls, wrong
 
 
 # ------------------------------------------------------------------------------------------- memory

@@ -44,8 +44,8 @@ def test_dilated_results_are_checked(monkeypatch):
     cross = "LongNet + w = n, r = 64"
     good = found()
     assert all(row["checked"] for row in good.values())
-    monkeypatch.setattr(bench, "_SCORES", 2**13)  # so that some rows stand for all
-    monkeypatch.setattr(bench, "_CHUNK", 2**11)
+    monkeypatch.setattr(bench, "_SCORES", 2**17)  # so that some rows stand for all
+    monkeypatch.setattr(bench, "_CHUNK", 2**15)
     assert all(row["checked"] for row in found().values())
     assert good[512, "LongNet"]["received_forward_bytes"] == 0 < good[512, cross]["received_forward_bytes"]
     scaled = lambda *x, **how: ringref.dilated_attention(*x, scale=0.1, **how)

@@ -2,14 +2,16 @@
 
 import re
 import threading
+import warnings
 
 import pytest
 import torch
-from common import DILATIONS, LAYOUTS, Split, layout, window
+from common import DILATIONS, LAYOUTS, Split, layout, sweep, window
 
 import ringref
 from ringref import Dilation, explain, simulate
 from ringref.engine import kernels
+from ringref.lab.memory import measured
 
 N, H, D = 64, 4, 8
 
@@ -61,3 +63,123 @@ def test_explain_gives_reasons():
     split = Split(layout("uneven", 8, 4))  # whose last shard is empty
     nothing = lambda ring: explain(q[:, : len(split.shard(ring).positions)], shard=split.shard(ring))
     assert simulate(nothing, 4)[3] == "all keys: keys stay; none are seen here"
+
+
+def broken(out=1.0, dq=1.0):
+    """CPU flash with results that are off by factors."""
+    good = next(x for x in kernels.KERNELS if x.name == "cpu_flash")
+
+    def forward(*how):
+        found, lse = good.forward(*how)
+        return found * out, lse
+
+    def backward(*how):
+        first, *others = good.backward(*how)
+        return first * dq, *others
+
+    return good._replace(name="broken", forward=forward, backward=backward)
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """(kernel, backward) of each proof that is asked for, in a process that has asked for none."""
+    seen, ask = [], kernels._ask
+    monkeypatch.setattr(kernels, "_faults", {})
+    monkeypatch.setattr(
+        kernels, "_ask", lambda kernel, task: (seen.append((kernel.name, task.backward)), ask(kernel, task))[1]
+    )
+    yield seen
+    kernels._admitted.cache_clear()
+
+
+def use(monkeypatch, *some):
+    monkeypatch.setattr(kernels, "KERNELS", some)
+    kernels._admitted.cache_clear()
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=lambda x: str(x)[6:]
+)
+@pytest.mark.parametrize("d", [1, 8, 64, 256])
+def test_a_good_kernel_is_never_found_wrong(d, dtype, asked):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for kind, backward, dlse in (("full", False, False), ("causal", True, False), ("full", True, True)):
+            assert (
+                kernels.choose("auto", kernels.Task("cpu", dtype, d, kind, dlse, backward=backward)).name == "cpu_flash"
+            )
+    assert len(asked) == 3
+
+
+@pytest.mark.parametrize("wrong", [{"out": 1.01}, {"dq": float("nan")}, {"dq": float("inf")}, {"dq": 1.01}])
+def test_a_kernel_that_fails_its_proof_is_passed_over_with_a_warning(wrong, monkeypatch, asked):
+    good = next(x for x in kernels.KERNELS if x.name == "cpu_flash")
+    use(monkeypatch, broken(**wrong), good)
+    q, k, v = (torch.randn(1, 10, 2, 8, requires_grad=True) for _ in range(3))
+    ((name, factor),) = wrong.items()
+    said = f"gave a {name} that is {'off by 0.01' if factor == 1.01 else 'not finite'}"
+    with pytest.warns(
+        RuntimeWarning, match=f"broken is passed over for torch.float32, head dim 8, full blocks: it {said}"
+    ):
+        ringref.ring_attention(q, k, v).out.sum().backward()
+    told = explain(q)
+    if name == "dq":
+        assert told.startswith("full blocks: broken\n  backward: cpu_flash\n")
+    else:
+        assert told.startswith("full blocks: cpu_flash\n  backward: broken\n")
+    want = {
+        "out": [("broken", False), ("cpu_flash", False), ("broken", True)],
+        "dq": [("broken", False), ("broken", True), ("cpu_flash", True)],
+    }
+    assert asked == want[name]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # it is asked once in a process
+        ringref.ring_attention(q, k, v).out.sum().backward()
+    assert asked[: len(want[name])] == want[name]
+    # what the caller gets is right all the same
+    true = torch.autograd.grad(ringref.dense_attention(q, k, v).out.square().sum(), (q, k, v))
+    ours = torch.autograd.grad(ringref.ring_attention(q, k, v).out.square().sum(), (q, k, v))
+    assert all(torch.allclose(x, y, atol=1e-5) for x, y in zip(ours, true, strict=True))
+
+
+def test_a_kernel_that_raises_is_passed_over(monkeypatch, asked):
+    def refuse(*_):
+        raise RuntimeError("no plan")
+
+    use(monkeypatch, broken()._replace(forward=refuse))
+    with pytest.warns(RuntimeWarning, match="it raised 'no plan' on 37 queries and 192 keys"):
+        ringref.ring_attention(*[torch.randn(1, 4, 2, 8)] * 3)
+    with pytest.raises(NotImplementedError, match="backend='torch' cannot do this: broken raised 'no plan'"):
+        ringref.ring_attention(*[torch.randn(1, 4, 2, 8)] * 3, backend="torch")
+
+
+def test_nothing_is_asked_where_its_answer_would_be_counted_or_faked(asked):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    q = torch.randn(1, 4, 2, 8)
+    with measured():
+        ringref.ring_attention(q, q, q)
+    ringref.ring_attention(*[torch.empty(1, 4, 2, 8, device="meta")] * 3)
+    with FakeTensorMode():
+        x = torch.empty(1, 1, 4, 2, 8)
+        kernels.choose("auto", kernels.Task(x.device.type, x.dtype, 8, "full"))
+    assert not asked
+    ringref.ring_attention(q, q, q)
+    assert asked == [("cpu_flash", False)]
+
+
+def test_a_limit_is_not_asked(asked):
+    said = explain(torch.zeros(1, 8, 4, 16), mask_mod=lambda *_: True)
+    assert "not cpu_flash: takes full and causal blocks" in said and not asked
+    cudnn = kernels.KERNELS[0]
+    for single, reason in ((True, "needs more than one query: on one its backward returns NaN"), (False, None)):
+        found = cudnn.why_not(kernels.Task("cuda", torch.bfloat16, 64, "full", single=single))
+        assert found is reason or found.startswith(reason)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_cpu_flash_is_right_whatever_the_lengths_and_scores(dtype):
+    kernel = next(x for x in kernels.KERNELS if x.name == "cpu_flash")
+    calls, wrong = sweep(kernel, dtype, 64, "cpu", (1, 2, 37, 64, 192), (1, 7, 63, 64, 65, 128, 192, 320))
+    assert calls == 4 * (5 * 8 + 8) and not wrong
+    assert sweep(broken(dq=1.5), dtype, 64, "cpu", (2,), (7,))[1]

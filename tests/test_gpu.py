@@ -3,10 +3,12 @@ the last recorded run is figures/data/tests-h100-80gb-x1.xml.
 """
 
 import time
+import warnings
+from itertools import product
 
 import pytest
 import torch
-from common import everything
+from common import everything, sweep
 
 import ringref
 from ringref import block
@@ -92,6 +94,60 @@ def test_kernel_equals_einsum(kernel, dtype, d, lse_gradient, monkeypatch):
         assert relative(lse, true.lse) < 1e-5
         for x, true_x, other in zip((out, *ours), (true.out, *grads), theirs, strict=True):
             assert relative(x, true_x) <= BUDGET * relative(other, true_x.flatten(0, 1))
+
+
+QUERIES = (1, 2, 37, 64, 128, 192, 300, 1216)
+KEYS = (1, 7, 63, 64, 65, 127, 128, 129, 192, 256, 320, 576, 1000, 1216)
+
+
+@pytest.mark.parametrize(("kernel", "dtype", "d"), [x for x in able() if x.values[1] != torch.float16])
+def test_kernels_are_right_whatever_the_lengths_and_scores(kernel, dtype, d):
+    if reason := kernel.why_not(kernels.Task("cuda", dtype, d, "full")):
+        pytest.skip(f"{kernel.name} {reason}")
+    calls, wrong = sweep(kernel, dtype, d, "cuda", QUERIES, KEYS)
+    assert calls > 400 and not wrong, (calls, len(wrong), dict(list(wrong.items())[:20]))
+
+
+@pytest.mark.parametrize("d", [64, 128])
+def test_no_kernel_that_is_used_here_is_found_wrong(d):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for dtype, kind, backward, lse_gradient in product(
+            (torch.bfloat16, torch.float16, torch.float32), ("full", "causal"), (False, True), (False, True)
+        ):
+            task = kernels.Task("cuda", dtype, d, kind, lse_gradient and backward, backward=backward)
+            assert kernels.choose("auto", task) is not None
+
+
+@pytest.mark.parametrize("s", [64, 192, 1216])
+def test_scores_far_below_zero_give_finite_gradients(s):
+    """cuDNN's backward, left alone, returns NaN here."""
+
+    def on_a_rank(ring):
+        torch.manual_seed(ring.rank)
+        q, k, v = ((torch.randn(1, s, 2, 64, device="cuda") + x).bfloat16().requires_grad_() for x in (3.5, -3.5, 0))
+        out = ringref.ring_attention(q, k, v, shard=ringref.partition(s * ring.size, ring)).out
+        out.backward(torch.randn_like(out))
+        return all(bool(x.grad.isfinite().all()) for x in (q, k, v))
+
+    for p in (1, 2, 3):
+        assert all(ringref.simulate(on_a_rank, p))
+
+
+def test_a_captured_call_is_not_held_up_by_a_proof(monkeypatch):
+    monkeypatch.setattr(kernels, "_faults", {})
+    q = torch.randn(1, 1, 64, 2, 64, device="cuda", dtype=torch.bfloat16)
+    task = kernels.Task("cuda", q.dtype, 64, "full")
+    kernel = kernels._admitted("auto", task, None)[0]
+    kernels._forward(kernel, q, q, q, "full", 0.125)  # loaded, and its plan made
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        taken = kernels.choose("auto", task)
+        out, _ = kernels._forward(taken, q, q, q, "full", 0.125)
+    assert taken is kernel and not kernels._faults
+    graph.replay()
+    torch.cuda.synchronize()
+    assert out.isfinite().all() and kernels.choose("auto", task) is kernel and kernels._faults
 
 
 @pytest.mark.parametrize("p", [1, 2, 3])

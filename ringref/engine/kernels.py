@@ -145,6 +145,8 @@ def _efficient_forward(q, k, v, causal, scale):
 
 
 def _efficient_backward(dout, q, k, v, out, lse, causal, scale):
+    if q.dtype in HALF:  # it believes out to be contiguous b s h d, without looking
+        out = out.transpose(1, 2).contiguous().transpose(1, 2)
     # the kernel reads whole tiles of rows
     lse = torch.nn.functional.pad(lse.contiguous(), (0, -lse.shape[2] % 32), value=math.inf)
     seed = torch.zeros((), dtype=torch.int64, device="cpu")
@@ -288,29 +290,31 @@ def _can_ask(device: str) -> bool:
 
 def _ask(kernel: Kernel, task: Task) -> str | None:
     """Awkward lengths, one query among them if the kernel takes it, scores near −200, 0 and 200, against the einsum
-    block in float64.
+    block in float64 on the CPU (a GPU would load its float64 kernels first).
     """
     seen, scale = Seen(task.kind), task.head_dim**-0.5
     for c, n in _PROBES[task.kind]:
         if c == 1 and kernel.why_not(task._replace(single=True)):
             continue
-        q, k, v, dout, dlse = _awkward(c, n, task)
+        q, k, v, dout, dlse = made = _awkward(c, n, task)
+        there = [None if x is None else x.to(task.device) for x in made]
         keep, exact = _keep(q, k, seen), [x.double() for x in (q, k, v)]
         true = block.forward(*exact, scale, keep)
-        known = true.out.to(q.dtype), true.lse.to(wide(q.dtype))
         try:
             if task.backward:
+                known = true.out.to(q.dtype), true.lse.to(wide(q.dtype))
                 given_back = dout.double(), None if dlse is None else dlse.double()
-                true = block.backward(*given_back, *exact, *true, scale, keep)
-                given = _backward(kernel, dout, dlse, q, k, v, *known, task.kind, scale)
+                true = block.backward(*given_back, *exact, *(x.double() for x in known), scale, keep)
+                order = there[3:] + there[:3] + [x.to(task.device) for x in known]
+                given = _backward(kernel, *order, task.kind, scale)
             else:
-                given = _forward(kernel, q, k, v, task.kind, scale)
+                given = _forward(kernel, *there[:3], task.kind, scale)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
             return f"raised {str(error)[:200]!r} on {c} queries and {n} keys"
         for name, x, y in zip(("dq", "dk", "dv") if task.backward else ("out", "lse"), given, true, strict=True):
-            error = float((x.double() - y).norm() / y.norm())
+            error = float((x.cpu().double() - y).norm() / y.norm())
             # what is broken, not what is imprecise: a score near 200 has lost some digits
             most = 1e-4 if name == "lse" else 32 * torch.finfo(q.dtype).eps + 1e-3
             if not error <= most:
@@ -320,7 +324,7 @@ def _ask(kernel: Kernel, task: Task) -> str | None:
 
 
 def _awkward(c: int, n: int, task: Task) -> tuple[Tensor, ...]:
-    """q, k, v, dout and dlse (or None) of three heads, whose scores lie near −200, 0 and 200."""
+    """q, k, v, dout and dlse (or None) on the CPU: three heads, whose scores lie near −200, 0 and 200."""
     random = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
@@ -330,8 +334,8 @@ def _awkward(c: int, n: int, task: Task) -> tuple[Tensor, ...]:
     q, k = draw(c, 3, d), draw(n, 3, d)
     q += torch.tensor([level, 0.0, level], device="cpu")[:, None]
     k += torch.tensor([-level, 0.0, level], device="cpu")[:, None]
-    made = [x.to(task.device, task.dtype) for x in (q, k, draw(n, 3, d), draw(c, 3, d))]
-    return *made, draw(c, 3).to(task.device, wide(task.dtype)) if task.lse_gradient else None
+    made = [x.to(task.dtype) for x in (q, k, draw(n, 3, d), draw(c, 3, d))]
+    return *made, draw(c, 3).to(wide(task.dtype)) if task.lse_gradient else None
 
 
 # ---------------------------------------------------------------------------------------- the block
