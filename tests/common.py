@@ -212,7 +212,7 @@ def sweep(kernel, dtype, d, device, queries, keys) -> tuple[int, dict]:
         q += (level.abs() / d**0.5).sqrt()
         k += (level.abs() / d**0.5).sqrt() * level.sign()
         q, k, v, dout = (x.to(device, dtype) for x in (q, k, v, dout))
-        keep, exact = kernels._keep(q, k, kernels.Seen(kind, None)), [x.double() for x in (q, k, v)]
+        keep, exact = kernels._keep(q, k, kernels.Seen(kind)), [x.double() for x in (q, k, v)]
         true = block.forward(*exact, d**-0.5, keep)
         given = true.out.to(dtype), true.lse.to(wide(dtype))
         # from the same rounded out: where one key has all the weight, dQ and dK are differences of what is rounded

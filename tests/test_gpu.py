@@ -81,7 +81,7 @@ def test_kernel_equals_einsum(kernel, dtype, d, lse_gradient, monkeypatch):
         q, dout = torch.randn(2, 2, m, c, 2 * h, d, device="cuda", dtype=dtype)[:, :, :, :, ::2]
         k, v = torch.randn(2, 2, m, n, g, d, device="cuda", dtype=dtype)
         dlse = torch.randn(2, m, c, h, device="cuda") if lse_gradient else None
-        seen = kernels.Seen(kind, None)
+        seen = kernels.Seen(kind)
         keep = kernels._keep(q, k, seen)
         wide = [x.double() for x in (q, k, v)]
         true = block.forward(*wide, call.scale, keep)
