@@ -13,11 +13,10 @@ import math
 import torch
 from einops import rearrange
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from .engine.call import Call, agree, exactly
-from .shard import Attended, Dilation, Shard, eagerly, wide
+from .shard import Attended, Dilation, Shard, eagerly, once, wide
 
 
 @eagerly
@@ -78,7 +77,9 @@ def dense_attention(
     queries, keys = ([one.index for one in side] for side in call.table)
     # wide before the chunks, whose dK and dV then add up without rounding
     dtype, held = q.dtype, ((q, queries), (k, keys), (v, keys))
-    q, k, v = (_Whole.apply(x, call, index).to(wide(dtype)) for x, index in held)
+    if call.ring.size > 1:
+        q, k, v = (_Whole.apply(x, call, index) for x, index in held)
+    q, k, v = (x.to(wide(dtype)) for x in (q, k, v))
     q_idx, kv_idx = torch.cat(queries).to(q.device), torch.cat(keys).to(q.device)
     outs, lses = [], []
     for rows in range(0, q.shape[1] or 1, q_chunk or q.shape[1] or 1):
@@ -88,7 +89,7 @@ def dense_attention(
         outs.append(out)
         lses.append(lse)
     out, lse = torch.cat(outs, 1).to(dtype), torch.cat(lses, 2)
-    return Attended(*_Mine.apply(out, lse, call.anchor, call, queries))
+    return Attended(*(_Mine.apply(out, lse, call.anchor, call, queries) if call.ring.size > 1 else (out, lse)))
 
 
 def _only_math(_q: Tensor, _v: Tensor, backend: str, *_) -> None:
@@ -165,10 +166,10 @@ class _Whole(torch.autograd.Function):
         lengths = [len(index) for index in positions]
         ctx.start, ctx.length = sum(lengths[: call.ring.rank]), lengths[call.ring.rank]
         shapes = [(x.shape[0], length, *x.shape[2:]) for length in lengths]
-        return torch.cat(call.ring.gather(x.contiguous(), shapes), 1)
+        return torch.cat(call.during(backward=False).ring.gather(x.contiguous(), shapes), 1)
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx, grad):
         return grad.narrow(1, ctx.start, ctx.length), None, None
 
@@ -178,15 +179,15 @@ class _Mine(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, out, lse, anchor, call, positions):
-        ctx.ring, ctx.lengths = call.ring, [len(index) for index in positions]
+        ctx.call, ctx.lengths = call, [len(index) for index in positions]
         start, length = sum(ctx.lengths[: call.ring.rank]), ctx.lengths[call.ring.rank]
         return out.narrow(1, start, length).clone(), lse.narrow(2, start, length).clone()
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx, dout, dlse):
-        whole = []
+        whole, ring = [], ctx.call.during(backward=True).ring
         for grad, dim in ((dout, 1), (dlse, 2)):
             shapes = [(*grad.shape[:dim], length, *grad.shape[dim + 1 :]) for length in ctx.lengths]
-            whole.append(torch.cat(ctx.ring.gather(grad.contiguous(), shapes), dim))
+            whole.append(torch.cat(ring.gather(grad.contiguous(), shapes), dim))
         return *whole, None, None, None

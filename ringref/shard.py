@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import operator
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, wraps
@@ -17,7 +18,6 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .comm.ring import Elsewhere, Ring
 from .comm.simulate import ThreadRing, _World
@@ -61,6 +61,39 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+class _Once(torch.autograd.Function):
+    """These gradients, of which there is no further gradient; `known` is all that they depend on."""
+
+    @staticmethod
+    def forward(ctx, count, *tensors):
+        return tuple(x.clone() for x in tensors[:count])
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError("this gradient cannot be differentiated again; only that of dense_attention on one rank can")
+
+
+def once(backward: Callable) -> Callable:
+    """A Function's `backward` that raises when it is differentiated again.
+
+    torch's `once_differentiable` cuts the gradients off from the inputs, so `grad` with `inputs=` passes by its error.
+    """
+
+    @wraps(backward)
+    def run(ctx, *grads):
+        with torch.no_grad():
+            found = backward(ctx, *grads)
+        if not torch.is_grad_enabled():
+            return found
+        known = [x for x in (*ctx.saved_tensors, *grads) if x is not None and x.requires_grad]
+        whole = found if isinstance(found, tuple) else (found,)
+        some = [x for x in whole if x is not None]
+        linked = iter(_Once.apply(len(some), *some, *known) if some and known else some)
+        return tuple(None if x is None else next(linked) for x in whole)
+
+    return run
+
+
 class Positions:
     """An immutable 1-D int64 tensor of global positions that hashes by content, so that plans can
     be cached.
@@ -95,11 +128,13 @@ def _positions(name: str, index: Any) -> Positions:
         raise TypeError(f"{name} must be a 1-D int64 CPU tensor of global positions, got {got}")
     if len(index) and int(index.min()) < 0:
         raise ValueError(f"{name}: positions count from 0, got {int(index.min())}")
+    if len(index) and int(index.max()) >= EVERYTHING:
+        raise ValueError(f"{name}: positions must be below 2**62, got {int(index.max())}")
     return Positions(index.detach().clone(memory_format=torch.contiguous_format))
 
 
 def _a_ring(ring: Any) -> Ring:
-    if not all(hasattr(ring, a) for a in ("rank", "size", "exchange")):
+    if not isinstance(ring, Ring):
         raise TypeError(f"ring must be a ring (simulate's, launch's or a ProcessRing), got {ring!r}")
     return ring
 
@@ -180,16 +215,31 @@ class Shard:
         self.ring = alone() if ring is None else _a_ring(ring)
         self.queries = _positions("positions", positions)
         self.keys = self.queries if kv_positions is None else _positions("kv_positions", kv_positions)
-        self.positions, self.kv_positions = self.queries.index, self.keys.index
+
+    @property
+    def positions(self) -> Tensor:
+        """Those of my queries; a copy, for what the ranks have agreed upon does not change."""
+        return self.queries.index.clone()
+
+    @property
+    def kv_positions(self) -> Tensor:
+        """Those of my keys; a copy."""
+        return self.keys.index.clone()
+
+    def __reduce__(self):
+        ring = None if self.ring is alone() else self.ring
+        return Shard, (self.positions, ring, None if self.keys is self.queries else self.kv_positions)
 
     def __repr__(self):
         return f"Shard(rank {self.ring.rank} of {self.ring.size}, {len(self.queries)} queries, {len(self.keys)} keys)"
 
     def take(self, x: Tensor, dim: int = 1) -> Tensor:
         """My rows of a whole tensor: `b n …` → `b s …` along `dim`."""
-        if len(self.queries) and int(self.positions.max()) >= x.shape[dim]:
-            raise ValueError(f"x has {x.shape[dim]} rows along dim {dim}; my last position is {self.positions.max()}")
-        return x.index_select(dim, self.positions.to(x.device))
+        _check_dim(x, dim)
+        index = self.queries.index
+        if len(index) and int(index.max()) >= x.shape[dim]:
+            raise ValueError(f"x has {x.shape[dim]} rows along dim {dim}; my last position is {index.max()}")
+        return x.index_select(dim, index.to(x.device))
 
     @eagerly
     def gather(self, x: Tensor, dim: int = 1) -> Tensor:
@@ -198,44 +248,55 @@ class Shard:
         """
 
         def say():
-            if not isinstance(x, Tensor) or not -x.dim() <= dim < x.dim():
-                got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
-                raise TypeError(f"x must be a tensor that has dim {dim}, got {got}")
+            _check_dim(x, dim)
             if x.shape[dim] != len(self.queries):
                 held = len(self.queries)
                 raise ValueError(f"x has {x.shape[dim]} rows along dim {dim}; this shard has {held} positions")
             others = tuple(size for i, size in enumerate(x.shape) if i != dim % x.dim())
-            words = ["gather", str(x.dtype), x.device.type, dim % x.dim(), others, torch.is_grad_enabled()]
-            return words, torch.is_grad_enabled() and x.requires_grad
+            words = ["gather", str(x.dtype), x.device.type, dim % x.dim(), others]
+            return [*words, torch.is_grad_enabled()], torch.is_grad_enabled() and x.requires_grad
 
         names = ("method", "dtype of x", "device of x", "dim", "shape of x", "grad mode")
-        needs, table = meet(self, names, say)
+        needs, table, number = meet(self, names, say)
         anchor = torch.zeros((), requires_grad=True, device="cpu") if needs else None
-        dim = dim % x.dim()
-        return _Rejoin.apply(x, anchor, self.ring, table.queries, dim)
+        return _Rejoin.apply(x, anchor, self.ring, number, table.queries, dim % x.dim())
+
+
+def _check_dim(x: Any, dim: Any) -> None:
+    got = x.layout if isinstance(x, Tensor) else type(x).__name__
+    if got != torch.strided:
+        raise TypeError(f"x must be a tensor, a dense one, got {got}")
+    if not isinstance(dim, int) or isinstance(dim, bool) or not -x.dim() <= dim < x.dim():
+        raise TypeError(f"x must be a tensor that has dim {dim!r}, got {tuple(x.shape)}")
 
 
 class _Rejoin(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, anchor, ring, positions, dim):
-        ctx.ring, ctx.positions, ctx.dim = ring, positions, dim
+    def forward(ctx, x, anchor, ring, number, positions, dim):
+        ctx.ring, ctx.number, ctx.positions, ctx.dim = ring, number, positions, dim
         x = x.movedim(dim, 0).contiguous()
-        every = torch.cat(ring.gather(x, [(len(one), *x.shape[1:]) for one in positions]))
+        every = ring.numbered(2 * number).gather(x, [(len(one), *x.shape[1:]) for one in positions])
         order = torch.cat([one.index for one in positions]).argsort().to(x.device)
-        return every[order].movedim(0, dim)
+        return torch.cat([part.movedim(0, dim) for part in every], dim).index_select(dim, order)
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx, grad):
         place = torch.cat([one.index for one in ctx.positions]).argsort().argsort().to(grad.device)
         parts = grad.movedim(ctx.dim, 0)[place].split([len(one) for one in ctx.positions])
-        (mine,) = ctx.ring.reduce([(part.clone(),) for part in parts])
-        return mine.movedim(0, ctx.dim), None, None, None, None
+        (mine,) = ctx.ring.numbered(2 * ctx.number + 1).reduce([(part.clone(),) for part in parts])
+        return mine.movedim(0, ctx.dim), None, None, None, None, None
 
 
 def _runs(n: int, m: int) -> list[Tensor]:
     """0 … n−1 in m runs whose lengths differ by at most one, the longer first."""
-    return list(torch.arange(n, device="cpu").tensor_split(m))
+    return [_run(n, m, i) for i in range(m)]
+
+
+def _run(n: int, m: int, i: int) -> Tensor:
+    """Run i of them, without the others."""
+    start = i * (n // m) + min(i, n % m)
+    return torch.arange(start, start + n // m + (i < n % m), device="cpu")
 
 
 def partition(n: int, ring: Ring, layout: str = "contiguous") -> Shard:
@@ -243,17 +304,16 @@ def partition(n: int, ring: Ring, layout: str = "contiguous") -> Shard:
     (zigzag, also called head-tail: 2p equal slices of causal work), or positions i::p (striped,
     2311.09431). n need not divide by anything.
     """
-    if not isinstance(n, int) or isinstance(n, bool) or n < 0:
-        raise ValueError(f"n must be a number of tokens, got {n!r}")
+    if not isinstance(n, int) or isinstance(n, bool) or not 0 <= n < EVERYTHING:
+        raise ValueError(f"n must be a number of tokens, at least 0 and below 2**62, got {n!r}")
+    if not isinstance(layout, str) or layout not in LAYOUTS:
+        raise ValueError(f"layout must be one of {LAYOUTS}, got {layout!r}")
     i, p = _a_ring(ring).rank, ring.size
     if layout == "contiguous":
-        return Shard(_runs(n, p)[i], ring)
+        return Shard(_run(n, p, i), ring)
     if layout == "zigzag":
-        chunks = _runs(n, 2 * p)
-        return Shard(torch.cat([chunks[i], chunks[2 * p - 1 - i]]), ring)
-    if layout == "striped":
-        return Shard(torch.arange(i, max(n, i), p, device="cpu"), ring)
-    raise ValueError(f"layout must be one of {LAYOUTS}, got {layout!r}")
+        return Shard(torch.cat([_run(n, 2 * p, j) for j in (i, 2 * p - 1 - i)]), ring)
+    return Shard(torch.arange(i, max(n, i), p, device="cpu"), ring)
 
 
 class Table(NamedTuple):
@@ -268,57 +328,73 @@ class Table(NamedTuple):
 
 
 _tables: WeakKeyDictionary = WeakKeyDictionary()  # ring -> the tables that it knows
+_lock = threading.Lock()  # one ring of one serves all of a program's threads
 _KNOWN = 4
+_calls = 0  # the number of the last call that this process took part in
+_FOR_GRADIENTS = ("grad mode", "inference tensors")  # words that must be alike only if any rank needs a gradient
 
 
-def meet(shard: Shard, names: Sequence[str], say: Callable[[], tuple[list, bool]]) -> tuple[bool, Table]:
-    """One fixed-size header from every rank, and its positions only when new: what a call begins
-    with.
+class Agreed(NamedTuple):
+    """What a call begins with: whether any rank needs a gradient, the positions, and the call's number."""
+
+    needs: bool
+    table: Table
+    number: int
+
+
+def meet(shard: Shard, names: Sequence[str], say: Callable[[], tuple[list, bool]]) -> Agreed:
+    """One fixed-size header from every rank, and its positions only when new.
 
     Args:
         names: of the words that must be alike on all ranks, in the words' order.
         say: checks this rank's arguments, and returns the words and whether this rank needs a
             gradient.
 
-    Returns:
-        Whether any rank needs a gradient, and the table of positions. A mistake of one rank is an
-        error on all of them.
-
-    Whether positions are exchanged is decided from what all ranks said they know, so that no rank
-    waits alone.
+    A mistake of one rank is an error on all of them, in the words of the rank that made it. Whether positions are
+    exchanged is decided from what all ranks said they know, so that no rank waits alone.
     """
+    global _calls
     try:
-        (words, needs), mistake = say(), None
+        (words, needs), mistake, told = say(), None, b""
     except Exception as error:  # score_mod is tried out as well, and may raise anything
         words, needs, mistake = [0] * len(names), False, error
-    ring, known = shard.ring, _tables.setdefault(shard.ring, {})
-    row = [int(mistake is None), int(needs), *map(_number, words)]
+        told = f"{type(error).__name__}: {error}".encode()[:4096] or b"?"
+    ring = shard.ring
+    with _lock:
+        known = dict(_tables.get(ring, {}))
+    row = [len(told), int(needs), _calls + 1, *map(_number, words)]
     known_names = list(known)[-_KNOWN:]
     digests = [len(shard.queries), len(shard.keys), shard.queries.digest, shard.keys.digest]
     rows = ring.announce([*row, *digests, *known_names, *[0] * (_KNOWN - len(known_names))])
-    if mistake is not None:
-        raise mistake
-    wrong = [r for r, said in enumerate(rows) if not said[0]]
-    if wrong:
-        raise Elsewhere(f"rank {wrong[0]} rejected its own arguments (its error says which); no rank goes on")
+    if any(said[0] for said in rows):
+        texts = ring.share(torch.tensor(list(told), dtype=torch.int64, device="cpu"), [said[0] for said in rows])
+        if mistake is not None:
+            raise mistake
+        rank, text = next((r, bytes(x.tolist())) for r, x in enumerate(texts) if len(x))
+        raise Elsewhere(rank, f"rank {rank} rejected its own arguments: {text.decode(errors='replace')}")
+    # higher than any call's before on any of these ranks, so no two that share a rank have the same
+    number = max(said[2] for said in rows)
     needs = any(said[1] for said in rows)
-    for name, word, *column in zip(names, words, *(said[2:] for said in rows), strict=False):
-        if (name != "grad mode" or needs) and len(set(column)) > 1:
+    for name, word, *column in zip(names, words, *(said[3:] for said in rows), strict=False):
+        if (name not in _FOR_GRADIENTS or needs) and len(set(column)) > 1:
             alike = [r for r, x in enumerate(column) if x == column[ring.rank]]
             shown = column if all(abs(x) < 2**31 for x in column) else f"{word!r} only on ranks {alike}"
             raise ValueError(f"{name} differs between ranks: {shown}")
     sizes = [r[len(row) :] for r in rows]
     name = hash(tuple(tuple(s[:4]) for s in sizes)) & (2**62 - 1)
     if not all(name in s[4:] for s in sizes):
-        every = ring.share(torch.cat([shard.positions, shard.kv_positions]), [s[0] + s[1] for s in sizes])
+        every = ring.share(torch.cat([shard.queries.index, shard.keys.index]), [s[0] + s[1] for s in sizes])
         cut = [x.split([s[0], s[1]]) for x, s in zip(every, sizes, strict=True)]
-        table = Table(*(tuple(Positions(x.clone()) for x in side) for side in zip(*cut, strict=True)))
-        _check_cover(table)
-        known[name] = table
-    table = known[name] = known.pop(name)
-    for old in list(known)[:-_KNOWN]:
-        del known[old]
-    return needs, table
+        known[name] = Table(*(tuple(Positions(x.clone()) for x in side) for side in zip(*cut, strict=True)))
+        _check_cover(known[name])
+    with _lock:
+        _calls = max(_calls, number)
+        kept = _tables.setdefault(ring, {})
+        kept.pop(name, None)
+        kept[name] = known[name]
+        for old in list(kept)[:-_KNOWN]:
+            del kept[old]
+    return Agreed(needs, known[name], number)
 
 
 def _number(word: Any) -> int:
@@ -339,8 +415,9 @@ def _check_cover(table: Table) -> None:
             advice = "; let one rank ask (see Shard on replicated queries)" if every is table.queries else ""
             raise ValueError(f"{name} overlap between or within ranks: {twice} are held twice{advice}")
         if every is table.keys and len(index) and int(index[-1]) != len(index) - 1:
-            gaps = torch.ones(int(index[-1]) + 1, dtype=torch.bool, device="cpu").index_fill_(0, index, False)
-            gaps = gaps.nonzero()[:, 0]
+            # where the first gaps must be, however far off the last position is
+            early = torch.arange(len(index) + 6, device="cpu")
+            gaps = early[~torch.isin(early, index) & (early < index[-1])]
             raise ValueError(f"{name} leave gaps: no rank holds the keys {described(gaps)}; they must cover 0 … n−1")
 
 
@@ -385,5 +462,5 @@ class Dilation:
         for w, r in zip(self.segment_lengths, self.dilation_rates, strict=True):
             if r > w:
                 raise ValueError(f"dilation_rates: r = {r} is larger than its segment length w = {w}")
-        if self.heads not in ("all", "grouped"):
+        if not isinstance(self.heads, str) or self.heads not in ("all", "grouped"):
             raise ValueError(f'heads must be "all" or "grouped", got {self.heads!r}')

@@ -288,27 +288,49 @@ def test_every_collective_of_this_torch_is_known():
     assert sorted(x for x in public - other if x not in vars(Watched)) == []
 
 
+def test_an_assertion_that_the_host_does_not_wait_for():
+    """comm/ring.py compares the numbers of messages on a GPU by torch._assert_async, which takes a tensor and words."""
+    torch._assert_async(torch.tensor([1, 1]).eq(1).all(), "all is well")
+    with pytest.raises(RuntimeError, match="of another pass"):
+        torch._assert_async(torch.tensor([1, 2]).eq(1).all(), "of another pass")
+
+
+def test_a_change_in_place_is_a_new_version():
+    """engine/call.py tells by x._version, and a module's _buffers, that what a mask uses has changed."""
+    module = torch.nn.BatchNorm1d(2)
+    version = module._buffers["running_mean"]._version
+    module.running_mean[0].add_(1)
+    assert module._buffers["running_mean"]._version == version + 1
+
+
+def test_tensors_that_a_transform_wraps_are_told_from_others():
+    """engine/call.py refuses them by torch._C._functorch.is_functorch_wrapped_tensor."""
+    wrapped, found = torch._C._functorch.is_functorch_wrapped_tensor, []
+    torch.func.vmap(lambda x: found.append(wrapped(x)) or x)(torch.zeros(2))
+    torch.func.grad(lambda x: found.append(wrapped(x)) or x)(torch.zeros(()))
+    assert found == [True, True] and not wrapped(torch.zeros(2))
+
+
 # --------------------------------------------------------------------------- torch: the elastic launcher
 
 
 def test_the_launcher_takes_what_it_is_told():
-    """comm/launch.py: the fields of LaunchConfig, and of what is raised when a rank fails or a signal comes."""
-    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+    """comm/launch.py: the fields of LaunchConfig, and of what is raised when a rank fails."""
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
     from torch.distributed.launcher.api import LaunchConfig
 
     told = "min_nodes max_nodes nproc_per_node run_id rdzv_backend rdzv_endpoint local_addr max_restarts"
-    told = {*told.split(), "monitor_interval", "start_method", "signals_to_handle", "logs_specs"}
+    told = {*told.split(), "monitor_interval", "start_method", "logs_specs"}
     assert told <= set(inspect.signature(LaunchConfig).parameters)
     assert "log_dir" in inspect.signature(DefaultLogsSpecs).parameters
-    assert SignalException("", signal.SIGTERM).sigval is signal.SIGTERM
     failure = ProcessFailure(local_rank=1, pid=0, exitcode=-9, error_file="none")
     assert ChildFailedError("", {1: failure}).get_first_failure() == (1, failure)
     assert failure.signal_name() == "SIGKILL"
 
 
-def test_the_launcher_handles_the_signals_that_it_is_told_and_no_other():
-    """comm/launch.py lets it have what would end the caller at once; Ctrl-C stays KeyboardInterrupt."""
+def test_the_launcher_handles_no_signal_in_a_thread_of_its_own():
+    """comm/launch.py itself handles what would end the caller at once; Ctrl-C stays KeyboardInterrupt."""
     fatal = {x for x in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT) if signal.getsignal(x) is signal.SIG_DFL}
     with mock.patch("signal.signal", side_effect=signal.signal) as handle:
         launch(lambda ring: None, 1)
@@ -324,17 +346,19 @@ def test_the_launcher_logs_where_it_can_be_silenced():
 
 def test_a_rank_finds_its_place_and_the_launchers_store():
     """comm/launch.py: RANK is set, dist.rendezvous("env://") yields store, rank and size, and the store can be checked;
-    comm/process.py: get_backend_config names the devices.
+    comm/process.py: get_backend_config names the devices, and get_group_store has what ranks that wait in vain tell.
     """
 
     def fn(ring):
         import os
 
         store, rank, size = next(dist.rendezvous("env://"))
-        return int(os.environ["RANK"]), rank, size, store.check(["never set"]), dist.get_backend_config(ring.group)
+        ring.group.get_group_store().set("told", "")
+        known = [store.check(["never set"]), ring.group.get_group_store().check(["told"])]
+        return int(os.environ["RANK"]), rank, size, *known, dist.get_backend_config(ring.group)
 
     ((*found, config),) = launch(fn, 1)
-    assert found == [0, 0, 1, False] and "cpu" in config
+    assert found == [0, 0, 1, False, True] and "cpu" in config
 
 
 def test_a_process_without_a_main_module_runs_no_script():

@@ -1,12 +1,19 @@
 """Bad input is an error that names the argument, on every rank, and never a hang."""
 
+import copy
+import itertools
+import pickle
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from common import METHODS, documents, inputs
 
 from ringref import Attended, Dilation, Shard, dense_attention, merge, partition, ring_attention, simulate
+from ringref.comm.ring import Elsewhere
 from ringref.comm.simulate import Deadlock
 
 P, N = 3, 9
@@ -55,6 +62,11 @@ BAD_TENSORS = {
     "a row too few": (lambda q, k, v: (q[:, 1:], k, v), ["shard", "q has"]),
     "a key too many": (lambda q, k, v: (q, torch.cat([k, k], 1), torch.cat([v, v], 1)), ["k has"]),
 }
+TRANSFORMED = {
+    "sparse": (lambda x: x.to_sparse(), "sparse_coo"),
+    "mkldnn": (lambda x: x.float().to_mkldnn(), "mkldnn"),
+    "nested": (lambda x: torch.nested.nested_tensor(list(x), layout=torch.jagged), "nested"),
+}
 BAD_ARGUMENTS = {
     "causal": [1, None, "yes", torch.tensor(True)],
     "window": [4, (4,), (1, 2, 3), (-1, 0), (1.0, 0), (True, 0), "12", {1, 2}, torch.tensor([1, 2])],
@@ -75,9 +87,9 @@ BAD_ARGUMENTS = {
     "dilation": [(4, 2), [[4], [2]], 4],
     "mask_mod": [3, torch.ones(9, 9)],
     "score_mod": [3, torch.ones(9, 9)],
-    "scale": [float("nan"), float("inf"), "1", True, torch.tensor(1.0)],
+    "scale": [float("nan"), float("inf"), "1", True, torch.tensor(1.0), 10**400, -(10**400)],
     "q_chunk": [0, -1, 2.0, True, "2"],
-    "backend": ["cuda", "flash", None, 3],
+    "backend": ["cuda", "flash", None, 3, np.array(["math", "auto"]), ["auto"]],
 }
 ALL_BAD = [(name, value) for name, values in BAD_ARGUMENTS.items() for value in values]
 
@@ -109,6 +121,69 @@ def test_bad_arguments(method, name, value):
         METHODS[method](*leaves, shard=shard, **({name: value} if ring.rank == 1 else {}))
 
     everywhere(errors(on), name)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", TRANSFORMED)
+def test_tensors_of_another_kind(method, name):
+    change, word = TRANSFORMED[name]
+    with pytest.raises(TypeError, match=f"q .*{word}|{word} .*"):
+        METHODS[method](*map(change, inputs(N)[:3]))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_transforms_of_torch_func(method):
+    stacked = [torch.stack([x, x]) for x in inputs(N)[:3]]
+    with pytest.raises(TypeError, match="q must be a plain dense tensor, got one that vmap"):
+        torch.func.vmap(METHODS[method])(*stacked)
+    with pytest.raises(TypeError, match="q must be a plain dense tensor"):
+        torch.func.grad(lambda q: METHODS[method](q, *inputs(N)[1:3]).out.sum())(inputs(N).q)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_inference_tensors_where_a_gradient_is_needed(method):
+    """Alone: an error that says so; on one rank of several: on all of them. Where none is needed they are fine."""
+    with torch.inference_mode():
+        q, k, v = (x.clone() for x in inputs(N)[:3])
+    METHODS[method](q, k, v)
+    with pytest.raises(ValueError, match="q, k, v: one was made in inference mode"):
+        METHODS[method](q, k.clone().requires_grad_(), v)
+
+    def on(ring):
+        shard, leaves = shards(ring)
+        if ring.rank == 1:
+            with torch.inference_mode():
+                leaves = [x.clone() for x in leaves]
+        METHODS[method](*leaves, shard=shard)
+
+    everywhere(errors(on), "inference tensors differs between ranks")
+
+
+def test_another_ranks_mistake_is_told_in_its_words():
+    def on(ring):
+        shard, leaves = shards(ring)
+        ring_attention(*leaves, shard=shard, q_chunk=0 if ring.rank == 1 else None)
+
+    for rank, error in enumerate(errors(on)):
+        assert "q_chunk must be a positive number of query rows or None, got 0" in str(error)
+        assert isinstance(error, Elsewhere) == (rank != 1)
+        assert rank == 1 or error.rank == 1 and "rank 1 rejected its own arguments: ValueError" in str(error)
+
+
+def test_whatever_an_argument_raises_is_an_error_on_every_rank():
+    """Also what is no TypeError or ValueError."""
+
+    class Odd(float):
+        def __le__(self, other):
+            raise ZeroDivisionError("of scale's own")
+
+        __ge__ = __le__
+
+    def on(ring):
+        shard, leaves = shards(ring)
+        ring_attention(*leaves, shard=shard, scale=Odd(1.0) if ring.rank == 1 else None)
+
+    everywhere(errors(on), "of scale's own", kinds=(ZeroDivisionError, Elsewhere))
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -194,6 +269,12 @@ MASKS = {
     "integers": (lambda b, h, q, k: (q >= k).long(), TypeError),
     "another shape": (lambda b, h, q, k: torch.ones(7, 5, 3, dtype=torch.bool), ValueError),
     "five dimensions": (lambda b, h, q, k: (q >= k)[None], ValueError),
+    "nothing": (lambda b, h, q, k: None, TypeError),
+    "a tuple": (lambda b, h, q, k: (q >= k, q < k), TypeError),
+    "text": (lambda b, h, q, k: "all", TypeError),
+    "a nested list": (lambda b, h, q, k: [[True, False]], TypeError),
+    "a sparse tensor": (lambda b, h, q, k: (q >= k).to_sparse(), TypeError),
+    "a meta tensor": (lambda b, h, q, k: (q >= k).to("meta"), TypeError),
 }
 
 
@@ -203,6 +284,44 @@ def test_mask_mod_returns_something_else(method, name):
     mask, kind = MASKS[name]
     with pytest.raises(kind, match="mask_mod"):
         METHODS[method](*inputs(N)[:3], mask_mod=mask)
+
+
+class Table(torch.nn.Module):
+    def __init__(self, table):
+        super().__init__()
+        self.register_buffer("table", table)
+
+    def forward(self, b, h, q, k):
+        return self.table[q, k]
+
+
+@pytest.mark.parametrize("q_chunk", [None, 4])
+@pytest.mark.parametrize("form", ["closure", "default", "partial", "module", "method", "two deep"])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_mask_changed_between_forward_and_backward(method, form, q_chunk):
+    """Whatever asks again must be told the same; a plain autograd graph does not ask."""
+    table = torch.ones(N, N, dtype=torch.bool).tril()
+    closure = lambda b, h, q, k: table[q, k]
+    mask = {
+        "closure": closure,
+        "default": lambda b, h, q, k, table=table: table[q, k],
+        "partial": partial(lambda table, b, h, q, k: table[q, k], table),
+        "module": Table(table),
+        "method": Table(table).forward,
+        "two deep": lambda b, h, q, k: closure(b, h, q, k) & (q >= k),
+    }[form]
+    before, after = (
+        [x.clone().requires_grad_() for x in inputs(N)[:3]] for _ in range(2)
+    )  # what is not changed in place is no concern
+    METHODS[method](*before, mask_mod=mask, q_chunk=q_chunk).out.sum().backward()
+    out = METHODS[method](*after, mask_mod=mask, q_chunk=q_chunk).out
+    table.zero_()
+    if method == "dense" and q_chunk is None:
+        out.sum().backward()
+        assert all(map(torch.equal, (x.grad for x in after), (x.grad for x in before)))
+    else:
+        with pytest.raises(RuntimeError, match="mask_mod.*changed in place since the call began"):
+            out.sum().backward()
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -301,20 +420,74 @@ def test_negative_positions():
         Shard(torch.arange(2), None, torch.tensor([-1, 0]))
 
 
+@pytest.mark.parametrize("last", [10**8, 2**40, 2**62 - 1])
+def test_positions_cost_what_their_number_costs(last):
+    """And not what the last of them is."""
+    bad = Shard(torch.arange(2), None, torch.tensor([0, last]))
+    for method in METHODS.values():
+        with pytest.raises(ValueError, match=r"kv_positions leave gaps: .*\[1, 2, 3, 4, 5\] …"):
+            method(*inputs(2)[:3], shard=bad)
+        method(*inputs(1, 2)[:3], shard=Shard(torch.tensor([last]), None, torch.arange(2)), causal=True)
+    with pytest.raises(ValueError, match="positions must be below 2\\*\\*62"):
+        Shard(torch.tensor([2**62]), None)
+
+
+def test_positions_changed_after_the_fact_change_nothing():
+    """Neither those that were given nor those that a shard shows."""
+    index = torch.arange(4)
+    shard = Shard(index, None)
+    index[0] = shard.positions[1] = shard.kv_positions[2] = 7
+    assert shard.positions.equal(torch.arange(4)) and shard.kv_positions.equal(torch.arange(4))
+    ring_attention(*inputs(4)[:3], shard=shard)
+
+
+def test_a_shard_is_copied_with_its_ring_and_travels_only_without():
+    whole = Shard(torch.arange(4), None, torch.tensor([1, 0, 3, 2]))
+    for copied in (copy.copy(whole), copy.deepcopy(whole), pickle.loads(pickle.dumps(whole))):
+        assert copied.positions.equal(whole.positions) and copied.kv_positions.equal(whole.kv_positions)
+        ring_attention(*inputs(4)[:3], shard=copied)
+
+    def on(ring):
+        module = torch.nn.Linear(2, 2)
+        module.shard = partition(6, ring)
+        copied = copy.deepcopy(module).shard
+        assert copied.ring is ring and copied is not module.shard
+        ring_attention(*inputs(2)[:3], shard=copied)
+        with pytest.raises(TypeError, match="ThreadRing cannot be pickled: .* make the ring and its shards anew"):
+            pickle.dumps(module)
+
+    simulate(on, P)
+
+
+def test_many_threads_use_shards_at_once():
+    def calls(seed):
+        for i in range(40):
+            order = torch.randperm(6, generator=torch.Generator().manual_seed(1000 * seed + i % 7))
+            METHODS[("dense", "ring")[i % 2]](*inputs(6)[:3], shard=Shard(order, None))
+
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(calls, range(8)))
+
+
 def test_ring_of_another_kind():
+    class LookAlike:
+        rank, size, exchange = 0, 1, None
+
+    with pytest.raises(TypeError, match="ring"):
+        Shard(torch.arange(2), LookAlike())
     with pytest.raises(TypeError, match="ring"):
         Shard(torch.arange(2), 4)
     with pytest.raises(TypeError, match="ring"):
         partition(8, 4)
 
 
-@pytest.mark.parametrize("layout", ["zig-zag", None, 3, ["striped"]])
+@pytest.mark.parametrize("layout", ["zig-zag", None, 3, ["striped"], np.array(["zigzag", "striped"])])
 def test_unknown_layout(layout):
     with pytest.raises(ValueError, match="layout must be one of"):
         simulate(lambda ring: partition(4, ring, layout), 2)
 
 
-@pytest.mark.parametrize("n", [-1, 2.0, None, True])
+@pytest.mark.parametrize("n", [-1, 2.0, None, True, 2**62, 2**63, 10**30])
 def test_number_of_tokens(n):
     with pytest.raises(ValueError, match="n must be"):
         simulate(lambda ring: partition(n, ring), 2)
@@ -340,6 +513,7 @@ def test_number_of_tokens(n):
         (("44", "11"), "segment_lengths"),
         (([4], [1], "some"), "heads"),
         (([4], [1], None), "heads"),
+        (([4], [1], np.array(["all", "grouped"])), "heads"),
     ],
 )
 def test_dilation(arguments, word):
@@ -434,10 +608,112 @@ def test_merge():
             merge(good, bad)
 
 
-@pytest.mark.parametrize("p", [0, -1, 2.0, None])
+@pytest.mark.parametrize("p", [0, -1, 2.0, None, True, 10**9, 10**400])
 def test_simulate(p):
     with pytest.raises(ValueError, match="p must be a positive number"):
         simulate(lambda ring: None, p)
+    with pytest.raises(TypeError, match="fn must be a function"):
+        simulate(p, 2)
+    with pytest.raises(TypeError, match="adversarial must be True or False"):
+        simulate(lambda ring: None, 2, "yes")
+
+
+# ------------------------------------------------------------- what attention is expected to do besides
+
+
+def but_dense(reason):
+    """All methods, of which the fused ones wait for this."""
+    waits = pytest.mark.xfail(strict=True, reason=reason)
+    return [x if x == "dense" else pytest.param(x, marks=waits) for x in METHODS]
+
+
+def second_derivative(attention, q, *rest):
+    out = attention(q, *rest)
+    (g,) = torch.autograd.grad(out.pow(2).sum(), q, create_graph=True)
+    return torch.autograd.grad(out.sum() + g.pow(2).sum(), q)[0]
+
+
+@pytest.mark.parametrize("method", but_dense("engine/attend.py has once_differentiable, not shard.once"))
+def test_a_second_derivative_raises(method):
+    """Also where `grad` is asked for one input, which passes by what once_differentiable leaves behind."""
+
+    def on(ring):
+        shard, leaves = shards(ring)
+        with pytest.raises(RuntimeError, match="cannot be differentiated again"):
+            second_derivative(lambda *x: METHODS[method](*x, shard=shard).out, *leaves)
+        with pytest.raises(RuntimeError, match="cannot be differentiated again"):
+            second_derivative(lambda x: shard.gather(x), leaves[0])
+
+    simulate(on, P)
+    q, k, v = inputs(N)[:3]
+    if method != "dense":
+        with pytest.raises(RuntimeError, match="cannot be differentiated again"):
+            second_derivative(lambda *x: METHODS[method](*x).out, q.requires_grad_(), k, v)
+
+
+@pytest.mark.parametrize("q_chunk", [None, 4])
+def test_dense_on_one_rank_is_differentiable_twice(q_chunk):
+    q, k, v = inputs(N)[:3]
+
+    def written_out(q, k, v):
+        k, v = (x.repeat_interleave(2, 2) for x in (k, v))
+        weights = (torch.einsum("bqhd,bkhd->bhqk", q, k) * q.shape[-1] ** -0.5).softmax(-1)
+        return torch.einsum("bhqk,bkhd->bqhd", weights, v)
+
+    one, other = (
+        second_derivative(f, q.clone().requires_grad_(), k, v)
+        for f in (lambda *x: dense_attention(*x, q_chunk=q_chunk).out, written_out)
+    )
+    assert (one - other).norm() < 1e-10 * other.norm()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_results_can_be_changed_in_place(method):
+    """A residual is added as `out += x`, whatever the word."""
+    change_results(method, (4, 2))
+
+
+@pytest.mark.parametrize("method", but_dense("engine/attend.py: with one head lse is still a view"))
+def test_results_of_one_head_can_be_changed_in_place(method):
+    change_results(method, (1, 1))
+
+
+def change_results(method, heads):
+
+    def on(ring):
+        shard, given = partition(N, ring), inputs(N, h=heads[0], g=heads[1])
+        out, lse = METHODS[method](*(shard.take(x).requires_grad_() for x in given[:3]), shard=shard)
+        out += 1
+        lse -= 1
+        whole = shard.gather(out)
+        whole *= 2
+
+    simulate(on, P)
+    q, k, v = (x.requires_grad_() for x in inputs(N, h=heads[0], g=heads[1])[:3])
+    for x in METHODS[method](q, k, v):
+        x += 1
+
+
+@pytest.mark.parametrize("n", [1, 3, 7, 9, 17, 40])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_a_nan_is_never_lost(n, dtype):
+    """A query that sees a NaN, in q, k or v, has one in its result, by every method, kernel and number of ranks; in q
+    or k then in every feature and in lse.
+    """
+    for which, causal, p in itertools.product(range(3), (False, True), (1, 2)):
+        given, at = inputs(n, b=1, h=2, g=2, d=4, dtype=dtype), n // 2
+        given[which][0, at, 0, 0] = float("nan")
+        sees = torch.arange(n) == at if which == 0 else (torch.arange(n) >= at) | (not causal)
+
+        def on(ring, given=given, sees=sees, causal=causal, which=which):
+            shard = partition(n, ring)
+            mine = shard.positions[sees[shard.positions]] - (shard.positions[0] if len(shard.positions) else 0)
+            for method in METHODS.values():
+                out, lse = method(*(shard.take(x) for x in given[:3]), shard=shard, causal=causal)
+                nan = out[0, mine, 0].isnan()
+                assert nan[:, 0].all() and (which == 2 or nan.all() and lse[0, 0, mine].isnan().all()), (method, which)
+
+        simulate(on, p)
 
 
 def test_arguments_are_keywords():

@@ -7,12 +7,14 @@ import sys
 import textwrap
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from ringref import ProcessRing
+from ringref import ProcessRing, from_env, partition, ring_attention, simulate
+from ringref.comm import launch as room
 from ringref.comm.launch import RankError, launch
 
 
@@ -107,9 +109,9 @@ def test_leaving_and_unpicklable_results_are_errors():
 
 def test_waiting_for_a_rank_that_has_returned_ends(monkeypatch):
     def fn(ring):
-        from ringref.comm import launch as room
+        import ringref.comm.launch
 
-        room.GRACE = 0.5
+        ringref.comm.launch.GRACE = 0.5
         if ring.rank == 1:
             dist.recv(torch.zeros(1), 0)
 
@@ -139,6 +141,14 @@ def test_the_callers_signal_handlers_and_environment_stay(fails):
         signal.signal(signal.SIGTERM, before)
 
 
+def running(pid):
+    """Not one that has ended and that nobody has asked about: its server may have gone before it."""
+    try:
+        return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return False
+
+
 @pytest.mark.parametrize("after", [0.0, 0.05, 0.2, 0.5, 1.5])
 def test_ctrl_c_reaches_the_caller_and_ends_the_ranks(after, tmp_path):
     def fn(ring, folder=str(tmp_path)):
@@ -156,7 +166,7 @@ def test_ctrl_c_reaches_the_caller_and_ends_the_ranks(after, tmp_path):
     finally:
         signal.signal(signal.SIGINT, before)
     assert time.monotonic() - start < 50
-    while any(os.path.exists(f"/proc/{pid}") for pid in os.listdir(tmp_path)):
+    while any(map(running, os.listdir(tmp_path))):
         assert time.monotonic() - start < 50
         time.sleep(0.1)
 
@@ -178,7 +188,9 @@ def test_a_signal_that_the_caller_ignores_or_handles_is_no_end():
     assert came == [signal.SIGTERM]
 
 
-def test_a_signal_that_ends_the_caller_ends_the_ranks_first(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_signal_that_ends_the_caller_ends_the_ranks(number, tmp_path):
+    """And their folder: before the caller goes, or soon after it where it cannot handle the signal."""
     script = """
         import os, time
         from ringref.comm.launch import launch
@@ -190,14 +202,110 @@ def test_a_signal_that_ends_the_caller_ends_the_ranks_first(tmp_path):
         launch(fn, 2)
     """
     (tmp_path / "job.py").write_text(textwrap.dedent(script))
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    (tmp_path / "folders").mkdir()
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "TMPDIR": str(tmp_path / "folders")}
     job = subprocess.Popen([sys.executable, "job.py"], cwd=tmp_path, env=env)
     while len(ranks := [x for x in os.listdir(tmp_path) if x.isdigit()]) < 2:
         assert job.poll() is None
         time.sleep(0.1)
-    job.terminate()
-    assert job.wait(30) == -signal.SIGTERM
-    assert not any(os.path.exists(f"/proc/{pid}") for pid in ranks)
+
+    def left():
+        folders = [x for x in os.listdir(tmp_path / "folders") if x.startswith("ringref_")]
+        return folders + list(filter(running, ranks))
+
+    assert len(left()) == 3
+    job.send_signal(number)
+    assert job.wait(30) == -number
+    end = time.monotonic() + (20 if number == signal.SIGKILL else 1)  # for whoever reaps them
+    while left() and time.monotonic() < end:
+        time.sleep(0.1)
+    assert left() == []
+
+
+@pytest.mark.parametrize("all_of_them", [False, True])
+def test_a_rank_that_ends_without_returning(all_of_them):
+    """Its exit code says that all is well, and its result never comes."""
+    start = time.monotonic()
+    with pytest.raises(RankError, match="rank 1 of 2 ended|rank 0 of 2 ended without returning") as caught:
+        launch(lambda ring: os._exit(0) if ring.rank or all_of_them else 1, 2)
+    assert caught.value.rank == 0 if all_of_them else 1
+    assert time.monotonic() - start < 60
+
+
+def test_the_rank_whose_argument_was_bad_is_the_one_shown():
+    """And not the others, which only say that it was."""
+
+    def fn(ring):
+        shard, x = partition(8, ring), torch.randn(1, 2, 1, 4)
+        try:
+            ring_attention(x, x, x, shard=shard, q_chunk=0 if ring.rank == 1 else None)
+        except ValueError:
+            time.sleep(0.3 * (ring.rank == 1))  # so the others are there first
+            raise
+
+    with pytest.raises(RankError, match="ValueError: q_chunk must be a positive number .* got 0") as caught:
+        launch(fn, 4)
+    assert caught.value.rank == 1
+
+
+def test_a_timeout_says_who_did_not_come():
+    def fn(ring):
+        shard, x = partition(6, ring), torch.randn(1, 2, 1, 4)
+        ring_attention(x, x, x, shard=shard)
+        if ring.rank == 1:
+            time.sleep(60)
+        ring_attention(x, x, x, shard=shard)
+
+    with pytest.raises(RankError, match=r"of ranks \[1\] nothing was heard: they did not come") as caught:
+        launch(fn, 3, timeout=3.0)
+    assert caught.value.rank in (0, 2)
+    assert "rank 1, hop 2: the exchange with ranks [0, 2] is done" in str(caught.value)  # its last
+    assert f"rank {2 - caught.value.rank}, hop 2" in str(caught.value) and "broke off too" in str(caught.value)
+
+
+def test_the_timeout_of_from_env(monkeypatch):
+    """An argument, else the environment, else 600 s."""
+    asked = []
+    monkeypatch.setattr(room, "_join_group", lambda backend, timeout: asked.append(timeout))
+    monkeypatch.setattr(room, "ProcessRing", lambda: None)
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1")):
+        monkeypatch.setenv(name, value)
+    from_env("gloo")
+    monkeypatch.setenv("RINGREF_TIMEOUT", "12.5")
+    from_env("gloo")
+    from_env("gloo", timeout=3)
+    assert asked == [600.0, 12.5, 3]
+    monkeypatch.setenv("RINGREF_TIMEOUT", "soon")
+    with pytest.raises(ValueError, match="RINGREF_TIMEOUT must be a number of seconds, got 'soon'"):
+        from_env("gloo")
+    with pytest.raises(ValueError, match="timeout: expected seconds"):
+        from_env("gloo", timeout=0)
+
+
+@pytest.mark.parametrize("timeout", [None, 0, -1, True, "60", float("nan"), float("inf"), 10**400])
+def test_a_timeout_that_is_none(timeout):
+    with pytest.raises(ValueError, match="timeout: expected seconds greater than 0"):
+        launch(print, 1, timeout=timeout)
+
+
+def test_threads_of_openmp(monkeypatch):
+    """A list is one number for each level of nesting."""
+    for text, threads in (("4,2", 4), (" 3 ", 3), ("", max(1, room._cores() // 2))):
+        monkeypatch.setenv("OMP_NUM_THREADS", text)
+        assert room._threads(2) == threads
+    for text in ("many", "0", "-1", "1.5"):
+        monkeypatch.setenv("OMP_NUM_THREADS", text)
+        with pytest.raises(ValueError, match="OMP_NUM_THREADS: expected a number of threads"):
+            launch(print, 1)
+
+
+def test_a_function_that_cannot_travel():
+    with pytest.raises(TypeError, match="fn: cannot travel to the ranks.*cannot pickle '_thread.lock'"):
+        lock = threading.Lock()
+        launch(lambda ring: lock, 1)
+    ring = simulate(lambda ring: ring, 1)[0]
+    with pytest.raises(TypeError, match="fn: cannot travel.*ThreadRing cannot be pickled"):
+        launch(lambda _: ring.rank, 1)
 
 
 def test_failures_are_quiet(capfd):
@@ -212,6 +320,7 @@ def test_failures_are_quiet(capfd):
     [
         ((None, 2), TypeError, "fn: expected a function of one argument"),
         ((print, 0), ValueError, "p: expected a number of ranks of at least 1, got 0"),
+        ((print, 10**9), ValueError, "p: expected at most 4096 ranks"),
         ((print, 1.5), ValueError, "p: .* got 1.5"),
         ((print, 2, "mpi"), ValueError, "backend: expected one of gloo, nccl, got 'mpi'"),
         ((print, 1000, "nccl"), ValueError, "(p: nccl needs a CUDA device per rank|backend: 'nccl' is not part)"),

@@ -9,6 +9,8 @@ already, and `ring = from_env()` joins them.
 """
 
 import atexit
+import ctypes
+import fcntl
 import io
 import linecache
 import logging
@@ -16,6 +18,7 @@ import marshal
 import multiprocessing
 import os
 import pickle
+import shutil
 import signal
 import sys
 import tempfile
@@ -26,22 +29,24 @@ import types
 import uuid
 from contextlib import contextmanager
 from datetime import timedelta
+from multiprocessing import connection
 from pathlib import Path
 
 import cloudpickle
 import torch
 import torch.distributed as dist
-from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from .process import ProcessRing
-from .ring import watchers
+from .ring import BrokenOff, Elsewhere, watchers
 
 BACKENDS = {"gloo": "gloo", "nccl": "cpu:gloo,cuda:nccl"}  # nccl ranks may exchange CPU tensors too
 PRELOAD = ["torch.distributed.launcher.api", "numpy", "cloudpickle", "einops"]
 SIGNALS = [s for s in signal.Signals if s.name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT")]
 ELASTIC_ENV = ("RANK", "WORLD_SIZE", "MASTER_", "LOCAL_", "GROUP_", "ROLE_", "TORCHELASTIC_")
+MOST = 4096  # ranks: each is a process
 GRACE = 10.0  # seconds that a finished rank keeps its connections open for messages under way
 _one_at_a_time = threading.Lock()
 
@@ -72,15 +77,18 @@ def launch(fn, p, backend="gloo", *, timeout=600.0):
     """
     _check(fn, p, backend, timeout)
     environ = {name: x for name, x in os.environ.items() if not name.startswith(ELASTIC_ENV)}
-    threads = int(os.environ.get("OMP_NUM_THREADS") or max(1, _cores() // p))
-    job = pickled((fn, backend, timeout, threads))
+    threads = _threads(p)
+    try:
+        job = pickled((fn, backend, timeout, threads))
+    except Exception as error:
+        raise TypeError(f"fn: cannot travel to the ranks, for what it holds cannot be pickled: {error}") from error
 
     start_method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
     if start_method == "forkserver":
         multiprocessing.set_forkserver_preload(PRELOAD)  # no effect on a server that runs already
     with (
+        _undisturbed_caller(),
         tempfile.TemporaryDirectory(prefix="ringref_", ignore_cleanup_errors=True) as folder,  # a late rank may write
-        _undisturbed_caller() as fatal,
     ):
         config = LaunchConfig(
             min_nodes=1,
@@ -93,29 +101,37 @@ def launch(fn, p, backend="gloo", *, timeout=600.0):
             max_restarts=0,
             monitor_interval=0.03,
             start_method=start_method,
-            signals_to_handle=",".join(s.name for s in fatal),
             logs_specs=DefaultLogsSpecs(log_dir=os.path.join(folder, "logs")),
         )
         try:
-            results = elastic_launch(config, _rank_main)(job, environ, folder)
+            results = _watched(lambda: elastic_launch(config, _rank_main)(job, environ, folder), p, folder)
         except ChildFailedError as error:
             raise _first_failure(error, p, folder) from None
     return [pickle.loads(results[rank]) for rank in range(p)]
 
 
-def from_env(backend=None):
+def from_env(backend=None, *, timeout=None):
     """The ring of all ranks that torchrun started; joins the process group if that is not done yet.
 
     backend: "gloo", "nccl", or None: nccl if this machine has a GPU per local rank, else gloo.
+    timeout: seconds that one message may take before its rank raises; None: the environment's RINGREF_TIMEOUT, or 600.
     """
     if not dist.is_initialized():
         if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
             raise RuntimeError("from_env: RANK, WORLD_SIZE: not set; use torchrun, or launch(fn, p)")
         local_world = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
         backend = backend or ("nccl" if torch.cuda.device_count() >= local_world else "gloo")
-        _check(from_env, local_world, backend, 600.0)
-        _join_group(backend, timeout=600.0)
+        if timeout is None:
+            text = os.environ.get("RINGREF_TIMEOUT") or "600"
+            try:
+                timeout = float(text)
+            except ValueError:
+                raise ValueError(f"timeout: RINGREF_TIMEOUT must be a number of seconds, got {text!r}") from None
+        _check(from_env, local_world, backend, timeout)
+        _join_group(backend, timeout)
         atexit.register(_leave_group)
+    elif not (backend is None and timeout is None):
+        raise ValueError("backend, timeout: the process group has been initialised already, with its own")
     return ProcessRing()
 
 
@@ -130,15 +146,28 @@ def _check(fn, p, backend, timeout):
         raise TypeError(f"fn: expected a function of one argument, the ring, got {type(fn).__name__}")
     if not isinstance(p, int) or isinstance(p, bool) or p < 1:
         raise ValueError(f"p: expected a number of ranks of at least 1, got {p!r}")
-    if backend not in BACKENDS:
+    if p > MOST:
+        raise ValueError(f"p: expected at most {MOST} ranks of one machine, got {p!r}")
+    if not isinstance(backend, str) or backend not in BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
     if backend == "nccl" and not dist.is_nccl_available():
         raise ValueError("backend: 'nccl' is not part of this build of torch; use 'gloo'")
     if backend == "nccl" and p > torch.cuda.device_count():
         devices = torch.cuda.device_count()
         raise ValueError(f"p: nccl needs a CUDA device per rank, got p={p} for {devices} devices")
-    if not timeout > 0:
-        raise ValueError(f"timeout: expected seconds greater than 0, got {timeout!r}")
+    if isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or not 0 < timeout < 1e9:
+        raise ValueError(f"timeout: expected seconds greater than 0, at most 1e9, got {timeout!r}")
+
+
+def _threads(p):
+    """CPU threads of each of p ranks; OpenMP takes a list, one number for each level of nesting."""
+    given = os.environ.get("OMP_NUM_THREADS")
+    if not given:
+        return max(1, _cores() // p)
+    first = given.split(",")[0].strip()
+    if not first.isdecimal() or int(first) < 1:
+        raise ValueError(f"OMP_NUM_THREADS: expected a number of threads of at least 1, got {given!r}")
+    return int(first)
 
 
 def _cores():
@@ -148,12 +177,19 @@ def _cores():
 # The caller's side
 
 
+class _Signalled(BaseException):
+    """A signal that ends the caller has come."""
+
+
+def _signalled(number, frame):
+    raise _Signalled(number)
+
+
 @contextmanager
 def _undisturbed_caller():
-    """Undo what the elastic launcher does to its caller: signal handlers, log floods, __main__.
+    """Keep from the caller what the elastic launcher does to it: log floods, its variable, __main__.
 
-    Yields the signals that would end the caller at once. Only they are the launcher's to handle: for Ctrl-C it raises
-    an Exception, which anybody may swallow, and it takes what the caller ignores, as shells have background jobs do.
+    A signal that would end the caller at once ends the ranks first; all others are the caller's own.
     """
     quiet = [
         logger
@@ -168,13 +204,15 @@ def _undisturbed_caller():
         handled = os.environ.get("TORCHELASTIC_SIGNALS_TO_HANDLE")
         main, received = sys.modules["__main__"], None
         try:
+            for number in fatal:
+                signal.signal(number, _signalled)
             for logger in quiet:
                 logger.disabled = True
             # fn travels by value, so no rank needs __main__: a script without a guard runs once
             sys.modules["__main__"] = types.ModuleType("__main__")
-            yield fatal
-        except SignalException as signalled:
-            received = signalled.sigval
+            yield
+        except _Signalled as signalled:
+            received = signal.Signals(signalled.args[0])
         finally:
             for number in fatal:
                 signal.signal(number, signal.SIG_DFL)
@@ -189,18 +227,81 @@ def _undisturbed_caller():
         raise RankError(None, f"launch was ended by {received.name}")
 
 
+def _watched(work, p, folder):
+    """What `work`, the elastic launcher, returns or raises, in a thread of its own: so signals stay the caller's, and
+    somebody sees that a rank has ended without a result and without an error, for which elastic waits for ever.
+    """
+    outcome = {}
+
+    def run():
+        try:
+            outcome["result"] = work()
+        except BaseException as error:
+            outcome["error"] = error
+
+    thread, silent = threading.Thread(target=run, daemon=True, name="ringref launch"), 0
+    try:
+        thread.start()
+        while thread.is_alive():
+            thread.join(0.1)
+            states = [_state(rank, folder) for rank in range(p)]
+            silent = silent + 1 if "gone" in states and not {"alive", None} & set(states) else 0
+            if silent == 10:  # a second: elastic has had its time to see it
+                rank = states.index("gone")
+                raise RankError(rank, f"rank {rank} of {p} ended without returning (exit code 0){_hops(folder)}")
+    finally:
+        if thread.is_alive():
+            notes = [file.open("r+") for file in Path(folder).glob("hop.*")]
+            shutil.rmtree(folder, ignore_errors=True)  # which every rank watches
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(SystemExit))
+            thread.join(2 * GRACE)
+            end = time.monotonic() + GRACE
+            while any(map(_held, notes)) and time.monotonic() < end:  # one that elastic did not know yet
+                time.sleep(0.02)
+    if "error" in outcome:
+        raise outcome["error"]
+    return outcome["result"]
+
+
+def _state(rank, folder):
+    """What it said, "returned" or "failed"; else None before it begins, "alive" while its lock is held, then "gone"."""
+    for word in ("returned", "failed"):
+        if Path(folder, f"{word}.{rank}").exists():
+            return word
+    try:
+        with open(Path(folder, f"hop.{rank}"), "r+") as note:
+            return "alive" if _held(note) else "gone"
+    except FileNotFoundError:
+        return None
+
+
+def _held(note):
+    """Whether another process holds the lock of this file."""
+    try:
+        fcntl.lockf(note, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return False
+    except OSError:
+        return True
+
+
+def _hops(folder):
+    """The last hop of every rank, which outlives it."""
+    hops = [file.read_text().strip() for file in sorted(Path(folder).glob("hop.*"))]
+    return "".join(f"\n  {hop}" for hop in hops if hop)
+
+
 def _first_failure(error, p, folder):
     rank, failure = error.get_first_failure()
     reports = {int(file.suffix[1:]): pickle.loads(file.read_bytes()) for file in Path(folder).glob("failed.*")}
     if rank in reports:
-        rank = min(reports, key=lambda r: reports[r][0])
+        rank = min(reports, key=lambda r: reports[r][:2])
         left = sorted(int(file.suffix[1:]) for file in Path(folder).glob("left.*"))
         note = f"\n(by then fn had returned on rank {left}, {GRACE:.0f} s before)" if left else ""
-        return RankError(rank, f"rank {rank} of {p} raised:\n\n{reports[rank][1]}{note}")
+        if reports[rank][0]:  # it only met what another rank did, or did not do
+            note += f"\nThe last that each rank told of itself:{_hops(folder)}"
+        return RankError(rank, f"rank {rank} of {p} raised:\n\n{reports[rank][2]}{note}")
     cause = failure.signal_name() if failure.exitcode < 0 else f"exit code {failure.exitcode}"
-    hops = [file.read_text().strip() for file in sorted(Path(folder).glob("hop.*"))]
-    told = "".join(f"\n  {hop}" for hop in hops if hop)
-    return RankError(rank, f"rank {rank} of {p} died with {cause} and left no Python traceback{told}")
+    return RankError(rank, f"rank {rank} of {p} died with {cause} and left no Python traceback{_hops(folder)}")
 
 
 # A rank's side
@@ -213,22 +314,26 @@ def _rank_main(job, environ, folder):
         os.environ.update(environ)  # the fork server may be older than the caller's changes
         fn, backend, timeout, threads = pickle.loads(job)
         torch.set_num_threads(threads)
-        # the last hop outlives a rank that NCCL's watchdog or a signal ends
-        note = os.open(Path(folder, f"hop.{rank}"), os.O_CREAT | os.O_WRONLY)
-        watchers.append(lambda hop: os.pwrite(note, hop.ljust(160).encode(), 0))
+        _keep_a_note(rank, folder)
         store = _join_group(backend, timeout)
         result = pickled(fn(ProcessRing()), _ToCpu)
         _wait_for_the_others(store, folder)
         dist.destroy_process_group()
+        Path(folder, f"returned.{rank}").touch()
         return result
     except BaseException as error:
-        when = time.time_ns()
+        when, kind = time.time_ns(), 0
+        if isinstance(error, (BrokenOff, Elsewhere)):  # what another rank did, whose report is the one to show
+            kind = 1
+            end = time.monotonic() + (GRACE if isinstance(error, Elsewhere) else 0.0)
+            while not list(Path(folder).glob("failed.*")) and time.monotonic() < end:
+                time.sleep(0.01)
         # Leave at once, and the group with the process: an orderly goodbye could wait for ever for
         # a rank that waits for us. The pause lets the launcher see a rank that was killed before it
         # sees the neighbours complain.
         text = "".join(traceback.format_exception(type(error), error, error.__traceback__.tb_next))
         draft = Path(folder, f"draft.{rank}")
-        draft.write_bytes(pickle.dumps((when, text)))
+        draft.write_bytes(pickle.dumps((kind, when, text)))
         draft.rename(Path(folder, f"failed.{rank}"))
         sys.stdout.flush()
         sys.stderr.flush()
@@ -236,10 +341,25 @@ def _rank_main(job, environ, folder):
         os._exit(1)
 
 
+def _keep_a_note(rank, folder):
+    """Keep this rank's last hop in a file, which outlives a rank that NCCL's watchdog or a signal ends; a lock on it
+    that ends with the process says that it lives.
+    """
+    draft = Path(folder, f"draft.{rank}")
+    note = os.open(draft, os.O_CREAT | os.O_RDWR)
+    fcntl.lockf(note, fcntl.LOCK_EX)
+    draft.rename(Path(folder, f"hop.{rank}"))
+    watchers.append(lambda hop: os.pwrite(note, hop.encode()[:400].ljust(400), 0))
+
+
 def _leave_with(folder):
-    """End this rank when the launch is over: one that was being started when Ctrl-C came is in nobody's list."""
+    """End this rank when the launch is over, or when its caller is: somebody may have killed that, or the rank was
+    being started when Ctrl-C came, and is in nobody's list.
+    """
+    caller = multiprocessing.parent_process()
     while os.path.exists(folder):
-        time.sleep(0.5)
+        if connection.wait([caller.sentinel], 0.5):
+            shutil.rmtree(folder, ignore_errors=True)
     os._exit(1)
 
 
@@ -264,10 +384,11 @@ def _wait_for_the_others(store, folder):
     all_ranks = [f"returned {rank}" for rank in range(dist.get_world_size())]
     end = time.monotonic() + GRACE
     while not store.check(all_ranks):
-        if time.monotonic() > end:  # closing turns the other's endless wait into an error
+        others = [_state(rank, folder) for rank in range(dist.get_world_size()) if rank != dist.get_rank()]
+        if "gone" in others or time.monotonic() > end:  # closing turns the other's endless wait into an error
             Path(folder, f"left.{dist.get_rank()}").touch()
             return
-        time.sleep(0.01)
+        time.sleep(0.02)
 
 
 # What travels

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -11,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from .peer import Cuda, Peers, Unreachable, together
-from .ring import Ring, Traffic, _tell
+from .ring import BrokenOff, Ring, Traffic, _tell
 
 _made: dict[str, int] = {}  # how many rings each group has had
 
@@ -29,6 +31,11 @@ class ProcessRing(Ring):
     """
 
     def __init__(self, group_or_mesh: Any = None, transport: str | None = None):
+        if group_or_mesh is not None and not hasattr(group_or_mesh, "get_group"):
+            outside = dist.GroupMember.NON_GROUP_MEMBER  # a number, in some releases
+            if not isinstance(group_or_mesh, dist.ProcessGroup) and group_or_mesh is not outside:
+                got = type(group_or_mesh).__name__
+                raise TypeError(f"group_or_mesh: expected a process group, a DeviceMesh slice or None, got {got}")
         if not dist.is_initialized():
             raise RuntimeError("ProcessRing needs torch.distributed.init_process_group() first")
         if hasattr(group_or_mesh, "get_group"):
@@ -77,14 +84,14 @@ class ProcessRing(Ring):
         self._hop += 1
         where = f"rank {self.rank}, hop {self._hop}: the exchange with ranks {sorted({*outgoing, *into})}"
         _tell(f"{where} is posted")
-        with _named(where):
+        with self._named(where):
             if self._peers and all(x.is_cuda for message in (*outgoing.values(), *into.values()) for x in message):
                 wait = self._peers.post(outgoing, into, self._calls, where)
             else:
                 wait = self._over_group(outgoing, into)
 
         def finish():
-            with _named(where):
+            with self._named(where):
                 wait()
             _tell(f"{where} is done")
 
@@ -113,23 +120,47 @@ class ProcessRing(Ring):
         # a stream of its own, so that reading a header does not wait for the computation queued
         # before it
         where = f"rank {self.rank}, hop {self._hop}: the header after it"
-        with torch.cuda.stream(self._side) if self._side else nullcontext(), _named(where):
+        _tell(f"{where} is posted")
+        with torch.cuda.stream(self._side) if self._side else nullcontext(), self._named(where):
             mine = torch.nn.functional.pad(row, (0, max(lengths) - len(row))).to(device)
             rows = mine.new_empty(self.size, len(mine))
             dist.all_gather(list(rows), mine, group=self.group)
             every = rows.cpu()
+        _tell(f"{where} is done")
         return [every[r, : lengths[r]] for r in range(self.size)]
+
+    @contextmanager
+    def _named(self, where: str) -> Iterator[None]:
+        """Say where a transport's error broke in, and after a timeout who did not come."""
+        try:
+            yield
+        except (RuntimeError, OSError) as error:
+            _tell(f"{where} broke off")
+            late = self._late(where) if "timed out" in str(error).lower() else ""
+            raise BrokenOff(f"{where} broke off: {error}{late}") from error
+
+    def _late(self, where: str) -> str:
+        """Of the other ranks, who tells within two seconds that it waited in vain as well, and who does not."""
+        heard: dict[int, str] = {}
+
+        def ask():
+            store = self.group.get_group_store()
+            store.set(f"ringref broke off {self.rank}", where)
+            end = time.monotonic() + 2.0
+            while time.monotonic() < end and len(heard) < self.size:
+                for r in (r for r in range(self.size) if r not in heard):
+                    if store.check([f"ringref broke off {r}"]):
+                        heard[r] = store.get(f"ringref broke off {r}").decode()
+                time.sleep(0.05)
+
+        asking = threading.Thread(target=ask, daemon=True)  # the store may be behind the same cut link
+        asking.start()
+        asking.join(4.0)
+        silent = [r for r in range(self.size) if r not in heard and r != self.rank]
+        told = "".join(f"; {text} broke off too" for r, text in sorted(heard.items()) if r != self.rank)
+        return f"{told}; of ranks {silent} nothing was heard: they did not come" if silent else told
 
 
 def world_size() -> int:
     """How many ranks this process is one of; 1 where nobody has initialised a process group."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-@contextmanager
-def _named(where: str) -> Iterator[None]:
-    """Say where a transport's error broke in."""
-    try:
-        yield
-    except (RuntimeError, OSError) as error:
-        raise RuntimeError(f"{where} broke off: {error}") from error

@@ -19,7 +19,7 @@ from torch import Tensor
 Message = Sequence[Tensor]
 log = logging.getLogger(__name__)  # at DEBUG: every hop, so that a survivor's log names its last
 watchers: list[Callable[[str], Any]] = []  # told the same, whatever is logged
-_HEADER = 32  # integers in a header
+_HEADER = 48  # integers in a header
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.bool)
 
 
@@ -84,6 +84,8 @@ class Ring:
         """Every rank's 1-D int64 CPU tensor, in rank order; lengths are known. Metadata: not
         counted as traffic.
         """
+        if self.size == 1:
+            return [row]
         rows = [row if r == self.rank else row.new_empty(lengths[r]) for r in range(self.size)]
         others = [r for r in range(self.size) if r != self.rank]
         self._post(_solid(dict.fromkeys(others, (row,))), _solid({r: (rows[r],) for r in others}))()
@@ -95,6 +97,8 @@ class Ring:
         One size for all calls, so that ranks that are not in the same one get an error and not a
         short message.
         """
+        if len(row) >= _HEADER:
+            raise ValueError(f"row: at most {_HEADER - 1} integers can be announced, got {len(row)}")
         mine = [len(row), *row, *[0] * (_HEADER - 1 - len(row))]
         rows = [
             x.tolist() for x in self.share(torch.tensor(mine, dtype=torch.int64, device="cpu"), [_HEADER] * self.size)
@@ -161,6 +165,23 @@ class Ring:
                 x += y
         return total
 
+    def numbered(self, number: int) -> Ring:
+        """This ring for one pass of one call, which `number` stands for on all ranks: the first message to each rank
+        carries it, and the first from each must, or the two ranks are in different passes and the wait raises.
+
+        Costs no wait of the host: on a GPU the numbers are compared by the device, whose error then ends the process.
+        """
+        return NumberedRing(self, number)
+
+    def __deepcopy__(self, memo: dict) -> Ring:
+        return self  # a place among the ranks, of which there is one
+
+    def __reduce__(self):
+        raise TypeError(
+            f"a {type(self).__name__} cannot be pickled: it is this process's place among the ranks; "
+            "make the ring and its shards anew where they are loaded"
+        )
+
     def among(self, members: Sequence[int]) -> Ring:
         """The smaller ring of these ranks, in this order; I must be one of them."""
         if self.rank not in members or sorted(set(members) & set(range(self.size))) != sorted(members):
@@ -182,6 +203,47 @@ class SubRing(Ring):
         return self.whole._post(*({self.members[r]: m for r, m in x.items()} for x in (outgoing, into)))
 
 
+class NumberedRing(Ring):
+    """A ring whose first messages carry a number (see `numbered`); traffic is counted by the whole."""
+
+    def __init__(self, whole: Ring, number: int):
+        self.whole, self.number = whole, number
+        self.rank, self.size, self.traffic = whole.rank, whole.size, whole.traffic
+        self._told: set[int] = set()
+        self._heard: set[int] = set()
+
+    def _post(self, outgoing, into):
+        first_to, first_from = outgoing.keys() - self._told, sorted(into.keys() - self._heard)
+        self._told |= first_to
+        self._heard.update(first_from)
+        if not first_to and not first_from:
+            return self.whole._post(outgoing, into)
+        like = next(iter((outgoing or into).values()))[0]
+        mine = like.new_full((1,), self.number, dtype=torch.int64)
+        came = like.new_empty(len(first_from), dtype=torch.int64)
+        marks = dict(zip(first_from, came.split(1), strict=False))
+        outgoing = {r: (*m, mine) if r in first_to else m for r, m in outgoing.items()}
+        into = {r: (*m, marks[r]) if r in marks else m for r, m in into.items()}
+        finish = self.whole._post(outgoing, into)
+
+        def checked():
+            finish()
+            if first_from:
+                self._compare(first_from, came)
+
+        return checked
+
+    def _compare(self, ranks: Sequence[int], came: Tensor) -> None:
+        words = f"rank {self.rank}: these messages are of another pass than mine; all ranks must run backward of the "
+        words += "same calls in the same order"
+        if came.is_cuda:
+            torch._assert_async((came == self.number).all(), words)
+        elif type(came) is Tensor and came.is_cpu:  # not one without data, which predicts memory
+            wrong = [r for r, number in zip(ranks, came.tolist(), strict=True) if number != self.number]
+            if wrong:
+                raise RuntimeError(words.replace("these messages", f"the messages of rank {wrong[0]}"))
+
+
 def _solid(messages: dict[int, Message]) -> dict[int, Message]:
     """Drop empty tensors and then empty messages."""
     kept = {r: tuple(x for x in message if x.numel()) for r, message in messages.items()}
@@ -195,4 +257,12 @@ def _tell(what: str) -> None:
 
 
 class Elsewhere(ValueError):
-    """Another rank's mistake, which that rank's own error explains."""
+    """Another rank's mistake, in that rank's own words. `rank` is the one that made it."""
+
+    def __init__(self, rank: int, message: str):
+        super().__init__(message)
+        self.rank = rank
+
+
+class BrokenOff(RuntimeError):
+    """A message did not come or did not leave: a rank is gone, or the way to it, or it is somewhere else."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import random
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -12,9 +14,15 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from .ring import Elsewhere, Message, Ring, Traffic
 
+MOST = 4096  # ranks: each is a thread
+
 
 class Deadlock(RuntimeError):
     """Every live rank waits for a message that nobody sends."""
+
+
+class _Stopped(BaseException):
+    """Ends a rank whose simulation was interrupted; no `except Exception` of fn's keeps it."""
 
 
 class _Parcel:
@@ -35,6 +43,34 @@ class _World:
         self.waiting: dict[int, tuple[Callable[[], bool], str]] = {}
         self.parcels: dict[tuple[int, int, int], _Parcel] = {}
         self.live, self.errors, self.done = set(range(size)), {}, threading.Event()
+        self.ranks: dict[int, int] = {}  # of the threads that are running
+        self.stopped = False
+
+    def check(self, rank: int) -> None:
+        """Raise unless it is this rank that speaks: nobody would ever wake another thread."""
+        by = self.ranks.get(threading.get_ident())
+        if by == rank:
+            return
+        if self.done.is_set():
+            raise RuntimeError(
+                f"the ring of rank {rank}: this simulation has ended, nobody is there to answer; "
+                "call backward, and all that sends messages, inside fn"
+            )
+        who = "a thread that is no rank" if by is None else f"rank {by}"
+        raise RuntimeError(
+            f"the ring of rank {rank} is used by {who}: ranks must not share a ring, nor a shard that holds one"
+        )
+
+    def stop(self, threads: list[threading.Thread]) -> None:
+        """End every rank that still runs: at its next line of Python, or where it waits."""
+        self.stopped = True
+        for thread in threads:
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(_Stopped))
+        for wake in self.wake:
+            wake.release()
+        end = time.monotonic() + 10.0  # a rank in a long kernel ends after it
+        for thread in threads:
+            thread.join(max(0.0, end - time.monotonic()))
 
     def pass_on(self, rank: int) -> None:
         """Let another rank run: the next one round that can, or any that can when the network is
@@ -50,11 +86,14 @@ class _World:
             self.done.set()
 
     def wait(self, rank: int, ready: Callable[[], bool], what: str) -> None:
+        self.check(rank)
         if ready() and not self.adversarial:
             return
         self.waiting[rank] = ready, what
         self.pass_on(rank)
         self.wake[rank].acquire()
+        if self.stopped:
+            raise _Stopped
         del self.waiting[rank]
         if not ready():
             raise Deadlock(what)
@@ -93,6 +132,7 @@ class ThreadRing(Ring):
 
     def _post(self, outgoing, into):
         world, rank = self._world, self.rank
+        world.check(rank)
         self._hop += 1
         hop, sends, receives = self._hop, {}, {}
         for peer, message in outgoing.items():
@@ -133,19 +173,26 @@ def simulate(fn: Callable[[Ring], Any], p: int, adversarial: bool = False) -> li
     One rank runs at a time, in rank order, until it waits: output is reproducible and a deadlock
     raises at once, naming rank, hop and peer. Works for CPU and single-GPU tensors. Call `backward`
     inside `fn`. The caller's grad mode and CUDA device hold in every rank. If ranks raise, the
-    error of the first that did is raised here.
+    error of the first that did is raised here. Ctrl-C ends every rank before it is raised.
 
     `adversarial=True` behaves as badly as a network may: receive buffers hold NaN from post to
     wait, a send's buffer is read as late as is allowed and its wait returns only when it was
     received, and ranks run in random (seeded) order.
     """
-    if not isinstance(p, int) or p < 1:
-        raise ValueError(f"p must be a positive number of ranks, got {p!r}")
+    if not callable(fn):
+        raise TypeError(f"fn must be a function of one argument, the ring, got {type(fn).__name__}")
+    if not isinstance(p, int) or isinstance(p, bool) or not 1 <= p <= MOST:
+        raise ValueError(f"p must be a positive number of ranks, at most {MOST}, got {p!r}")
+    if not isinstance(adversarial, bool):
+        raise TypeError(f"adversarial must be True or False, got {adversarial!r}")
     world, results = _World(p, adversarial), [None] * p
     grad, device = (torch.is_grad_enabled(), torch.cuda.current_device() if torch.cuda.is_initialized() else None)
 
     def live(rank: int) -> None:
         world.wake[rank].acquire()
+        if world.stopped:
+            return
+        world.ranks[threading.get_ident()] = rank
         try:
             if device is not None:
                 torch.cuda.set_device(device)
@@ -154,14 +201,26 @@ def simulate(fn: Callable[[Ring], Any], p: int, adversarial: bool = False) -> li
                 results[rank] = fn(ThreadRing(rank, world))
         except BaseException as error:
             world.errors[rank] = error
+        del world.ranks[threading.get_ident()]
         world.live.discard(rank)
         world.pass_on(rank)
 
-    threads = [threading.Thread(target=live, args=(r,), daemon=True, name=f"rank {r}") for r in range(p)]
+    def rank_thread(rank: int) -> None:
+        try:
+            live(rank)
+        except _Stopped:
+            pass
+
+    threads = [threading.Thread(target=rank_thread, args=(r,), daemon=True, name=f"rank {r}") for r in range(p)]
     for thread in threads:
         thread.start()
     world.wake[0].release()
-    world.done.wait()
+    try:
+        while not world.done.wait(0.2):  # not for ever: an outer simulation's end must get in
+            pass
+    except BaseException:  # Ctrl-C
+        world.stop(threads)
+        raise
     if world.errors:
         # a rank that was only left waiting is not the cause
         cause = [e for e in world.errors.values() if not isinstance(e, (Deadlock, Elsewhere))] or list(

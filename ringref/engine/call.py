@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import math
+import inspect
 import operator
+import sys
 import warnings
 from collections.abc import Callable
-from functools import cache, reduce, wraps
+from functools import cache, partial, reduce, wraps
+from types import CellType
 from typing import Any, NamedTuple
 
 import torch
@@ -14,10 +16,12 @@ from torch import Tensor
 
 from ..comm.process import world_size
 from ..comm.ring import Ring
-from ..shard import Dilation, Positions, Shard, Table, alone, counted, meet, wide
+from ..shard import EVERYTHING, Dilation, Positions, Shard, Table, alone, counted, meet, wide
 
 BACKENDS = ("auto", "math", "torch", "xformers")
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_LARGEST = sys.float_info.max
+_transformed = torch._C._functorch.is_functorch_wrapped_tensor
 
 
 def exactly(step: Callable) -> Callable:
@@ -72,6 +76,8 @@ class Call(NamedTuple):
     window: tuple[int | None, int | None] = (None, None)
     documents: Positions | None = None  # cu_seqlens without its empty documents; None where there is only one
     score_mod: Callable | None = None
+    number: int = 0  # the call's among those of these ranks
+    captured: tuple[tuple[Tensor, int], ...] = ()  # tensors that mask_mod and score_mod use, and their versions
 
     @property
     def masked(self) -> bool:
@@ -89,11 +95,16 @@ class Call(NamedTuple):
         left, right = self.window
         return Sight(left, 0 if self.causal else right, self.documents)
 
+    def during(self, backward: bool) -> Call:
+        """This call in one of its passes: its messages carry which, so ranks in different ones get an error."""
+        return self._replace(ring=self.ring.numbered(2 * self.number + backward))
+
     def keep(self, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         """What `mask_mod` says of these indices: booleans of four dimensions that broadcast to b h
         q k.
         """
-        keep = torch.as_tensor(self.mask_mod(b, h, q_idx, kv_idx), device=q_idx.device)
+        self._check_captured()
+        keep = _returned("mask_mod", self.mask_mod(b, h, q_idx, kv_idx), q_idx)
         if keep.dtype != torch.bool:
             raise TypeError(f"mask_mod must return booleans (True: the key is seen), got {keep.dtype}")
         full = (len(b), h.shape[1], q_idx.shape[2], kv_idx.shape[3])
@@ -101,7 +112,16 @@ class Call(NamedTuple):
 
     def score(self, score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         """What `score_mod` makes of these scores b h q k, in their dtype and shape."""
+        self._check_captured()
         return _modified(self.score_mod, score, b, h, q_idx, kv_idx)
+
+    def _check_captured(self) -> None:
+        """The backward asks again, and must be told the same."""
+        if any(x._version != version for x, version in self.captured):
+            raise RuntimeError(
+                "mask_mod, score_mod: a tensor that they use has been changed in place since the call began; "
+                "its backward would follow another rule than its forward did"
+            )
 
     def rules(self, b: int, heads: range, q_at: Tensor, kv_at: Tensor) -> tuple[Tensor | None, Callable | None]:
         """What holds where m segments of queries at q_at, m q, meet keys at kv_at, m k, of these query heads.
@@ -127,6 +147,43 @@ class Call(NamedTuple):
         return keep, None if self.score_mod is None else modify
 
 
+def _captured(*functions: Callable | None) -> tuple[tuple[Tensor, int], ...]:
+    """The tensors that these functions use, as far as Python shows them, each with its version."""
+    found, seen, left = [], set(), [(fn, 3) for fn in functions]  # functions of functions, to this depth
+    while left:
+        x, depth = left.pop()
+        if id(x) in seen or depth < 0:
+            continue
+        seen.add(id(x))
+        if isinstance(x, Tensor):
+            found += [] if x.is_inference() else [(x, x._version)]
+            continue
+        uses = []
+        if isinstance(x, partial):
+            uses = [x.func, *x.args, *x.keywords.values()]
+        elif inspect.ismethod(x):
+            uses = [x.__func__, x.__self__]
+        elif inspect.isfunction(x):
+            uses = [cell.cell_contents for cell in x.__closure__ or () if cell != CellType()] + [
+                *(x.__defaults__ or ())
+            ]
+            uses += [x.__globals__[name] for name in x.__code__.co_names if name in x.__globals__]
+        elif callable(x) and not isinstance(x, type):
+            uses = [*getattr(x, "__dict__", {}).values(), *getattr(x, "_buffers", {}).values()]
+        left += [(use, depth - 1) for use in uses]
+    return tuple(found)
+
+
+def _returned(name: str, x: Any, like: Tensor) -> Tensor:
+    """What the caller's function has returned, as a tensor beside this one."""
+    if isinstance(x, (bool, int, float)):
+        x = torch.tensor(x, device=like.device)
+    if not isinstance(x, Tensor) or x.layout != torch.strided or x.is_meta != like.is_meta:
+        got = f"{x.layout} on {x.device}" if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(f"{name} must return a tensor, dense and with data, got {got}")
+    return x.to(like.device)
+
+
 def _of_four(name: str, x: Tensor, full: tuple[int, ...]) -> Tensor:
     """x with four dimensions, which must broadcast to b h q k."""
     if x.dim() > 4 or any(size not in (1, most) for size, most in zip(x.shape[::-1], full[::-1], strict=False)):
@@ -135,7 +192,7 @@ def _of_four(name: str, x: Tensor, full: tuple[int, ...]) -> Tensor:
 
 
 def _modified(score_mod: Callable, score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-    found = torch.as_tensor(score_mod(score, b, h, q_idx, kv_idx), device=score.device)
+    found = _returned("score_mod", score_mod(score, b, h, q_idx, kv_idx), score)
     if not found.dtype.is_floating_point:
         raise TypeError(f"score_mod must return scores, floating-point numbers, got {found.dtype}")
     if found.requires_grad and not score.requires_grad:
@@ -158,7 +215,7 @@ def _try(q: Tensor, score_mod: Callable) -> None:
 
 _WORDS = ("method", "batch (dim 0 of q)", "heads (dim 2 of q)", "key/value heads (dim 2 of k)", "head dim")
 _WORDS += ("value head dim (dim 3 of v)", "dtype", "device", "causal", "window", "cu_seqlens", "dilation", "mask_mod")
-_WORDS += ("score_mod", "scale", "backend", "grad mode")
+_WORDS += ("score_mod", "scale", "backend", "grad mode", "inference tensors")
 
 
 def agree(
@@ -190,16 +247,19 @@ def agree(
         shape = q.shape[0], q.shape[2], k.shape[2], q.shape[3], v.shape[3]
         packed = documents and f"{len(documents) - 1} documents, digest {documents.digest:x}"
         words = [method, *shape, str(q.dtype), q.device.type, causal, sides, packed, dilation, mask_mod is not None]
-        grad = torch.is_grad_enabled()
-        words += [score_mod is not None, factor(), backend, grad]
-        return words, grad and any(x.requires_grad for x in (q, k, v))
+        grad, inference = torch.is_grad_enabled(), any(x.is_inference() for x in (q, k, v))
+        needs = grad and any(x.requires_grad for x in (q, k, v))
+        if needs and inference:
+            raise ValueError("q, k, v: one was made in inference mode, and no gradient can go through it; clone it")
+        words += [score_mod is not None, factor(), backend, grad, inference]
+        return words, needs
 
     if shard is None:
         _, needs = say()
         _warn_that_nobody_shares(world_size())
-        ring, table = alone(), Table((counted(q.shape[1]),), (counted(k.shape[1]),))
+        number, ring, table = 0, alone(), Table((counted(q.shape[1]),), (counted(k.shape[1]),))
     else:
-        needs, table = meet(shard, _WORDS, say)
+        needs, table, number = meet(shard, _WORDS, say)
         ring = shard.ring
     documents = _documents(cu_seqlens)
     if documents is not None:
@@ -207,7 +267,8 @@ def agree(
     anchor = torch.zeros((), requires_grad=True, device="cpu") if needs and ring.size > 1 else None
     documents = None if documents is None or len(documents) <= 2 else documents
     arguments = causal, dilation, mask_mod, factor(), q_chunk, backend, ring, table, anchor
-    return Call(*arguments, _reached(_window(window), table), documents, score_mod)
+    window = _reached(_window(window), table)
+    return Call(*arguments, window, documents, score_mod, number, _captured(mask_mod, score_mod))
 
 
 def _reached(window: tuple[int | None, int | None], table: Table) -> tuple[int | None, int | None]:
@@ -241,9 +302,11 @@ def _window(window: Any) -> tuple[int | None, int | None]:
         except TypeError:
             pass
         else:
-            if all(side is None or side >= 0 for side in (left, right)):
+            if all(side is None or 0 <= side < EVERYTHING for side in (left, right)):
                 return left, right
-    raise ValueError(f"window must be None or (left, right), integers ≥ 0 or None for no bound, got {window!r}")
+    raise ValueError(
+        f"window must be None or (left, right), integers from 0 to 2**62 − 1 or None for no bound, got {window!r}"
+    )
 
 
 def _documents(cu_seqlens: Any) -> Positions | None:
@@ -281,6 +344,9 @@ def _check(q, k, v, causal, dilation, mask_mod, scale, shard, q_chunk, backend) 
         if x.is_nested:
             packed = f"{name}.values()[None] with cu_seqlens={name}.offsets()"
             raise TypeError(f"{name} is a nested tensor: pass its rows packed, {packed}")
+        if x.layout != torch.strided or _transformed(x):
+            kind = "one that vmap or another transform of torch.func wraps" if _transformed(x) else x.layout
+            raise TypeError(f"{name} must be a plain dense tensor, got {kind}")
         if x.dim() != 4:
             raise ValueError(f"{name} must have the four dimensions b s h d, got shape {tuple(x.shape)}")
         if x.dtype not in FLOATS:
@@ -306,10 +372,10 @@ def _check(q, k, v, causal, dilation, mask_mod, scale, shard, q_chunk, backend) 
     if mask_mod is not None and not callable(mask_mod):
         raise TypeError(f"mask_mod must be a function (b, h, q_idx, kv_idx) -> keep, got {type(mask_mod).__name__}")
     if scale is not None and (
-        isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale)
+        isinstance(scale, bool) or not isinstance(scale, (int, float)) or not -_LARGEST <= scale <= _LARGEST
     ):
         raise ValueError(f"scale must be a finite number or None (1/√d), got {scale!r}")
     if q_chunk is not None and (isinstance(q_chunk, bool) or not isinstance(q_chunk, int) or q_chunk < 1):
         raise ValueError(f"q_chunk must be a positive number of query rows or None, got {q_chunk!r}")
-    if backend not in BACKENDS:
+    if not isinstance(backend, str) or backend not in BACKENDS:
         raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
