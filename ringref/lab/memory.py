@@ -76,7 +76,7 @@ def predicted(
     for shard in {shards[i].ring.rank: shards[i] for i in (0, p // 2, p - 1)}.values():
         like = {"dtype": dtype, "device": "meta", "requires_grad": backward}
         q, k, v = (torch.empty(b, len(shard.positions), x, d, **like) for x in (h, g or h, g or h))
-        met = mock.patch.object(call, "meet", lambda shard, words, say: (say()[1], table))  # all ranks say the same
+        met = mock.patch.object(call, "meet", lambda shard, words, say: (say()[1], table, 0))  # all ranks say the same
         with met, mock.patch.object(kernels, "choose", choose), measured("meta") as usage:
             out, _ = attention(q, k, v, shard=shard, q_chunk=c, **arguments)
             if backward:
