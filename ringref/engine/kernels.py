@@ -343,8 +343,8 @@ def _awkward(c: int, n: int, task: Task) -> tuple[Tensor, ...]:
 
 def forward(q: Tensor, k: Tensor, v: Tensor, seen: Seen, call: Call) -> Attended:
     """Attend to one block: q b m c h d, k and v b m k g d → out b m c h d, lse b m c h."""
-    kernel = _kernel(q, k, v, seen, call)
-    if kernel is None:
+    kernel = _kernel(q, v, seen, call)
+    if kernel is None or _loses(kernel, q, k):
         return block.forward(q, k, v, call.scale, _keep(q, k, seen), seen.modify)
     return _forward(kernel, q, k, v, seen.kind, call.scale)
 
@@ -360,8 +360,8 @@ def backward(dout, dlse, q, k, v, out, lse, seen: Seen, call: Call) -> tuple[Ten
     """dQ, dK, dV of one block from the merged out and lse (+inf where nothing was seen); dlse may
     be None.
     """
-    kernel = _kernel(q, k, v, seen, call, backward=True, lse_gradient=dlse is not None)
-    if kernel is None:
+    kernel = _kernel(q, v, seen, call, backward=True, lse_gradient=dlse is not None)
+    if kernel is None or _loses(kernel, q, k):
         return block.backward(dout, dlse, q, k, v, out, lse, call.scale, _keep(q, k, seen), seen.modify)
     return _backward(kernel, dout, dlse, q, k, v, out, lse, seen.kind, call.scale)
 
@@ -383,7 +383,7 @@ def _backward(kernel: Kernel, dout, dlse, q, k, v, out, lse, kind: str, scale: f
     return dq, dk, dv
 
 
-def _kernel(q, k, v, seen: Seen, call: Call, backward=False, lse_gradient=False) -> Kernel | None:
+def _kernel(q: Tensor, v: Tensor, seen: Seen, call: Call, backward=False, lse_gradient=False) -> Kernel | None:
     task = Task(
         q.device.type,
         q.dtype,
@@ -394,13 +394,14 @@ def _kernel(q, k, v, seen: Seen, call: Call, backward=False, lse_gradient=False)
         call.scale,
         backward,
     )
-    kernel = choose(call.backend, task) if q.numel() else None
-    return None if kernel is not None and kernel.name == "cpu_flash" and not _finite(q, k) else kernel
+    return choose(call.backend, task) if q.numel() else None
 
 
-def _finite(*tensors: Tensor) -> bool:
-    """Whether sums are: the CPU kernel loses NaN and infinities where keys are few. True of tensors without data."""
-    return all(type(x) is not Tensor or x.is_meta or bool(x.sum(dtype=wide(x.dtype)).isfinite()) for x in tensors)
+def _loses(kernel: Kernel, *tensors: Tensor) -> bool:
+    """Whether a NaN or an infinity of these would be lost: the CPU kernel loses it where keys are few."""
+    if kernel.name != "cpu_flash" or any(type(x) is not Tensor or x.is_meta for x in tensors):
+        return False
+    return not all(bool(x.sum(dtype=wide(x.dtype)).isfinite()) for x in tensors)
 
 
 def _alike(*tensors: Tensor) -> tuple[Tensor, ...]:
