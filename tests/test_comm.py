@@ -453,11 +453,8 @@ def backwards_in_another_order(call, adversarial):
     assert sum("of another pass" in str(error) for error in found) >= 2, found
 
 
-WAITS = pytest.mark.xfail(strict=True, reason="engine/attend.py: its passes carry no number yet (Call.during)")
-
-
 @both_networks
-@pytest.mark.parametrize("method", [x if x == "dense" else pytest.param(x, marks=WAITS) for x in METHODS])
+@pytest.mark.parametrize("method", METHODS)
 def test_backwards_in_another_order(method, adversarial):
     backwards_in_another_order(lambda shard, q, k, v: METHODS[method](q, k, v, shard=shard).out, adversarial)
 

@@ -621,19 +621,13 @@ def test_simulate(p):
 # ------------------------------------------------------------- what attention is expected to do besides
 
 
-def but_dense(reason):
-    """All methods, of which the fused ones wait for this."""
-    waits = pytest.mark.xfail(strict=True, reason=reason)
-    return [x if x == "dense" else pytest.param(x, marks=waits) for x in METHODS]
-
-
 def second_derivative(attention, q, *rest):
     out = attention(q, *rest)
     (g,) = torch.autograd.grad(out.pow(2).sum(), q, create_graph=True)
     return torch.autograd.grad(out.sum() + g.pow(2).sum(), q)[0]
 
 
-@pytest.mark.parametrize("method", but_dense("engine/attend.py has once_differentiable, not shard.once"))
+@pytest.mark.parametrize("method", METHODS)
 def test_a_second_derivative_raises(method):
     """Also where `grad` is asked for one input, which passes by what once_differentiable leaves behind."""
 
@@ -673,7 +667,7 @@ def test_results_can_be_changed_in_place(method):
     change_results(method, (4, 2))
 
 
-@pytest.mark.parametrize("method", but_dense("engine/attend.py: with one head lse is still a view"))
+@pytest.mark.parametrize("method", METHODS)
 def test_results_of_one_head_can_be_changed_in_place(method):
     change_results(method, (1, 1))
 

@@ -15,10 +15,9 @@ from collections.abc import Callable, Generator, Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..comm.ring import Message
-from ..shard import Attended
+from ..shard import Attended, once
 from . import kernels
 from .call import Call, agree, exactly
 from .plan import Meeting, Part, meetings, parts
@@ -41,21 +40,21 @@ class _Attend(torch.autograd.Function):
     @staticmethod
     @exactly
     def forward(ctx, q, k, v, anchor, call: Call, conduct: Conductor):
-        found = []
+        ctx.call, ctx.conduct, found = call, conduct, []
+        call = call.during(backward=False)
         for part in plan(call, q, k, forward=True):
             found.append(_forward(call, conduct, part, *_cut(part.heads, q), *_cut(part.kv_heads, k, v)))
         out, lse = (_joined([some.pop(0) for some in found]) for _ in range(2))
-        out, lse = _owned(out), lse.transpose(1, 2).contiguous()
+        out, lse = _owned(out), _owned(lse.transpose(1, 2).contiguous())
         ctx.save_for_backward(q, k, v, out, lse)
-        ctx.call, ctx.conduct = call, conduct
         ctx.set_materialize_grads(False)
         return out, lse
 
     @staticmethod
-    @once_differentiable
+    @once
     @exactly
     def backward(ctx, dout, dlse):
-        (q, k, v, out, lse), call = ctx.saved_tensors, ctx.call
+        (q, k, v, out, lse), call = ctx.saved_tensors, ctx.call.during(backward=True)
         dout = torch.zeros_like(out) if dout is None else dout
         # exp(score − inf) is the 0 of a query that saw nothing
         lse = lse.masked_fill(lse == -torch.inf, torch.inf).transpose(1, 2)
