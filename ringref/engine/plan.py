@@ -14,7 +14,7 @@ from .route import Route, most_linked, routes
 from .visits import Bounds, Strand, Visit, regular, serving, strands, visits
 
 # of q, that a part has: where three ranks or more share keys, their sums are in flight beside the shares of one
-_PART_BYTES_OF_TWO, _PART_BYTES, _MOST_PARTS = 2**30, 40 * 2**20, 4
+_PART_BYTES_OF_TWO, _PART_BYTES, _MOST_PARTS = 2**30, 20 * 2**20, 4
 
 
 class Part(NamedTuple):
