@@ -61,7 +61,7 @@ def paths(q: Tensor, k: Tensor, v: Tensor, **arguments) -> tuple[set[tuple[str, 
             trip = Trip(call.ring, route, q.shape[2] // k.shape[2], *(x[:, :, heads_of(part.kv_heads)] for x in (k, v)))
             loads = [trip.load(r) for r in range(trip.ring.size) if r != trip.ring.rank]
             blocks = [*trip.own, *(block for load in loads for block in trip.blocks(load, trip.space(load)))]
-            met = [x.visit for block in blocks for x in meet(call, part, block)]
+            met = [x.visit for block in blocks for x in meet(call, part, block, q)]
             read = {"strided views" if x.queries.strided and x.keys.strided else "copied rows" for x in met}
             kinds |= {(x.kind, x.queries.c == 1) for x in met}
             visited = f"{len(met)} visits ({', '.join(sorted({x.kind for x in met}))}) of {', '.join(sorted(read))}"
