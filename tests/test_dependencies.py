@@ -92,6 +92,37 @@ OPERATORS = {  # what engine/kernels.py gives by position, and how many results 
 }
 
 
+RAGGED = {  # for segments of many lengths: by position, by name, and the results that are taken
+    "_flash_attention_forward": (
+        "query key value cum_seq_q cum_seq_k max_q max_k dropout_p is_causal return_debug_mask", 2
+    ),
+    "_flash_attention_backward": (
+        "grad_out query key value out logsumexp cum_seq_q cum_seq_k max_q max_k dropout_p is_causal rng_state unused",
+        3,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RAGGED)
+def test_signature_of_the_ragged_operator(name):
+    """engine/kernels.py calls FlashAttention for segments of many lengths, and windows, by _flash_attention_forward
+    and _flash_attention_backward: rows total h d, an lse of h total.
+    """
+    given, results = RAGGED[name]
+    schema = getattr(aten, name).default._schema
+    assert [x.name for x in schema.arguments if not x.kwarg_only] == given.split()
+    named = {x.name: x for x in schema.arguments if x.kwarg_only}
+    assert named.keys() >= {"scale", "window_size_left", "window_size_right"}
+    assert all(x.has_default_value() for x in named.values())
+    assert [str(x.type) for x in schema.returns[:results]] == ["Tensor"] * results
+    q, ends = torch.empty(10, 2, 8, dtype=torch.float16, device="meta"), torch.zeros(3, dtype=torch.int32)
+    told = ends, ends, 7, 7, 0.0, False
+    out, lse, *_ = aten._flash_attention_forward(q, q, q, *told, False, window_size_left=3, window_size_right=None)
+    assert out.shape == q.shape and lse.shape == (2, 10) and lse.dtype == torch.float32
+    grads = aten._flash_attention_backward(out, q, q, q, out, lse, *told, ends, ends, window_size_left=3)
+    assert [x.shape for x in grads] == [q.shape] * 3
+
+
 @pytest.mark.parametrize("name", OPERATORS)
 def test_signature_of_the_operator(name):
     """engine/kernels.py calls aten's private fused attention, whose arguments have changed between releases.

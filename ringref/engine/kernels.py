@@ -422,7 +422,7 @@ def _backward(kernel: Kernel, dout, dlse, q, k, v, out, lse, seen: Seen, scale: 
         dout, q, k, v, out = _with_lse_gradient(dlse, dout, q, k, v, out, kernel.granularity)
     lse = lse.flatten(0, 1).transpose(1, 2)
     folded = _folded(kernel, q, k, v)
-    scratch = _scratch(kernel, *folded[:2]) if q.is_meta else None
+    scratch = _scratch(kernel, *folded[:2], seen.ragged) if q.is_meta else None
     run, how = (kernel.ragged[1], seen.ragged) if seen.ragged else (kernel.backward, seen.kind == "causal")
     grads = run(_bhsd(dout), *folded, _bhsd(out), lse, how, scale)
     del scratch
@@ -457,7 +457,7 @@ def _loses(kernel: Kernel, *tensors: Tensor) -> bool:
 def ragged(q: Tensor, k: Tensor, v: Tensor, call: Call, backward: bool = False, lse_gradient: bool = False) -> bool:
     """Whether the kernel that this call would use, on tensors b s h d, takes segments of lengths of their own."""
     each = (x[:, None] for x in (q, k, v))
-    return not call.masked and _kernel(*each, Seen("ragged"), call, backward, lse_gradient) is not None
+    return _kernel(*each, Seen("ragged"), call, backward, lse_gradient) is not None
 
 
 def _alike(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -466,14 +466,16 @@ def _alike(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(x if x.shape[-1] == most else torch.nn.functional.pad(x, (0, most - x.shape[-1])) for x in tensors)
 
 
-def _scratch(kernel: Kernel, q: Tensor, k: Tensor) -> Tensor | None:
+def _scratch(kernel: Kernel, q: Tensor, k: Tensor, ragged: Ragged | None) -> Tensor | None:
     """What a kernel's backward would take for itself beside what it returns, where tensors have no data: a float32
-    dQ and D, and dK and dV of every query head where these share key/value heads. Measured in torch 2.11.
+    dQ and D, and dK and dV of every query head where these share key/value heads. Measured in torch 2.11; that each
+    ragged segment may begin a tile of its own is from FlashAttention-2's source.
     """
     if kernel.scratch is None:
         return None
     (b, h, s, d), (rows, columns) = q.shape, kernel.scratch
-    own = 4 * b * h * (-(-s // rows) * rows * -(-d // columns) * columns + s)
+    tiled = s + rows * len(ragged.lengths) if ragged else -(-s // rows) * rows
+    own = 4 * b * h * (tiled * -(-d // columns) * columns + s)
     shared = 2 * b * h * k.shape[2] * d * k.element_size() if k.shape[1] < h else 0
     return q.new_empty(own + shared, dtype=torch.uint8)
 

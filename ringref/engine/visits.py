@@ -308,7 +308,7 @@ def visits(
     """Where a strand's queries meet a block of keys; masked: what is seen is not decided by positions alone; ragged:
     whether a kernel takes segments of lengths of their own.
     """
-    bounds, ragged = (window[0], 0) if causal else window, ragged and not masked and q_chunk is None
+    bounds = (window[0], 0) if causal else window
     return _visits(strand._replace(heads=range(0)), queries, keys, bounds, masked, q_chunk, ragged)
 
 
