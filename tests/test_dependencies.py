@@ -170,7 +170,9 @@ def test_an_active_flash_implementation_can_be_asked_for():
 
 
 def test_a_dispatch_mode_sees_operators_and_steps_aside():
-    """lab/memory.py counts in a TorchDispatchMode; oracle/sanitizer.py hides its own work by _disable_current_modes."""
+    """lab/memory.py counts in a TorchDispatchMode; oracle/sanitizer.py and shard.py hide their own work by
+    _disable_current_modes; engine/kernels.py and shard.py ask _len_torch_dispatch_stack whether there is one.
+    """
     seen = []
 
     class Mode(TorchDispatchMode):
@@ -182,8 +184,9 @@ def test_a_dispatch_mode_sees_operators_and_steps_aside():
         x = torch.ones(2)
         before = len(seen)
         with _disable_current_modes():
+            assert not torch._C._len_torch_dispatch_stack()
             x + x
-        assert before and len(seen) == before
+        assert before and len(seen) == before and torch._C._len_torch_dispatch_stack() == 1
         x + x
     assert len(seen) == before + 1
 

@@ -77,7 +77,7 @@ def plan(call: Call, q: Tensor, k: Tensor, forward: bool) -> tuple[Part, ...]:
 def meet(call: Call, part: Part, block: Block, q: Tensor, **backward) -> tuple[Meeting, ...]:
     """Everything that a part's queries do with one block of keys."""
     uneven = call.exact and not call.masked and call.q_chunk is None
-    return _meet(call, part, block, uneven and kernels.ragged(q, block.k, block.v, call, **backward))
+    return _meet(call, part, block, uneven and kernels.ragged(q, block.v, call, **backward))
 
 
 @unseen

@@ -454,10 +454,11 @@ def _loses(kernel: Kernel, *tensors: Tensor) -> bool:
     return not all(bool(x.sum(dtype=wide(x.dtype)).isfinite()) for x in tensors)
 
 
-def ragged(q: Tensor, k: Tensor, v: Tensor, call: Call, backward: bool = False, lse_gradient: bool = False) -> bool:
+def ragged(q: Tensor, v: Tensor, call: Call, backward: bool = False, lse_gradient: bool = False) -> bool:
     """Whether the kernel that this call would use, on tensors b s h d, takes segments of lengths of their own."""
-    each = (x[:, None] for x in (q, k, v))
-    return _kernel(*each, Seen("ragged"), call, backward, lse_gradient) is not None
+    d = max(q.shape[-1], v.shape[-1])
+    task = Task(q.device.type, q.dtype, d, "ragged", lse_gradient, scale=call.scale, backward=backward)
+    return q.numel() > 0 and choose(call.backend, task) is not None
 
 
 def _alike(*tensors: Tensor) -> tuple[Tensor, ...]:
