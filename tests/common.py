@@ -217,8 +217,8 @@ def sweep(kernel, dtype, d, device, queries, keys) -> tuple[int, dict]:
         given = true.out.to(dtype), true.lse.to(wide(dtype))
         # from the same rounded out: where one key has all the weight, dQ and dK are differences of what is rounded
         true += block.backward(dout.double(), None, *exact, *(x.double() for x in given), d**-0.5, keep)
-        found = kernels._forward(kernel, q, k, v, kind, d**-0.5)
-        found += kernels._backward(kernel, dout, None, q, k, v, *given, kind, d**-0.5)
+        found = kernels._forward(kernel, q, k, v, kernels.Seen(kind), d**-0.5)
+        found += kernels._backward(kernel, dout, None, q, k, v, *given, kernels.Seen(kind), d**-0.5)
         calls += len(LEVELS)
         for name, x, y in zip(Results._fields, found, true, strict=True):
             x, y = (z[..., None] if name == "lse" else z for z in (x.double(), y))

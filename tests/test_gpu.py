@@ -139,11 +139,11 @@ def test_a_captured_call_is_not_held_up_by_a_proof(monkeypatch):
     q = torch.randn(1, 1, 64, 2, 64, device="cuda", dtype=torch.bfloat16)
     task = kernels.Task("cuda", q.dtype, 64, "full")
     kernel = kernels._admitted("auto", task, None)[0]
-    kernels._forward(kernel, q, q, q, "full", 0.125)  # loaded, and its plan made
+    kernels._forward(kernel, q, q, q, kernels.Seen("full"), 0.125)  # loaded, and its plan made
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         taken = kernels.choose("auto", task)
-        out, _ = kernels._forward(taken, q, q, q, "full", 0.125)
+        out, _ = kernels._forward(taken, q, q, q, kernels.Seen("full"), 0.125)
     assert taken is kernel and not kernels._faults
     graph.replay()
     torch.cuda.synchronize()
