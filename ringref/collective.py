@@ -33,6 +33,10 @@ def collective_attention(
     A rank holds all K and V, 2·n·d·g elements, and in the backward as many of dK and dV. It moves as
     many elements as the ring, dK and dV in the inputs' dtype, for no sum travels; with a dilation only
     a branch's rows are gathered, only among ranks that are linked by segments (see `ring_attention`).
+
+    Under a window or documents a rank gathers only rows that its queries see: with contiguous shards and a causal
+    window of w < n − 1, a rank whose shard starts at a receives b·g·(d + d_v)·min(w, a) elements in forward; of
+    documents (`cu_seqlens`) that no shard boundary cuts, nothing.
     """
     return attend(
         gathering, "collective", q, k, v, causal=causal, window=window, cu_seqlens=cu_seqlens, dilation=dilation,

@@ -35,6 +35,10 @@ def dilated_attention(
     per branch with w > s, whatever n is, and nothing when w divides s (LongNet's constant
     communication, section 3.1); under a causal mask less, for rows after its last query are not
     fetched. The backward fetches again and sends dK and dV back.
+
+    Only rows that a rank's queries see are fetched: with contiguous shards and a causal window of w < n − 1, a rank
+    whose shard starts at a receives b·g·(d + d_v)·min(w, a) elements in forward; of documents (`cu_seqlens`) that no
+    shard boundary cuts, nothing.
     """
     return attend(
         fetching, "dilated", q, k, v, causal=causal, window=window, cu_seqlens=cu_seqlens, dilation=dilation,

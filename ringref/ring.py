@@ -39,6 +39,11 @@ def ring_attention(
     less. The backward moves K and V again, and as many elements of dK and dV, which come home: in the
     inputs' dtype from the first rank to add to them, in float32 (float64 for float64) once they are sums.
 
+    Under a window or documents a row travels no further than to the last rank that sees it, and its gradient goes
+    home from there: with contiguous shards and a causal window of w < n − 1, a rank whose shard starts at a receives
+    b·g·(d + d_v)·min(w, a) elements in forward, for whoever is further on needs none but those; of documents
+    (`cu_seqlens`) that no shard boundary cuts, nothing.
+
     `q_chunk` bounds the query rows in work on this rank. `backend` is "auto", "math", "torch" or
     "xformers".
     """

@@ -18,6 +18,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from .comm.ring import Elsewhere, Ring
 from .comm.simulate import ThreadRing, _World
@@ -41,6 +42,21 @@ def eagerly(method: Callable) -> Callable:
         if not outside:
             outside.append(torch.compiler.disable(method))
         return outside[0](*args, **kwargs)
+
+    return run
+
+
+def unseen(planning: Callable) -> Callable:
+    """`planning` hidden from dispatch modes: a first call plans and a second knows, and to a mode that counts, traces
+    or replays what is computed (selective activation checkpointing) they must look alike.
+    """
+
+    @wraps(planning)
+    def run(*args, **kwargs):
+        if not torch._C._len_torch_dispatch_stack():
+            return planning(*args, **kwargs)
+        with _disable_current_modes():
+            return planning(*args, **kwargs)
 
     return run
 
@@ -342,6 +358,7 @@ class Agreed(NamedTuple):
     number: int
 
 
+@unseen
 def meet(shard: Shard, names: Sequence[str], say: Callable[[], tuple[list, bool]]) -> Agreed:
     """One fixed-size header from every rank, and its positions only when new.
 

@@ -217,8 +217,8 @@ def sweep(kernel, dtype, d, device, queries, keys) -> tuple[int, dict]:
         given = true.out.to(dtype), true.lse.to(wide(dtype))
         # from the same rounded out: where one key has all the weight, dQ and dK are differences of what is rounded
         true += block.backward(dout.double(), None, *exact, *(x.double() for x in given), d**-0.5, keep)
-        found = kernels._forward(kernel, q, k, v, kind, d**-0.5)
-        found += kernels._backward(kernel, dout, None, q, k, v, *given, kind, d**-0.5)
+        found = kernels._forward(kernel, q, k, v, kernels.Seen(kind), d**-0.5)
+        found += kernels._backward(kernel, dout, None, q, k, v, *given, kernels.Seen(kind), d**-0.5)
         calls += len(LEVELS)
         for name, x, y in zip(Results._fields, found, true, strict=True):
             x, y = (z[..., None] if name == "lse" else z for z in (x.double(), y))
@@ -248,7 +248,7 @@ def in_parts(count: int):
         plan.parts.cache_clear()
 
 
-def step_peaks(ring, method, causal, layout, dtype, s, h, d, c=None, dilation=None):
+def step_peaks(ring, method, layout, dtype, s, h, d, c=None, **arguments):
     """Peak bytes of one rank: of the forward, and of forward and backward."""
     shard = partition(s * ring.size, ring, layout)
     q, k, v = (torch.randn(1, s, h, d, dtype=dtype, requires_grad=True) for _ in range(3))
@@ -256,7 +256,7 @@ def step_peaks(ring, method, causal, layout, dtype, s, h, d, c=None, dilation=No
     for _ in range(2):  # the first call also plans
         q.grad = k.grad = v.grad = None
         with measured() as usage:
-            out = METHODS[method](q, k, v, causal=causal, dilation=dilation, shard=shard, q_chunk=c).out
+            out = METHODS[method](q, k, v, shard=shard, q_chunk=c, **arguments).out
             forward = usage.peak
             out.backward(dout)
         del out

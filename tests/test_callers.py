@@ -14,6 +14,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 import ringref
 from ringref import Dilation, Shard, dense_attention, launch, partition, simulate, sink
+from ringref.engine import plan, route, visits
 
 # ------------------------------------------------------------------------------------- real processes
 
@@ -217,6 +218,36 @@ def test_a_message_does_not_show_to_the_modes_of_whoever_waits_first(adversarial
 
     for rank, (ops, got) in enumerate(simulate(on, 4, adversarial)):
         assert not ops and got.eq((rank - 1) % 4).all()
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "arguments",
+    [{}, {"window": (4, 3)}, {"cu_seqlens": torch.tensor([0, 3, 17, 18, 31])}, {"dilation": Dilation([8, 16], [1, 2])}],
+    ids=["causal", "window", "documents", "dilation"],
+)
+def test_a_first_call_looks_like_a_second(method, arguments):
+    """To a mode that looks on, which counts operators or replays them: plans are made unseen."""
+    given, split = inputs(31), Split(layout("zigzag", 31, 3))
+    forget_plans()
+
+    def on(ring):
+        mine, seen = given.cut(*split.rows[ring.rank]), []
+        for _ in range(2):
+            with Seen() as mode:
+                both_ways(METHODS[method], mine, shard=split.shard(ring), causal=True, **arguments)
+            seen.append(mode.ops)
+        return seen
+
+    for first, second in simulate(on, 3):
+        assert first == second
+
+
+def forget_plans():
+    for room in (plan, route, visits):
+        for cached in vars(room).values():
+            if hasattr(cached, "cache_clear"):
+                cached.cache_clear()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

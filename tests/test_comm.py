@@ -511,6 +511,38 @@ def test_bytes(method, name, dtype):
         assert backward == elements * 2 * size + sums * (max(4, size) - size)
 
 
+@pytest.mark.parametrize("method", OTHERS)
+@pytest.mark.parametrize("w", [0, 1, 5, 6, 15, 22])
+def test_bytes_of_a_window(method, w):
+    """A rank whose contiguous shard starts at a receives b·g·(d + d_v)·min(w, a) elements forward; backward those
+    again, and dK and dV of its own rows from whoever sees them: a fetch from each, a ring's sum once they meet.
+    """
+    b, g, d, dv, p, s = 2, 2, 8, 3, 4, 6
+    given = inputs(p * s, b=b, h=4, g=g, d=d, dv=dv)
+    row, split = b * g * (d + dv) * 8, Split(layout("contiguous", p * s, p))
+    found = received(method, given, split, causal=True, window=(w, None))
+    assert [forward for forward, _ in found] == [row * min(w, r * s) for r in range(p)]
+    again = sum(backward for _, backward in found)
+    if method != "ring":  # the ring's gradients go home from hop to hop
+        assert again == 2 * sum(forward for forward, _ in found)
+    else:
+        assert (again == 0) == (w == 0) and again <= 3 * sum(forward for forward, _ in found)
+
+
+@pytest.mark.parametrize("method", OTHERS)
+@pytest.mark.parametrize("window", [None, (3, 3)])
+def test_bytes_of_documents(method, window):
+    """Nothing travels of documents that no boundary cuts; of one that is cut, what is before the boundary."""
+    b, g, d, p, s = 2, 2, 8, 4, 6
+    given, split = inputs(p * s, b=b, h=4, g=g, d=d), Split(layout("contiguous", p * s, p))
+    arguments = {"causal": True, "window": window}
+    ends = torch.tensor([0, 2, 6, 6, 12, 13, 18, 24])
+    assert received(method, given, split, cu_seqlens=ends, **arguments) == [(0, 0)] * p
+    ends = torch.tensor([0, 2, 10, 12, 13, 18, 24])
+    found = [forward for forward, _ in received(method, given, split, cu_seqlens=ends, **arguments)]
+    assert found == [0, b * g * 2 * d * 8 * (4 if window is None else 3), 0, 0]
+
+
 def test_bytes_of_uneven_shards():
     given, split = inputs(12, b=1, h=2, g=1, d=4), Split(layout("uneven", 12, 4))
     for method in OTHERS:

@@ -92,6 +92,37 @@ OPERATORS = {  # what engine/kernels.py gives by position, and how many results 
 }
 
 
+RAGGED = {  # for segments of many lengths: by position, by name, and the results that are taken
+    "_flash_attention_forward": (
+        "query key value cum_seq_q cum_seq_k max_q max_k dropout_p is_causal return_debug_mask", 2
+    ),
+    "_flash_attention_backward": (
+        "grad_out query key value out logsumexp cum_seq_q cum_seq_k max_q max_k dropout_p is_causal rng_state unused",
+        3,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RAGGED)
+def test_signature_of_the_ragged_operator(name):
+    """engine/kernels.py calls FlashAttention for segments of many lengths, and windows, by _flash_attention_forward
+    and _flash_attention_backward: rows total h d, an lse of h total.
+    """
+    given, results = RAGGED[name]
+    schema = getattr(aten, name).default._schema
+    assert [x.name for x in schema.arguments if not x.kwarg_only] == given.split()
+    named = {x.name: x for x in schema.arguments if x.kwarg_only}
+    assert named.keys() >= {"scale", "window_size_left", "window_size_right"}
+    assert all(x.has_default_value() for x in named.values())
+    assert [str(x.type) for x in schema.returns[:results]] == ["Tensor"] * results
+    q, ends = torch.empty(10, 2, 8, dtype=torch.float16, device="meta"), torch.zeros(3, dtype=torch.int32)
+    told = ends, ends, 7, 7, 0.0, False
+    out, lse, *_ = aten._flash_attention_forward(q, q, q, *told, False, window_size_left=3, window_size_right=None)
+    assert out.shape == q.shape and lse.shape == (2, 10) and lse.dtype == torch.float32
+    grads = aten._flash_attention_backward(out, q, q, q, out, lse, *told, ends, ends, window_size_left=3)
+    assert [x.shape for x in grads] == [q.shape] * 3
+
+
 @pytest.mark.parametrize("name", OPERATORS)
 def test_signature_of_the_operator(name):
     """engine/kernels.py calls aten's private fused attention, whose arguments have changed between releases.
@@ -139,7 +170,9 @@ def test_an_active_flash_implementation_can_be_asked_for():
 
 
 def test_a_dispatch_mode_sees_operators_and_steps_aside():
-    """lab/memory.py counts in a TorchDispatchMode; oracle/sanitizer.py hides its own work by _disable_current_modes."""
+    """lab/memory.py counts in a TorchDispatchMode; oracle/sanitizer.py and shard.py hide their own work by
+    _disable_current_modes; engine/kernels.py and shard.py ask _len_torch_dispatch_stack whether there is one.
+    """
     seen = []
 
     class Mode(TorchDispatchMode):
@@ -151,8 +184,9 @@ def test_a_dispatch_mode_sees_operators_and_steps_aside():
         x = torch.ones(2)
         before = len(seen)
         with _disable_current_modes():
+            assert not torch._C._len_torch_dispatch_stack()
             x + x
-        assert before and len(seen) == before
+        assert before and len(seen) == before and torch._C._len_torch_dispatch_stack() == 1
         x + x
     assert len(seen) == before + 1
 

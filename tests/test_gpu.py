@@ -139,35 +139,52 @@ def test_a_captured_call_is_not_held_up_by_a_proof(monkeypatch):
     q = torch.randn(1, 1, 64, 2, 64, device="cuda", dtype=torch.bfloat16)
     task = kernels.Task("cuda", q.dtype, 64, "full")
     kernel = kernels._admitted("auto", task, None)[0]
-    kernels._forward(kernel, q, q, q, "full", 0.125)  # loaded, and its plan made
+    kernels._forward(kernel, q, q, q, kernels.Seen("full"), 0.125)  # loaded, and its plan made
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         taken = kernels.choose("auto", task)
-        out, _ = kernels._forward(taken, q, q, q, "full", 0.125)
+        out, _ = kernels._forward(taken, q, q, q, kernels.Seen("full"), 0.125)
     assert taken is kernel and not kernels._faults
     graph.replay()
     torch.cuda.synchronize()
     assert out.isfinite().all() and kernels.choose("auto", task) is kernel and kernels._faults
 
 
+PACKED = torch.tensor([0, 1, 2, 130, 133, 193, 257, 258, 388, 513])
+PLAIN = {
+    "plain": {"causal": True}, "dilated": {"causal": True, "dilation": LONGNET},
+    "grouped": {"causal": True, "dilation": GROUPED},
+}  # fmt: skip
+RAGGED = {
+    "window": {"window": (40, 13)}, "causal window": {"window": (100, 0)}, "full documents": {"cu_seqlens": PACKED},
+    "documents": {"cu_seqlens": PACKED, "causal": True}, "both": {"cu_seqlens": PACKED, "window": (20, 5)},
+    "all": {"cu_seqlens": PACKED, "window": (9, 9), "dilation": LONGNET},
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("p", [1, 2, 3])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("dilation", [None, LONGNET, GROUPED], ids=["plain", "dilated", "grouped"])
-def test_methods_over_simulated_ranks(p, dtype, dilation):
+@pytest.mark.parametrize(
+    ("dtype", "arguments"),
+    [
+        *(pytest.param(torch.float32, x, id=f"float32-{name}") for name, x in PLAIN.items()),
+        *(pytest.param(torch.bfloat16, x, id=f"bfloat16-{name}") for name, x in (PLAIN | RAGGED).items()),
+    ],
+)
+def test_methods_over_simulated_ranks(p, dtype, arguments):
     torch.manual_seed(0)
     n, h, g, d = AWKWARD, 6, 3, 64
     q, dout = torch.randn(2, 2, n, h, d, device="cuda", dtype=dtype)
     k, v = torch.randn(2, 2, n, g, d, device="cuda", dtype=dtype)
     dlse = torch.randn(2, h, n, device="cuda")
     inputs = [x.double().requires_grad_() for x in (q, k, v)]
-    out, lse = ringref.dense_attention(*inputs, causal=True, dilation=dilation)
+    out, lse = ringref.dense_attention(*inputs, **arguments)
     torch.autograd.backward([out, lse], [dout.double(), dlse.double()])
     true = [out.detach(), lse.detach().transpose(1, 2), *(x.grad for x in inputs)]
 
     def on_a_rank(ring, method, layout):
         shard = ringref.partition(n, ring, layout)
         mine = [shard.take(x).requires_grad_() for x in (q, k, v)]
-        out, lse = method(*mine, causal=True, dilation=dilation, shard=shard)
+        out, lse = method(*mine, shard=shard, **arguments)
         torch.autograd.backward([out, lse], [shard.take(dout), shard.take(dlse, 2)])
         got = [out.detach(), lse.detach().transpose(1, 2), *(x.grad for x in mine)]
         return [relative(x, shard.take(y)) for x, y in zip(got, true, strict=True)]
@@ -177,6 +194,15 @@ def test_methods_over_simulated_ranks(p, dtype, dilation):
             for errors in ringref.simulate(lambda ring: on_a_rank(ring, method, layout), p):  # noqa: B023
                 # plain attention makes 2.5 eps of error; merged blocks round a few times more
                 assert max(errors) < 8 * torch.finfo(dtype).eps, (method.__name__, layout, errors)
+
+
+@pytest.mark.parametrize("d", [64, 128])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
+def test_the_kernel_for_many_segments_stands_its_proof(dtype, d):
+    flash = next(kernel for kernel in kernels.KERNELS if kernel.name == "flash")
+    for lse_gradient, backward in ((False, False), (False, True), (True, True)):
+        task = kernels.Task("cuda", dtype, d, "ragged", lse_gradient, backward=backward)
+        assert flash.why_not(task) is None and kernels.fault(flash, task) is None
 
 
 def test_forward_repeats_to_the_bit():

@@ -90,6 +90,10 @@ STEPS = {  # what the call and the shards are beyond the plainest
     "grouped": {"causal": True, "dilation": Dilation([64, 192], [1, 8], "grouped")},
     "more offsets than heads": {"causal": True, "dilation": Dilation([48, 192], [2, 12])},
     "one crossing branch": {"dilation": Dilation([192], [4])},
+    "window": {"window": (40, 8)},
+    "window in chunks": {"window": (20, 0), "layout": "zigzag", "c": 24},
+    "documents": {"causal": True, "cu_seqlens": lambda n: torch.tensor([0, 5, 30, 30, 61, n])},
+    "score_mod": {"causal": True, "score_mod": lambda score, b, h, q_idx, kv_idx: 5 * torch.tanh(score / 5)},
 }
 
 
@@ -97,8 +101,9 @@ STEPS = {  # what the call and the shards are beyond the plainest
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bfloat16", "float32"])
 @pytest.mark.parametrize("method", ["dilated", "collective", "ring"])
 def test_a_step_is_predicted_whatever_the_arguments(method, dtype, how):
-    how = {"layout": "contiguous", "dtype": dtype, **how}
+    told = {"layout": "contiguous", "dtype": dtype, **how}
     for p in (1, 2, 3):
+        how = {name: x(64 * p) if name == "cu_seqlens" else x for name, x in told.items()}
         peaks = simulate(partial(step_peaks, method=method, s=64, h=8, d=32, **how), p)
         held = predicted(method, 64 * p, p, 8, 32, kernel="cpu_flash", **how)
         assert 0.95 < max(peak for _, peak in peaks) / held < 1.1, (p, peaks, held)
@@ -108,6 +113,16 @@ def test_a_long_prediction_takes_moments_and_grows_as_the_tokens_do():
     small, large = (predicted("ring", n, 8, 16, 128, dtype=torch.bfloat16, kernel="cudnn") for n in (2**17, 2**20))
     assert 7.99 < large / small < 8.01
     assert 4 < large / (2**17 * 16 * 128 * 2) < 12  # q shards
+
+
+def test_a_window_is_predicted_through_the_kernel_that_has_windows():
+    """As many bytes as causal attention, for it is one call; where nobody has windows, pieces that are added up."""
+    how = {"g": 4, "dtype": torch.bfloat16, "kernel": "flash"}
+    window, causal, efficient = (
+        predicted("ring", 2**16, 1, 16, 128, **(how | more))
+        for more in ({"window": (1024, 0)}, {"causal": True}, {"window": (1024, 0), "kernel": "efficient"})
+    )
+    assert 0.99 < window / causal < 1.01 < efficient / causal
 
 
 def test_a_kernel_adds_its_own_scratch():

@@ -16,6 +16,15 @@ ARGUMENTS = {
     "dilated": {"causal": True, "dilation": DILATIONS["odd"]},
     "grouped, masked": {"dilation": DILATIONS["grouped"], "mask_mod": documents},
 }
+PACKED = {
+    "window": {"window": (3, 1)},
+    "causal window in documents": {"window": (2, None), "causal": True},
+    "documents, score_mod": {
+        "causal": True,
+        "score_mod": lambda s, b, h, q, k: 2 * torch.tanh(s / 2) - 0.1 * h * (q - k),
+    },
+    "documents, dilated": {"dilation": DILATIONS["odd"]},
+}
 SPLITS = {
     **{x: lambda p, x=x: Split(layout(x, 13, p)) for x in ("zigzag", "striped", "permuted")},
     "uneven": lambda p: Split(layout("uneven", 7, p)),
@@ -41,6 +50,18 @@ def compare_all(ring):
         assert_close(found, true, f"{method}, {name}, {what}, rank {ring.rank} of {ring.size}")
         compared += 1
     return compared
+
+
+def packed(ring):
+    """Windows, documents, score_mod and value heads of another size."""
+    ends = torch.tensor([0, 1, 1, 6, 13])
+    for name, what, method in itertools.product(("zigzag", "permuted", "uneven"), PACKED, METHODS):
+        split, given = Split(layout(name, 13, ring.size)), inputs(13, dv=5)
+        arguments = PACKED[what] | ({"cu_seqlens": ends} if "documents" in what else {})
+        true = split.true(given, **arguments)[ring.rank]
+        mine, shard = given.cut(*split.rows[ring.rank]), split.shard(ring)
+        found = both_ways(METHODS[method], mine, shard=shard, **arguments)
+        assert_close(found, true, f"{method}, {name}, {what}, rank {ring.rank} of {ring.size}")
 
 
 def low_precision(ring):
@@ -133,7 +154,7 @@ def mistakes(ring):
 
 def everything(ring):
     compared = compare_all(ring)
-    for test in (low_precision, who_needs_gradients, take_and_gather, traffic):
+    for test in (packed, low_precision, who_needs_gradients, take_and_gather, traffic):
         test(ring)
     return compared, mistakes(ring) if ring.size > 1 else []
 

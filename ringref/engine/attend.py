@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..comm.ring import Message
-from ..shard import Attended, once
+from ..shard import Attended, once, unseen
 from . import kernels
 from .call import Call, agree, exactly
 from .plan import Meeting, Part, meetings, parts
@@ -66,6 +66,7 @@ class _Attend(torch.autograd.Function):
         return *(_joined([some.pop(0) for some in found]) for _ in range(3)), None, None, None
 
 
+@unseen
 def plan(call: Call, q: Tensor, k: Tensor, forward: bool) -> tuple[Part, ...]:
     """The parts of a call."""
     (b, _, h, d), g, (*bounds, documents) = q.shape, k.shape[2], call.sight
@@ -73,11 +74,17 @@ def plan(call: Call, q: Tensor, k: Tensor, forward: bool) -> tuple[Part, ...]:
     return parts(call.dilation, documents, tuple(bounds), call.exact, h, g, row_bytes, table, rank, forward)
 
 
-def meet(call: Call, part: Part, block: Block) -> tuple[Meeting, ...]:
+def meet(call: Call, part: Part, block: Block, q: Tensor, **backward) -> tuple[Meeting, ...]:
     """Everything that a part's queries do with one block of keys."""
-    mine, group = call.table.queries[call.ring.rank], len(part.heads) // len(part.kv_heads)
-    bounds = call.sight[:2]
-    return meetings(block.strands, block.kv_heads, group, mine, block.positions, bounds, call.masked, call.q_chunk)
+    uneven = call.exact and not call.masked and call.q_chunk is None
+    return _meet(call, part, block, uneven and kernels.ragged(q, block.v, call, **backward))
+
+
+@unseen
+def _meet(call: Call, part: Part, block: Block, ragged: bool) -> tuple[Meeting, ...]:
+    mine, group, bounds = call.table.queries[call.ring.rank], len(part.heads) // len(part.kv_heads), call.sight[:2]
+    told = bounds, call.masked, call.q_chunk, ragged
+    return meetings(block.strands, block.kv_heads, group, mine, block.positions, *told)
 
 
 def _forward(call: Call, conduct: Conductor, part: Part, q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
@@ -88,7 +95,7 @@ def _forward(call: Call, conduct: Conductor, part: Part, q: Tensor, k: Tensor, v
         blocks = next(walk)
         while blocks is not None:
             for block in blocks:
-                for meeting in meet(call, part, block):
+                for meeting in meet(call, part, block, q):
                     (rows, keys, *_), heads = meeting.visit, heads_of(meeting.heads)
                     there = (keys.of(x, meeting.used) for x in (block.k, block.v))
                     piece = kernels.forward(rows.of(q, heads), *there, _seen(call, part, meeting, q), call)
@@ -129,7 +136,7 @@ def _differentiate(call: Call, part: Part, block: Block, saved: list, dq_sum: Su
     A function of its own so that what it worked with is let go of before the next block's buffers
     are made.
     """
-    for meeting in meet(call, part, block):
+    for meeting in meet(call, part, block, saved[0], backward=True, lse_gradient=saved[2] is not None):
         (rows, keys, *_), heads = meeting.visit, heads_of(meeting.heads)
         q, dout, dlse, out, lse = (None if x is None else rows.of(x, heads) for x in saved)
         k, v = (keys.of(x, meeting.used) for x in (block.k, block.v))
@@ -147,7 +154,7 @@ def _seen(call: Call, part: Part, meeting: Meeting, like: Tensor) -> kernels.See
     """
     visit = meeting.visit
     if visit.kind != "mask":
-        return kernels.Seen(visit.kind)
+        return kernels.Seen(visit.kind, ragged=visit.ragged)
     heads = range(part.heads.start + meeting.heads.start, part.heads.start + meeting.heads.stop, meeting.heads.step)
     at = (x.to(like.device) for x in (visit.q_positions, visit.k_positions))
     return kernels.Seen("mask", *call.rules(like.shape[0], heads, *at))

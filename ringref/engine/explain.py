@@ -57,11 +57,12 @@ def paths(q: Tensor, k: Tensor, v: Tensor, **arguments) -> tuple[set[tuple[str, 
         for route in part.routes:
             branches = sorted({(x.w, x.r) for x in route.strands})
             named = ", ".join("all keys" if w == EVERYTHING else f"w={w} r={r}" for w, r in branches)
-            where = "stay" if len(route.members) == 1 else f"travel among ranks {list(route.members)}"
             trip = Trip(call.ring, route, q.shape[2] // k.shape[2], *(x[:, :, heads_of(part.kv_heads)] for x in (k, v)))
-            loads = [trip.load(r) for r in range(trip.ring.size) if r != trip.ring.rank]
-            blocks = [*trip.own, *(block for load in loads for block in trip.blocks(load, trip.space(load)))]
-            met = [x.visit for block in blocks for x in meet(call, part, block)]
+            loads = [trip.load(r) for r in range(trip.ring.size)]
+            where = f"travel among ranks {list(route.members)}" if any(map(len, loads)) else "stay"
+            others = loads[: trip.ring.rank] + loads[trip.ring.rank + 1 :]
+            blocks = [*trip.own, *(block for load in others for block in trip.blocks(load, trip.space(load)))]
+            met = [x.visit for block in blocks for x in meet(call, part, block, q)]
             read = {"strided views" if x.queries.strided and x.keys.strided else "copied rows" for x in met}
             kinds |= {(x.kind, x.queries.c == 1) for x in met}
             visited = f"{len(met)} visits ({', '.join(sorted({x.kind for x in met}))}) of {', '.join(sorted(read))}"

@@ -25,18 +25,20 @@ from torch import Tensor
 from .. import block
 from ..shard import Attended, wide
 from .call import Call
+from .visits import Ragged
 
 aten = torch.ops.aten
 
 
 class Seen(NamedTuple):
-    """What of a block is seen: kind "full", "causal" (square, query i sees keys 0 … i) or "mask"
-    with `keep` b m h q k; and what becomes of scores b m h q k first.
+    """What of a block is seen: kind "full", "causal" (square, query i sees keys 0 … i), "mask" with `keep` b m h q k,
+    or "ragged" (see `Ragged`); and what becomes of scores b m h q k first.
     """
 
     kind: str
     keep: Tensor | None = None
     modify: Callable[[Tensor], Tensor] | None = None
+    ragged: Ragged | None = None
 
 
 class Task(NamedTuple):
@@ -57,6 +59,7 @@ class Kernel(NamedTuple):
     -> dq, dk, dv; all b h s d.
 
     scratch: a float32 dQ that a backward keeps for itself has rows and columns in multiples of these.
+    ragged: forward and backward for segments of lengths of their own, with a `Ragged` in place of `causal`.
     """
 
     name: str
@@ -67,12 +70,15 @@ class Kernel(NamedTuple):
     grouped: bool = True  # takes fewer key/value heads than query heads
     granularity: int = 8  # what the head dim must be a multiple of
     scratch: tuple[int, int] | None = None
+    ragged: tuple[Callable, Callable] | None = None
 
 
 HALF = (torch.float16, torch.bfloat16)
 
 
-def _limits(devices: str, dtypes: tuple, most: int, granularity: int = 8) -> Callable[[Task], str | None]:
+def _limits(
+    devices: str, dtypes: tuple, most: int, granularity: int = 8, ragged: bool = False
+) -> Callable[[Task], str | None]:
     def why_not(task: Task) -> str | None:
         # the lse gradient rides in extra columns of the head
         d = task.head_dim + (granularity if task.lse_gradient else 0)
@@ -85,6 +91,8 @@ def _limits(devices: str, dtypes: tuple, most: int, granularity: int = 8) -> Cal
             return f"wants a head dim that {granularity} divides, up to {most}; got {d}{with_columns}"
         if task.scale <= 0:  # kernels take the masked score −inf times the scale
             return "needs a scale above 0"
+        if task.kind == "ragged" and not ragged:
+            return "takes no segments of lengths of their own here"
         return "takes full and causal blocks, not a mask" if task.kind == "mask" else None
 
     return why_not
@@ -117,6 +125,25 @@ def _flash_backward(dout, q, k, v, out, lse, causal, scale):
     return aten._scaled_dot_product_flash_attention_backward(
         dout, q, k, v, out, lse.contiguous(), None, None, q.shape[2], k.shape[2], 0.0, causal, seed, seed, scale=scale
     )
+
+
+def _flash_ragged_forward(q, k, v, ragged, scale):
+    (q, k, v), (b, _, s, _) = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v)), q.shape
+    how = {"scale": scale, "window_size_left": ragged.left, "window_size_right": ragged.right}
+    causal = (ragged.left, ragged.right) == (None, 0)
+    ends = ragged.ends(b, q.device)
+    out, lse, *_ = aten._flash_attention_forward(q, k, v, *ends, *ragged.longest, 0.0, causal, False, **how)
+    return out.unflatten(0, (b, s)).transpose(1, 2), lse.unflatten(1, (b, s)).transpose(0, 1)
+
+
+def _flash_ragged_backward(dout, q, k, v, out, lse, ragged, scale):
+    (b, _, s, _), n, seed = q.shape, k.shape[2], _seed(2, torch.uint64, q.device)
+    dout, q, k, v, out = (x.transpose(1, 2).flatten(0, 1) for x in (dout, q, k, v, out))
+    how = {"scale": scale, "window_size_left": ragged.left, "window_size_right": ragged.right}
+    causal, lse = (ragged.left, ragged.right) == (None, 0), lse.transpose(0, 1).flatten(1).contiguous()
+    told = *ragged.ends(b, q.device), *ragged.longest, 0.0, causal, seed, seed
+    grads = aten._flash_attention_backward(dout, q, k, v, out, lse, *told, **how)
+    return tuple(x.unflatten(0, (b, c)).transpose(1, 2) for x, c in zip(grads, (s, n, n), strict=True))
 
 
 def _cudnn_forward(q, k, v, causal, scale):
@@ -212,12 +239,20 @@ def _flash_impl() -> str | None:
     return current() if current else None
 
 
-_ONLY_HALF, _CPU_FLOATS = _limits("cuda", HALF, 256), (*HALF, torch.float32, torch.float64)
+_ONLY_HALF, _CPU_FLOATS = _limits("cuda", HALF, 256, ragged=True), (*HALF, torch.float32, torch.float64)
 _NOT_DOUBLE = _limits("cuda", (*HALF, torch.float32), 256)
 _CPU = _limits("cpu", _CPU_FLOATS, 2**16, granularity=1)
 KERNELS = (
     Kernel("cudnn", "torch", _cudnn_why_not, _cudnn_forward, _cudnn_backward, scratch=(1, 1)),
-    Kernel("flash", "torch", _ONLY_HALF, _flash_forward, _flash_backward, scratch=(128, 32)),
+    Kernel(
+        "flash",
+        "torch",
+        _ONLY_HALF,
+        _flash_forward,
+        _flash_backward,
+        scratch=(128, 32),
+        ragged=(_flash_ragged_forward, _flash_ragged_backward),
+    ),  # fmt: skip
     Kernel("xformers", "xformers", _xformers_why_not, _xformers_forward, _xformers_backward, False, scratch=(64, 64)),
     Kernel("efficient", "torch", _NOT_DOUBLE, _efficient_forward, _efficient_backward, False, scratch=(64, 64)),
     Kernel("cpu_flash", "torch", _CPU, _cpu_flash_forward, _cpu_flash_backward, False, 1),
@@ -264,7 +299,19 @@ def check(q: Tensor, v: Tensor, backend: str, masked: str | None, scale: float) 
 # ---------------------------------------------------------------------------------------- the proof
 
 
-_PROBES = {"full": ((37, 192), (1, 128)), "causal": ((192, 192),)}  # queries, keys
+def _lengths(*pairs: tuple[int, int]) -> Tensor:
+    return torch.tensor(pairs, device="cpu")
+
+
+_PROBES = {  # queries, keys
+    "full": ((37, 192, None), (1, 128, None)),
+    "causal": ((192, 192, None),),
+    "ragged": (
+        (232, 232, Ragged(_lengths((1, 1), (130, 130), (64, 64), (37, 37)), None, 0)),
+        (271, 308, Ragged(_lengths((200, 233), (1, 5), (70, 70)), 33, 7)),
+        (43, 384, Ragged(_lengths((5, 64), (37, 192), (1, 128)), None, None)),
+    ),
+}
 _faults: dict[tuple, str | None] = {}
 
 
@@ -292,8 +339,9 @@ def _ask(kernel: Kernel, task: Task) -> str | None:
     """Awkward lengths, one query among them if the kernel takes it, scores near −200, 0 and 200, against the einsum
     block in float64 on the CPU (a GPU would load its float64 kernels first).
     """
-    seen, scale = Seen(task.kind), task.head_dim**-0.5
-    for c, n in _PROBES[task.kind]:
+    scale = task.head_dim**-0.5
+    for c, n, ragged in _PROBES[task.kind]:
+        seen = Seen(task.kind, ragged=ragged)
         if c == 1 and kernel.why_not(task._replace(single=True)):
             continue
         q, k, v, dout, dlse = made = _awkward(c, n, task)
@@ -306,9 +354,9 @@ def _ask(kernel: Kernel, task: Task) -> str | None:
                 given_back = dout.double(), None if dlse is None else dlse.double()
                 true = block.backward(*given_back, *exact, *(x.double() for x in known), scale, keep)
                 order = there[3:] + there[:3] + [x.to(task.device) for x in known]
-                given = _backward(kernel, *order, task.kind, scale)
+                given = _backward(kernel, *order, seen, scale)
             else:
-                given = _forward(kernel, *there[:3], task.kind, scale)
+                given = _forward(kernel, *there[:3], seen, scale)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
@@ -346,12 +394,13 @@ def forward(q: Tensor, k: Tensor, v: Tensor, seen: Seen, call: Call) -> Attended
     kernel = _kernel(q, v, seen, call)
     if kernel is None or _loses(kernel, q, k):
         return block.forward(q, k, v, call.scale, _keep(q, k, seen), seen.modify)
-    return _forward(kernel, q, k, v, seen.kind, call.scale)
+    return _forward(kernel, q, k, v, seen, call.scale)
 
 
-def _forward(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, kind: str, scale: float) -> Attended:
+def _forward(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, seen: Seen, scale: float) -> Attended:
     d = v.shape[-1]
-    out, lse = kernel.forward(*_folded(kernel, *_alike(q, k, v)), kind == "causal", scale)
+    run, how = (kernel.ragged[0], seen.ragged) if seen.ragged else (kernel.forward, seen.kind == "causal")
+    out, lse = run(*_folded(kernel, *_alike(q, k, v)), how, scale)
     out = out[..., :d]
     return Attended(out.transpose(1, 2).unflatten(0, q.shape[:2]), lse.transpose(1, 2).unflatten(0, q.shape[:2]))
 
@@ -363,18 +412,19 @@ def backward(dout, dlse, q, k, v, out, lse, seen: Seen, call: Call) -> tuple[Ten
     kernel = _kernel(q, v, seen, call, backward=True, lse_gradient=dlse is not None)
     if kernel is None or _loses(kernel, q, k):
         return block.backward(dout, dlse, q, k, v, out, lse, call.scale, _keep(q, k, seen), seen.modify)
-    return _backward(kernel, dout, dlse, q, k, v, out, lse, seen.kind, call.scale)
+    return _backward(kernel, dout, dlse, q, k, v, out, lse, seen, call.scale)
 
 
-def _backward(kernel: Kernel, dout, dlse, q, k, v, out, lse, kind: str, scale: float) -> tuple[Tensor, ...]:
+def _backward(kernel: Kernel, dout, dlse, q, k, v, out, lse, seen: Seen, scale: float) -> tuple[Tensor, ...]:
     d, d_v = q.shape[-1], v.shape[-1]
     dout, q, k, v, out = _alike(dout, q, k, v, out)
     if dlse is not None:
         dout, q, k, v, out = _with_lse_gradient(dlse, dout, q, k, v, out, kernel.granularity)
     lse = lse.flatten(0, 1).transpose(1, 2)
     folded = _folded(kernel, q, k, v)
-    scratch = _scratch(kernel, *folded[:2]) if q.is_meta else None
-    grads = kernel.backward(_bhsd(dout), *folded, _bhsd(out), lse, kind == "causal", scale)
+    scratch = _scratch(kernel, *folded[:2], seen.ragged) if q.is_meta else None
+    run, how = (kernel.ragged[1], seen.ragged) if seen.ragged else (kernel.backward, seen.kind == "causal")
+    grads = run(_bhsd(dout), *folded, _bhsd(out), lse, how, scale)
     del scratch
     grads = (x.transpose(1, 2).unflatten(0, q.shape[:2]) for x in grads)
     dq, dk, dv = (x[..., :size] for x, size in zip(grads, (d, d, d_v), strict=True))
@@ -404,20 +454,29 @@ def _loses(kernel: Kernel, *tensors: Tensor) -> bool:
     return not all(bool(x.sum(dtype=wide(x.dtype)).isfinite()) for x in tensors)
 
 
+def ragged(q: Tensor, v: Tensor, call: Call, backward: bool = False, lse_gradient: bool = False) -> bool:
+    """Whether the kernel that this call would use, on tensors b s h d, takes segments of lengths of their own."""
+    d = max(q.shape[-1], v.shape[-1])
+    task = Task(q.device.type, q.dtype, d, "ragged", lse_gradient, scale=call.scale, backward=backward)
+    return q.numel() > 0 and choose(call.backend, task) is not None
+
+
 def _alike(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Head dims filled up with zeros to the largest, which changes neither a score nor what is asked of out."""
     most = max(x.shape[-1] for x in tensors)
     return tuple(x if x.shape[-1] == most else torch.nn.functional.pad(x, (0, most - x.shape[-1])) for x in tensors)
 
 
-def _scratch(kernel: Kernel, q: Tensor, k: Tensor) -> Tensor | None:
+def _scratch(kernel: Kernel, q: Tensor, k: Tensor, ragged: Ragged | None) -> Tensor | None:
     """What a kernel's backward would take for itself beside what it returns, where tensors have no data: a float32
-    dQ and D, and dK and dV of every query head where these share key/value heads. Measured in torch 2.11.
+    dQ and D, and dK and dV of every query head where these share key/value heads. Measured in torch 2.11; that each
+    ragged segment may begin a tile of its own is from FlashAttention-2's source.
     """
     if kernel.scratch is None:
         return None
     (b, h, s, d), (rows, columns) = q.shape, kernel.scratch
-    own = 4 * b * h * (-(-s // rows) * rows * -(-d // columns) * columns + s)
+    tiled = s + rows * len(ragged.lengths) if ragged else -(-s // rows) * rows
+    own = 4 * b * h * (tiled * -(-d // columns) * columns + s)
     shared = 2 * b * h * k.shape[2] * d * k.element_size() if k.shape[1] < h else 0
     return q.new_empty(own + shared, dtype=torch.uint8)
 
@@ -457,6 +516,8 @@ def _keep(q: Tensor, k: Tensor, seen: Seen) -> Tensor | None:
     """The mask of a block for the einsum version, broadcastable to b m g e c k."""
     if seen.kind == "full" or (seen.kind == "mask" and seen.keep is None):
         return None
+    if seen.kind == "ragged":
+        return seen.ragged.keep().to(q.device)
     if seen.kind == "causal":
         return torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
     keep, g = seen.keep, k.shape[3]

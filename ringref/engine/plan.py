@@ -87,10 +87,12 @@ class Meeting(NamedTuple):
 @lru_cache(maxsize=2048)
 def meetings(
     some: tuple[Strand, ...], kv_heads: range, group: int, queries: Positions, keys: Positions, bounds: Bounds,
-    masked: bool, q_chunk: int | None,
+    masked: bool, q_chunk: int | None, ragged: bool = False,
 ) -> tuple[Meeting, ...]:  # fmt: skip
-    """Everything that some strands do with one block of keys, which has these key/value heads."""
-    met = [(strand, visits(strand, queries, keys, False, masked, q_chunk, bounds)) for strand in some]
+    """Everything that some strands do with one block of keys, which has these key/value heads; ragged: whether the
+    kernel takes segments of lengths of their own.
+    """
+    met = [(strand, visits(strand, queries, keys, False, masked, q_chunk, bounds, ragged)) for strand in some]
     found = []
     while met:
         run = 1
@@ -110,7 +112,7 @@ def _neighbours(strand: Strand, met: list[Visit], after: Strand, met_after: list
     """Whether the next strand does the same one row and one head further on."""
     shifted = after[:2] == strand[:2] and list(after.heads) == [j + 1 for j in strand.heads]
     return shifted and len(met) == len(met_after) and all(
-        x.kind == y.kind != "mask" and y.queries.follows(x.queries) and y.keys.follows(x.keys)
+        x.kind == y.kind in ("full", "causal") and y.queries.follows(x.queries) and y.keys.follows(x.keys)
         for x, y in zip(met, met_after, strict=True)
     )  # fmt: skip
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..comm.ring import Message, Ring
-from ..shard import Positions, Table, wide
+from ..shard import Positions, Table, unseen, wide
 from .visits import Bounds, Rows, Strand, serving
 
 
@@ -98,6 +98,7 @@ class Route:
         """
         return self.seen(of, by) if self._exact else self.load(of)
 
+    @unseen
     def _keep(self, name: tuple, of: int, by: list[int], exact: bool) -> Load:
         if name not in self._known:
             keys, bounds = self.keys[of], self._bounds if exact else (None, None)

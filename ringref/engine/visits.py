@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..shard import EVERYTHING, Dilation, Positions, _runs
+from ..shard import EVERYTHING, Dilation, Positions, _runs, unseen
 
 Bounds = tuple["int | None", "int | None"]
 
@@ -160,6 +160,7 @@ class Rows:
             x.storage_offset() + self.start * row + first * head,
         )
 
+    @unseen
     def flat(self, device: torch.device) -> Tensor:
         if device not in self._on:
             self._on[device] = self.index.flatten().to(device)
@@ -176,17 +177,48 @@ class Rows:
 # ------------------------------------------------------------------------------------------- visits
 
 
+class Ragged:
+    """Segments of lengths of their own, end to end. Query i of a segment's c sees, of its k keys, those from
+    i + k − c − left to i + k − c + right (None: no bound), which is at least one: FlashAttention's alignment.
+
+    lengths: m 2, of the queries and of the keys.
+    """
+
+    def __init__(self, lengths: Tensor, left: int | None, right: int | None):
+        self.lengths, self.left, self.right = lengths, left, right
+        self.longest = tuple(lengths.max(0).values.tolist())
+        self._on: dict = {}
+
+    @unseen
+    def ends(self, b: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Where queries and keys of b such rows of segments begin and end, each int32, b·m + 1."""
+        if (b, device) not in self._on:
+            ends = torch.nn.functional.pad(self.lengths.repeat(b, 1).cumsum(0), (0, 0, 1, 0))
+            self._on[b, device] = tuple(x.contiguous() for x in ends.to(device, torch.int32).unbind(1))
+        return self._on[b, device]
+
+    def keep(self) -> Tensor:
+        """Which queries see which keys, written out: a mask of all by all."""
+        parts = []
+        for c, k in self.lengths.tolist():
+            ahead = torch.arange(k, device="cpu") - torch.arange(c, device="cpu")[:, None] - (k - c)
+            most = [EVERYTHING if x is None else x for x in (self.left, self.right)]
+            parts.append((ahead >= -most[0]) & (ahead <= most[1]))
+        return torch.block_diag(*parts)
+
+
 class Visit(NamedTuple):
     """Queries that meet keys: `m` segments at once, alike in shape and kind.
 
-    kind "full": each query sees each key; "causal": square, query i sees keys 0 … i; "mask":
-    decided by positions.
+    kind "full": each query sees each key; "causal": square, query i sees keys 0 … i; "mask": decided by positions;
+    "ragged": one row of segments of lengths of their own, for a kernel that takes them.
     """
 
     queries: Rows
     keys: Rows
     kind: str
     at: tuple[Positions, Positions]  # of all rows of queries and keys
+    ragged: Ragged | None = None
 
     @property
     def q_positions(self) -> Tensor:
@@ -271,19 +303,31 @@ def _hull(pieces: list[tuple[Tensor, Tensor, str]]) -> list[tuple[Tensor, Tensor
 
 def visits(
     strand: Strand, queries: Positions, keys: Positions, causal: bool, masked: bool, q_chunk: int | None,
-    window: Bounds = (None, None),
+    window: Bounds = (None, None), ragged: bool = False,
 ) -> list[Visit]:  # fmt: skip
-    """Where a strand's queries meet a block of keys; masked: what is seen is not decided by positions alone."""
+    """Where a strand's queries meet a block of keys; masked: what is seen is not decided by positions alone; ragged:
+    whether a kernel takes segments of lengths of their own.
+    """
     bounds = (window[0], 0) if causal else window
-    return _visits(strand._replace(heads=range(0)), queries, keys, bounds, masked, q_chunk)
+    return _visits(strand._replace(heads=range(0)), queries, keys, bounds, masked, q_chunk, ragged)
 
 
 @lru_cache(maxsize=2048)
-def _visits(strand: Strand, queries: Positions, keys: Positions, bounds: Bounds, masked: bool, q_chunk: int | None):
+def _visits(
+    strand: Strand, queries: Positions, keys: Positions, bounds: Bounds, masked: bool, q_chunk: int | None, ragged: bool
+) -> list[Visit]:
     found: list[Visit] = []
     q_rows, k_rows = strand.rows(queries), strand.rows(keys)
     q_at, k_at = queries.index[q_rows], keys.index[k_rows]
     start, shape = _segments(strand, q_at, k_at)
+    if ragged:
+        start, shape, some = _uneven(start, shape, q_at, k_at, bounds)
+        for begin, how in some:
+            rows, others = (
+                Rows(every[_joined(first, count)][None])
+                for every, first, count in zip((q_rows, k_rows), begin.unbind(1), how.lengths.unbind(1), strict=True)
+            )
+            found.append(Visit(rows, others, "ragged", (queries, keys), how))
     if None not in bounds:
         start, shape = _banded(start, shape, q_at, k_at, bounds, strand.r, q_chunk)
     for c, kc in shape.unique(dim=0).tolist() if len(shape) else ():
@@ -309,6 +353,62 @@ def _segments(strand: Strand, q_at: Tensor, k_at: Tensor) -> tuple[Tensor, Tenso
     q_shared, k_shared = torch.isin(q_segment, k_segment), torch.isin(k_segment, q_segment)
     start = torch.stack([q_start[q_shared], k_start[k_shared]], 1)
     return start, torch.stack([q_count[q_shared], k_count[k_shared]], 1)
+
+
+_SHAPES = 4  # so many shapes of segments are a launch each, of the fastest kernel; more of them are ragged
+
+
+def _uneven(
+    start: Tensor, shape: Tensor, q_at: Tensor, k_at: Tensor, bounds: Bounds
+) -> tuple[Tensor, Tensor, list[tuple[Tensor, Ragged]]]:
+    """Segments of evenly spaced rows that see alike, where they have many shapes or two bounds; and those that are
+    left.
+    """
+    (left, right), end = (EVERYTHING if x is None else x for x in bounds), start + shape
+    (q, k), (q_end, k_end), ats = start.unbind(1), end.unbind(1), (q_at, k_at)
+    # the keys that some query sees, then the queries that see some key
+    k = torch.maximum(k, torch.searchsorted(k_at, q_at[q] - left))
+    k_end = torch.minimum(k_end, torch.searchsorted(k_at, q_at[q_end - 1] + right, right=True))
+    some = k < k_end
+    q, q_end, k, k_end, start, shape = (x[some] for x in (q, q_end, k, k_end, start, shape))
+    q = torch.maximum(q, torch.searchsorted(q_at, k_at[k] - right))
+    q_end = torch.minimum(q_end, torch.searchsorted(q_at, k_at[k_end - 1] + left, right=True))
+    begin, count = torch.stack([q, k], 1), torch.stack([q_end - q, k_end - k], 1)
+    steps, even = zip(*(_spacing(*x) for x in zip(ats, begin.unbind(1), count.unbind(1), strict=True)), strict=True)
+    step = torch.maximum(*steps).clamp(min=1)
+    even = even[0] & even[1] & ((steps[0] == steps[1]) | (count == 1).any(1)) & (count > 0).all(1)
+    ahead, longer = k_at[k] - q_at[q.clamp(max=len(q_at) - 1)], count[:, 1] - count[:, 0]
+    # how far query i sees from key i + longer, in steps
+    sees = torch.stack([(left + ahead) // step + longer, (right - ahead) // step - longer], 1)
+    for i, bound in enumerate(bounds):
+        sees[:, i] = EVERYTHING if bound is None else sees[:, i]
+    even &= (sees >= 0).all(1)
+    found, rest = [], torch.ones_like(even)
+    for pair in sees[even].unique(dim=0):
+        mine = even & (sees == pair).all(1)
+        lengths = count[mine]
+        free = [int(x) >= int(lengths[:, i].max()) for i, x in enumerate(pair)]
+        if not any(free) or len(lengths.unique(dim=0)) > _SHAPES:
+            found.append(
+                (begin[mine], Ragged(lengths, *(None if no else int(x) for no, x in zip(free, pair, strict=True))))
+            )
+            rest &= ~mine
+    return start[rest], shape[rest], found
+
+
+def _spacing(at: Tensor, begin: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+    """How far apart rows lie of these runs of rows, 0 for a single one; and whether it is the same all along."""
+    apart = torch.nn.functional.pad(at.diff(), (0, 1))
+    changes = torch.nn.functional.pad((apart[1:] != apart[:-1]).cumsum(0), (1, 0))
+    last = (begin + count - 2).clamp(min=0)
+    some = begin.clamp(max=len(at) - 1)
+    return torch.where(count > 1, apart[some], 0), (count < 3) | (changes[last] == changes[some])
+
+
+def _joined(begin: Tensor, count: Tensor) -> Tensor:
+    """Runs of rows, end to end."""
+    inside = torch.arange(int(count.sum()), device="cpu") - (count.cumsum(0) - count).repeat_interleave(count)
+    return begin.repeat_interleave(count) + inside
 
 
 _BAND = 64  # query rows that a piece of a window has at least, so that a narrow one is no thousand tiny pieces
