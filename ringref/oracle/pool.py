@@ -12,7 +12,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from multiprocessing import connection
 from types import ModuleType
 from typing import Any
@@ -31,6 +31,7 @@ SILENT = Ledger().dump() | {"steps": [], "error": None, "written": [], "line": N
 def serve(rank: int, world: int, backend: str, store: tuple[str, int], door: tuple[str, int], key: bytes) -> None:
     """A worker's life: run the cases that come; a second thread tells how they stand."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.setsid()  # what a candidate forks is in this group, and ends with it
     for stream in (1, 2):
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
     torch.set_num_threads(1)
@@ -56,7 +57,7 @@ def _answer(line: connection.Connection, respond: Callable) -> None:
         while True:
             line.send_bytes(pickle.dumps(respond(pickle.loads(line.recv_bytes()))))
     except (EOFError, OSError):
-        os._exit(0)  # the parent is gone
+        os.killpg(0, signal.SIGKILL)  # the parent is gone
 
 
 def _hire(rank: int, *told: Any, method: str = "forkserver") -> Any:
@@ -89,7 +90,8 @@ class Crew:
         for line in self.lines.values():
             line.close()
         for process in self.processes:
-            process.kill()
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
 
     def ask(self, rank: int) -> dict[str, Any]:
         """How a rank stands, from the thread that is not busy with the case."""
@@ -177,12 +179,17 @@ class Pool(AbstractContextManager):
         """Start a process for each rank of a world; returns those that are this process's to end."""
         return [_hire(rank, world, *told) for rank in range(world)]
 
-    def run(self, fn: bytes, jobs: dict[int, dict], deadline: float = 30.0) -> dict[int, dict[str, Any]]:
-        """Run one case on ranks 0 … len(jobs)−1; every rank's result, or what it was waiting for when it hung."""
+    def run(self, fn: bytes, jobs: dict[int, dict], deadline: float = 30.0, new=False) -> dict[int, dict[str, Any]]:
+        """Run one case on ranks 0 … len(jobs)−1; every rank's result, or what it was waiting for when it hung. `new`
+        processes remember nothing of earlier cases.
+        """
         world, results = len(jobs), {}
         if world > self.size:
             raise ValueError(f"jobs: {world} ranks on a pool of {self.size}")
-        crew = self.crews.pop(world, None) or Crew(self, world)
+        crew = self.crews.pop(world, None)
+        if crew and new:
+            crew.close()
+        crew = Crew(self, world) if new or not crew else crew
         try:
             results = crew.run({rank: job | {"fn": fn} for rank, job in jobs.items()}, deadline)
         finally:

@@ -40,7 +40,10 @@ class Hop:
     def post(self, x):
         x = x.contiguous()
         arriving = torch.empty_like(x)
-        ops = [dist.P2POp(dist.isend, x, self.next, self.group), dist.P2POp(dist.irecv, arriving, self.last, self.group)]
+        ops = [
+            dist.P2POp(dist.isend, x, self.next, self.group),
+            dist.P2POp(dist.irecv, arriving, self.last, self.group),
+        ]
         return arriving, dist.batch_isend_irecv(ops)
 
 
