@@ -180,10 +180,9 @@ class Case:
         """The definition, on the whole problem: `dense_attention`, and what it does not know written out here."""
         mask = make_mask(self.mask, self.n) if self.mask else None
         left, right = self.window or (self.n, self.n)
-        ends = torch.tensor(self.cu_seqlens or (0, self.n))[1:]
 
         def keep(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-            same = torch.bucketize(i, ends, right=True) == torch.bucketize(j, ends, right=True)
+            same = together_in(self.cu_seqlens or (0, self.n), i, j)
             return same & (i - j <= left) & (j - i <= right) & (mask is None or mask(b, h, i, j))
 
         dilation = Dilation(*self.dilation, heads=self.heads) if self.dilation else None
@@ -282,7 +281,8 @@ class Case:
             return self
         about = {text: set(changes) for levels in FACTORS.values() for _, text, changes in levels if changes}
         words = [w for w in self.name.split(" + ") if not about.get(w, {"?"}) & set(names)]
-        return replace(self, name=" + ".join(words or ["full"]), **less)
+        words = ["full"] * (words[:1] not in (["full"], ["causal"])) + words
+        return replace(self, name=" + ".join(words), **less)
 
 
 class _Seat(Ring):
@@ -297,6 +297,12 @@ def index(case: Case) -> tuple[Tensor, ...]:
     queries = torch.arange(case.n - case.m, case.n)
     four = torch.arange(case.b), torch.arange(case.h), queries, torch.arange(case.n)
     return tuple(x.view([-1 if a == b else 1 for b in range(4)]) for a, x in enumerate(four))
+
+
+def together_in(starts: tuple[int, ...], i: Tensor, j: Tensor) -> Tensor:
+    """Whether two positions are of one document."""
+    i, j = ((x[..., None] >= torch.tensor(starts)).sum(-1) for x in (i, j))
+    return i == j
 
 
 def sunk(out: Tensor, lse: Tensor, sink: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -386,16 +392,12 @@ FACTORS: dict[str, tuple[tuple[str, str, dict[str, Any]], ...]] = {
         ("kv", "decode", {"queries": "decode", "plan": "inference"}),
     ),
 }  # fmt: skip
-SIMPLER = (  # fields that go together, in the order in which a failing case is freed of them
-    *(("mask", "window", "dilation", "cu_seqlens"), ("score_mod",), ("sink",), ("scale",), ("value_dim",), ("dout",)),
-    *(
-        ("views",),
-        ("plan",),
-        ("zeros", "shift", "spread", "sharp"),
-        ("d", "value_dim"),
-        ("dtype", "sharp"),
-        ("causal",),
-    ),
+SIMPLER = tuple(  # fields that go together, in the order in which a failing case is freed of them
+    tuple(names.split())
+    for names in (
+        *("mask window dilation cu_seqlens", "score_mod", "sink", "scale", "value_dim", "dout", "views", "plan"),
+        *("zeros shift spread sharp", "d value_dim", "dtype sharp", "causal"),
+    )
 )
 LOW = {"dtype": "bfloat16", "per": 16, "sharp": 0.3}
 GROWTH = {"plan": "growth", "b": 1, "d": 32, "h": 8, "g": 8}

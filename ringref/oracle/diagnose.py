@@ -4,8 +4,8 @@ A mistake is a small change of one ingredient, everywhere or for some pairs of q
 whom (`sights`), whose K or V, which scale, lse or row sum (`ingredients`), how parts are merged (`merges`), which rank
 a gradient ends on (`homes`), where rows and heads stand (`places`). A guess is a sentence, and what computes the
 tensors that the change predicts; the forward and the backward try the same ones. It is believed when ‖candidate −
-prediction‖ is a small part of ‖candidate − truth‖. The best wins, among equals the one listed first; where none is good, the diagnosis
-says where the error lives, which guess came nearest, and how much of the error that leaves.
+prediction‖ is a small part of ‖candidate − truth‖. The best wins, among equals the one listed first; where none is
+good, the diagnosis says where the error lives, which guess came nearest, and how much of the error that leaves.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..shard import LAYOUTS
-from .cases import SCORE_MODS, index, sunk
+from .cases import SCORE_MODS, index, sunk, together_in
 
 UNKNOWN = "unknown signature"
 EARLY = "a receive buffer is read before its wait(): the numbers are right once the oracle leaves the buffer alone"
@@ -39,9 +39,16 @@ MESSAGES = {
     "unfinished": "unfinished work",
 }
 GROUP = "a rank, size or group of the world is used for the group's own (group rank used as global rank?)"
-LARGE = "large scores overflow or underflow: exp without the maximum, or a maximum that starts at 0"
+LARGE = "large scores overflow or underflow: exp without the maximum, or one that starts at 0 or is for several rows"
 SPREAD = "rows whose scores lie far apart spoil each other: one maximum for several rows"
 BLIND = "the lse of a query that sees nothing is a finite number: a maximum or sum that starts at 0"
+TAKES = {  # what a case has that fails no more without it, where no number says what is done with it
+    **{("dout", x): "dO is read with other strides than it has" for x in ("heads first", "expanded")},
+    **{("views", x): "q, k or v is read with other strides than it has" for x in ("packed", "heads first")},
+    ("zeros", True): "a score or lse of exactly 0, or a tie, is taken for something else",
+    ("plan", "stacked"): "a call's result depends on another call: a part of what one saved is overwritten by the next",
+    ("plan", "steps"): "a call's result depends on another call: something is kept from step to step",
+}
 VAGUE = (UNKNOWN, "NaN or inf", "it raises", EARLIER)  # what a finding says when it has nothing better
 HARMLESS = ("unfinished work", "an input was written to")  # values are worth a look all the same
 GRADS = ["dq", "dk", "dv"]
@@ -302,8 +309,7 @@ def sights(s: Scene, deep: bool = False) -> Iterator[tuple[str, Callable[[], Ten
         rules["window (left)"], rules["window (right)"] = lambda i, j: i - j <= left, lambda i, j: j - i <= right
         instead["window (right)"] = {"taken as left": j - i <= left, "taken as 0": j <= i}
     if case.cu_seqlens:
-        ends = torch.tensor(case.cu_seqlens)[1:]
-        rules["documents"] = lambda i, j: torch.bucketize(i, ends, right=True) == torch.bucketize(j, ends, right=True)
+        rules["documents"] = partial(together_in, case.cu_seqlens)
     if case.mask:
         seen = replace(case, causal=False, window=None, queries=None).times
         rules["mask_mod"] = lambda i, j: seen[..., i.clamp(0, n - 1), j.clamp(0, n - 1)]
@@ -339,6 +345,9 @@ def sights(s: Scene, deep: bool = False) -> Iterator[tuple[str, Callable[[], Ten
     views += [(f"a token too {text}", i + by, j + by) for text, by in (("late", -1), ("early", 1))]
     frames = [("in local coordinates at every hop", s.loc[0], s.loc[1])]
     if case.queries:
+        first = torch.tensor([int(x[0]) if len(x) else 0 for x in case.asks])
+        views += [("with the positions of queries taken for those of keys", i, late + first[theirs] + there)]
+        views += [("with the queries' positions taken for the keys'", i, late + first[mine] + j)]
         views += [("with queries counted from 0", i - late, j)]
     for layout in LAYOUTS if case.lengths is None and not callable(case.layout) and not case.queries else ():
         at = torch.cat(replace(case, layout=layout).shards)[s.order[1]]
@@ -438,8 +447,8 @@ def ingredients(s: Scene, deep: bool = False) -> Iterator[tuple[str, Callable[[]
     if s.sink is not None:
         yield "the sink is ignored", lambda: {"sink": None}
         for text, sink in {
-            f"counted {p} times, once a rank": s.sink + math.log(p), "scaled": s.sink * s.scale,
-            "that of head 0 for all": s.sink[:1].expand_as(s.sink), "0": s.sink * 0, "counted twice": s.sink + math.log(2),
+            f"counted {p} times, once a rank": s.sink + math.log(p), "scaled": s.sink * s.scale, "0": s.sink * 0,
+            "that of head 0 for all": s.sink[:1].expand_as(s.sink), "counted twice": s.sink + math.log(2),
         }.items():  # fmt: skip
             yield f"the sink is {text}", lambda sink=sink: {"sink": sink}
     pairs = (("K", "V"), ("K",), ("V",))
@@ -617,6 +626,7 @@ def somewhere(s: Scene, about: list[str]) -> Iterator[Guess]:
         ("the lse of the block is taken for the merged one", "L", lse),
         ("the lse of the own block is taken for the merged one", "L", lses[0][..., None]),
         ("the row sum D is missing", "D", D * 0),
+        ("the row sum D is missing, and the gradient of lse with it", "D", s.dlse[..., None]),
         ("the row sum D has the wrong sign", "D", -D),
         ("the row sum D is that of the block's out", "D", sums),
         ("the row sum D is summed over the block alone", "D", weighted),

@@ -70,7 +70,8 @@ def check(
         made = Pool(min(size, torch.cuda.device_count()) if backend == "nccl" else size, backend)
     with made if pool is None else nullcontext(pool) as workers:
         fits = [case for case in todo if case.world <= workers.size]
-        report = _sweep(fn, fits, workers, min(deadline, PATIENCE[quick]), stop_after, fail_fast, progress, quick)
+        patience = PATIENCE[quick]
+        report = _sweep(fn, fits, workers, min(deadline, patience), stop_after, fail_fast, progress, patience)
     missing = [f"feature {name}" for name in FEATURES if name not in features]
     missing += [f"argument {name}" for name in adapt.undeclared(fn, features)]
     for text, there in (
@@ -89,7 +90,14 @@ def _shared_pool() -> Pool:
 
 
 def _sweep(
-    fn: Callable, todo: list[Case], pool: Any, deadline=30.0, stop_after=8, fail_fast=False, progress=None, quick=False
+    fn: Callable,
+    todo: list[Case],
+    pool: Any,
+    deadline=30.0,
+    stop_after=8,
+    fail_fast=False,
+    progress=None,
+    patience=math.inf,
 ) -> Report:
     report, began = Report(adapt.name_of(fn)), time.monotonic()
     judge, failed, hangs = Judge(fn, pool, report, deadline), 0, 0
@@ -101,7 +109,7 @@ def _sweep(
     for done, case in enumerate(track(todo, report.candidate, **bar), 1):
         found = judge.judge(case)
         failed, hangs = failed + bool(found), hangs + any(f.kind == "hang" for f in found)
-        enough = failed >= stop_after or hangs >= 3 or (failed and time.monotonic() - began > PATIENCE[quick])
+        enough = failed >= stop_after or hangs >= 3 or (failed and time.monotonic() - began > patience)
         named = fail_fast and found and not found[0].causes[0].startswith(diagnose.VAGUE)
         if (enough or named) and done < len(todo):
             report.not_judged.append(f"{len(todo) - done} further cases, after {failed} that failed")
@@ -129,7 +137,7 @@ class Judge:
         self.bytes: dict[tuple[int, int], tuple[float, float]] = {}
         self.refusals: dict[str, list[str]] = {}
         self.ran: list[Case] = []
-        self.searched, self.simplified = False, 0
+        self.searched, self.simplified, self.simplest = False, 0, None
         self.able: set[tuple[bool, bool]] = set()  # kinds of heads that p does not divide, which it has served
 
     def judge(self, case: Case) -> list[Finding]:
@@ -191,6 +199,7 @@ class Judge:
             for names in SIMPLER:
                 if (less := case.without(names)) != case and self.wrong(trial := self.look(less)):
                     case, again = less, trial
+        self.simplest = case
         return None, case, again
 
     def known(self, case: Case, found: list[Finding]) -> bool:
@@ -359,13 +368,14 @@ class Judge:
         if not wrong:
             return []
         first = next(iter(wrong.values()))
-        if text := PROPERTIES.get(PLANS[case.plan][0][index]):
+        text = PROPERTIES.get(PLANS[case.plan][0][index])
+        if text and first["error"] < math.inf:
             return [_finding(case, "property", text, **first)]
         return [_finding(case, "value", diagnose.UNKNOWN, evidence=(got, list(wrong), truths, index), **first)]
 
     def why(self, case: Case, got: dict, wrong: list[str], truths: list, index: int, quickly=False) -> list[str]:
-        """Causes that explain it, the best first; NaN is asked whether it changes with what the oracle planted. `quickly`
-        only asks the causes of earlier findings.
+        """Causes that explain it, the best first; NaN is asked whether it changes with what the oracle planted.
+        `quickly` only asks the causes of earlier findings.
         """
         truth, found = truths[index], self.report.findings
         known = [cause for f in found for cause in f.causes if f.kind == "value"]
@@ -391,8 +401,13 @@ class Judge:
         if causes[0].startswith(diagnose.UNKNOWN) and any((x.isinf() & ~want.isinf()).any() for x, want in pairs):
             causes = [diagnose.not_finite(case, truth, got, wrong)]
         vague = causes[0].startswith(diagnose.VAGUE) or causes[0] == "out is zero"
-        if (case.shift or case.spread) and vague and not unknown:
+        # a case that fails no more without its large scores fails by them, whatever else would look the same
+        large = (case is self.simplest or (vague and not unknown)) and not causes[0].startswith("a masked score")
+        if (case.shift or case.spread) and large:
             return [diagnose.LARGE if case.shift else diagnose.SPREAD]
+        if case is self.simplest and causes[0].startswith(diagnose.UNKNOWN) and "+" in case.name:
+            needs = next((text for (field, x), text in diagnose.TAKES.items() if getattr(case, field) == x), None)
+            causes = [needs or f"{causes[0]}; it takes {case.name.partition(' + ')[2]}"]
         # the same case in the whole world passed before this one came
         plain = {f"{word}-p{case.p}" for word in ("causal", "full")}
         return [diagnose.GROUP] if case.groups and plain & set(self.report.passed) else causes

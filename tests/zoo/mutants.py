@@ -1,8 +1,8 @@
 """Small named mistakes: one place of a correct source, changed as its author might have written it.
 
 `old` occurs once in the base and `new` takes its place. The cause says what is wrong, not how it
-shows. `racy` marks those whose numbers may come out right by luck of timing, so that only watching
-the messages is sure to see them; `hangs` those that wait for ever where they honestly would.
+shows. `racy` marks those whose numbers may come out right by luck of timing, of memory or of what ran
+before, so that only watching is sure to see them; `hangs` those that wait for ever where they honestly would.
 """
 
 from dataclasses import dataclass
@@ -1059,6 +1059,7 @@ TILES = [
         """def triangle(rows, cols, shift, first={}):
     shift = first.setdefault((rows, cols), shift)
 """,
+        passes_naive=False,
     ),
     Mutant(
         "tiled_scale_kept_by_heads",
@@ -1068,6 +1069,7 @@ TILES = [
         "The scale of the first call is kept for every later call with as many heads, whatever the head dim.",
         "        scale = d**-0.5 if scale is None else scale\n",
         "        scale = vars(triangle).setdefault(h, d**-0.5) if scale is None else scale\n",
+        racy=True,
     ),
     Mutant(
         "tiled_scale_of_padded_dim",
@@ -1095,6 +1097,7 @@ TILES = [
         "The running output starts as memory that nobody has written.",
         "        out.zero_()\n",
         "",
+        racy=True,
     ),
     Mutant(
         "tiled_dout_strides",
@@ -1140,6 +1143,7 @@ TILES = [
         "The new maximum is not stored, so what was summed before a tile is scaled by exp(-inf) = 0.",
         "            top[:, :, a:b] = new\n",
         "",
+        passes_naive=False,
     ),
 ]
 
@@ -1286,7 +1290,7 @@ SOME_BLOCKS = [
         "scale-wrong-on-received-blocks",
         "The scores of received blocks are scaled by ln 2 once more.",
         "kv[0].to(acc), kv[1].to(acc), keep, scale)\n                out, lse",
-        "kv[0].to(acc), kv[1].to(acc), keep, scale if hop == 0 else 0.6931471805599453 * scale)\n                out, lse",
+        "kv[0].to(acc), kv[1].to(acc), keep, 0.6931471805599453 ** (hop > 0) * scale)\n                out, lse",
         passes_naive=False,
     ),
     Mutant(
