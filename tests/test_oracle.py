@@ -457,7 +457,7 @@ def paged(n, p, rank):
 
 
 def on_pages(q, k, v, *, causal, group, masked=True):
-    rank, p, s = dist.get_rank(group), dist.get_world_size(group), q.shape[1]
+    rank, p = dist.get_rank(group), dist.get_world_size(group)
     n = {2: 10, 3: 16}[p]  # as its caller would know
     k, v = Gather.apply(k, group), Gather.apply(v, group)
     kpos = torch.cat([paged(n, p, r) for r in range(p)])

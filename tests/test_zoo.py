@@ -99,6 +99,7 @@ SAYS = {
     "sequence-order": "have tokens",
     "batch-mixed": "taken for the",
     "padded-heads-kept": "padded",
+    "heads-not-divisible": "heads that the ranks do not divide",
     "one-max-for-the-whole-block": "for several rows",
     "mask-from-tile": "counted from a tile",
     "state-under-too-small-a-key": "it passes alone",
@@ -160,6 +161,7 @@ def test_the_unmutated_pass(name, pool):
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_the_whole_zoo_is_rejected_and_most_of_it_named(pool):
+    blind = {name: facts["blind"] for name, facts in json.loads(RECORD.read_text()).items() if "blind" in facts}
     record = {}
     for mutant in zoo.MUTANTS:
         report = judged(mutant.name, pool)
@@ -169,7 +171,7 @@ def test_the_whole_zoo_is_rejected_and_most_of_it_named(pool):
             "cause": mutant.cause,
             "diagnosis": report.diagnosis,
             "seconds": round(report.seconds, 1),
-        }
+        } | ({"blind": blind[mutant.name]} if mutant.name in blind else {})  # before any rule was changed
     RECORD.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
     assert [name for name, facts in record.items() if not facts["rejected"]] == []
-    assert sum(facts["named"] for facts in record.values()) > len(record) / 2
+    assert sum(facts["named"] for facts in record.values()) > 0.8 * len(record)

@@ -29,6 +29,7 @@ UNKNOWN = "unknown signature"
 EARLY = "a receive buffer is read before its wait(): the numbers are right once the oracle leaves the buffer alone"
 UNWRITTEN = "memory that nobody wrote is read: there is no NaN once fresh memory holds zeros"
 EARLIER = "it passes alone: the cause lies in an earlier case, whose state is kept"
+RACE = "it fails at some times only, not alone and after no one case: a race, or much that is kept"
 ENOUGH = 0.05  # a guess may leave this share of the error unexplained
 MESSAGES = {
     "two-into-one": "two receives into one buffer",
@@ -41,6 +42,7 @@ MESSAGES = {
 GROUP = "a rank, size or group of the world is used for the group's own (group rank used as global rank?)"
 LARGE = "large scores overflow or underflow: exp without the maximum, or one that starts at 0 or is for several rows"
 SPREAD = "rows whose scores lie far apart spoil each other: one maximum for several rows"
+ODD = "heads that the ranks do not divide make it raise"
 BLIND = "the lse of a query that sees nothing is a finite number: a maximum or sum that starts at 0"
 TAKES = {  # what a case has that fails no more without it, where no number says what is done with it
     **{("dout", x): "dO is read with other strides than it has" for x in ("heads first", "expanded")},
@@ -49,7 +51,7 @@ TAKES = {  # what a case has that fails no more without it, where no number says
     ("plan", "stacked"): "a call's result depends on another call: a part of what one saved is overwritten by the next",
     ("plan", "steps"): "a call's result depends on another call: something is kept from step to step",
 }
-VAGUE = (UNKNOWN, "NaN or inf", "it raises", EARLIER)  # what a finding says when it has nothing better
+VAGUE = (UNKNOWN, "NaN or inf", "it raises", EARLIER, RACE)  # what a finding says when it has nothing better
 HARMLESS = ("unfinished work", "an input was written to")  # values are worth a look all the same
 GRADS = ["dq", "dk", "dv"]
 PAIRED = {"times", "scale", "K_of", "V_of"}  # ingredients that may differ from pair to pair
@@ -81,6 +83,14 @@ def mismatched(results: dict[int, dict]) -> list[tuple[str, str, int, Any]]:
             cause = f"message of the wrong {what}" if len(receives) == 1 else "unequal hop counts"
             return [(cause, text, rank, op["line"])]
     return []
+
+
+def direction(results: dict[int, dict]) -> int:
+    """+1 if messages go to the next rank, −1 if to the one before; where that is the same, +1."""
+    steps = [
+        (op["peer"] - rank) % len(results) for rank, r in results.items() for op in r["ops"] if op["kind"] == "send"
+    ]
+    return -1 if steps and len(results) > 2 and set(steps) == {len(results) - 1} else 1
 
 
 def crash(error: dict) -> tuple[str, str]:
@@ -152,7 +162,7 @@ class Scene:
     Tensors of pairs are b h m n, or what broadcasts to that, with leading dimensions for parts that are merged.
     """
 
-    def __init__(self, case: Any, truth: Any):
+    def __init__(self, case: Any, truth: Any, way: int = 1):
         self.case, self.p, self.times, self.scale = case, case.p, case.times, case.factor
         data, self.e = (truth.data[n].double() for n in ("q", "k", "v", "do")), case.h // case.g
         self.q, self.K, self.V, self.do = (x.repeat_interleave(case.h // x.shape[2], 2) for x in data)
@@ -172,10 +182,11 @@ class Scene:
         (self.mine, self.theirs), (self.here, self.there) = (
             (x[0][:, None].expand(shape), x[1].expand(shape)) for x in (self.owner, self.loc)
         )
+        self.way = way  # +1 where blocks go to the next rank, −1 where to the one before
         self.K_of = self.V_of = self.j  # the key whose K, and whose V, is used for a pair
         self.order = [torch.cat(cut).argsort() for cut in (case.asks, case.shards)]
         self.even = len({len(mine) for mine in case.shards}) == 1 and case.p > 1 and case.queries is None
-        self.hop = (self.mine - self.theirs) % self.p  # at which a query's rank sees a key
+        self.hop = way * (self.mine - self.theirs) % self.p  # at which a query's rank sees a key
         self.L = self.D = None
         self.O, self.L, self.top = self.forward().values()
         self.D = row_sums(self.do, self.O)[..., None]
@@ -673,11 +684,13 @@ def homes(s: Scene, who: str) -> Iterator[Guess]:
     parts = [s.backward(times=s.times * (s.hop == t)) for t in range(s.p)]
 
     def home(way: int, hops: Iterable[int]) -> dict[str, Tensor]:
-        return {n: sum(s.moved(parts[t][n], lambda y, t=t: y.roll(way * t, 1)) for t in hops) for n in ("dk", "dv")}
+        return {
+            n: sum(s.moved(parts[t][n], lambda y, t=t: y.roll(way * s.way * t, 1)) for t in hops) for n in ("dk", "dv")
+        }
 
     yield f"{who} of all hops are summed on the rank that computed them, never sent home", lambda: home(1, range(s.p))
-    for t in (s.p - 1, 1):
-        left = f"{who} of the last hop are left on the rank that computed them, not added or sent home"
+    for t, hop in {s.p - 1: "the last hop", 1: "hop 1"}.items():
+        left = f"{who} of {hop} are left on the rank that computed them, not added or sent home"
         yield left, lambda t=t: home(1, [t])
     yield f"{who} travel on instead of back", lambda: home(2, range(s.p))
 
@@ -730,14 +743,14 @@ def fits(s: Scene, whole: dict[str, Tensor], about: list[str], truth: Any) -> It
 
 
 def name(
-    case: Any, truth: Any, got: dict, wrong: list[str], others: list, known: list[str], deep=True, quickly=False
+    case: Any, truth: Any, got: dict, wrong: list[str], others: list, known: list[str], way=1, deep=True, quickly=False
 ) -> list[str]:
     """What explains the wrong tensors, the best first; where the error lives, when nothing does. `known` are causes of
     other findings, which are asked first, and `quickly` no others; `deep` looks for what is wrong on some blocks only.
     """
     if quickly and not known:
         return []
-    s = Scene(case, truth)
+    s = Scene(case, truth, way)
     whole = {n: assembled(s, n, pieces) for n, pieces in got.items()}
     about = [n for n in ("out", "lse") if n in wrong][:1] or [n for n in (*GRADS, "dsink") if n in wrong]
     fine = [n for n in ("out", "lse") if n in whole and n not in wrong]  # which a guess must leave so

@@ -137,7 +137,7 @@ class Judge:
         self.bytes: dict[tuple[int, int], tuple[float, float]] = {}
         self.refusals: dict[str, list[str]] = {}
         self.ran: list[Case] = []
-        self.searched, self.simplified, self.simplest = False, 0, None
+        self.cause, self.simplified, self.simplest = diagnose.RACE, 0, None
         self.able: set[tuple[bool, bool]] = set()  # kinds of heads that p does not divide, which it has served
 
     def judge(self, case: Case) -> list[Finding]:
@@ -145,7 +145,7 @@ class Judge:
         looked = self.look(case)
         if looked is None:
             return []
-        culprit, found = None, looked
+        culprit, found, told = None, looked, case
         if self.wrong(found) and not self.known(case, found):
             culprit, case, found = self.alone(case, found)
         for finding in found:
@@ -157,7 +157,7 @@ class Judge:
             finding.snippet = self.snippet([culprit, case] if culprit else [case])
         self.report.findings += found
         self.report.passed += [] if found else [str(case)]
-        self.ran.append(case)
+        self.ran.append(told)
         return found
 
     def snippet(self, todo: list[Case]) -> str:
@@ -173,7 +173,7 @@ class Judge:
         results = self.run(case, new=new)
         if self.refused(case, results):
             return None
-        found = self.messages(case, results)
+        found, self.way = self.messages(case, results), diagnose.direction(results)
         broken = any(r["error"] or "hang" in r or "crash" in r for r in results.values())
         if not broken and all(f.causes[0] in diagnose.HARMLESS for f in found):
             for team, members in enumerate(case.teams):
@@ -186,12 +186,15 @@ class Judge:
         """A failing case in new processes: as simple as it still fails, or what came before it that it needs."""
         if not self.wrong(again := self.look(case, new=True)):
             # one search is enough: what is kept between calls is kept in all cases
-            before = [one for one in self.ran if one.world == case.world and not self.searched]
-            self.searched = True
+            before = [one for one in self.ran if one.world == case.world and self.cause != diagnose.EARLIER]
             while len(before) > 1:  # halves, of which one is enough
                 half = before[len(before) // 2 :]
                 before = half if self.after(half, case) else before[: len(before) // 2]
-            return before[0] if before and self.after(before, case) else None, case, self.kept(found)
+            culprit = before[0] if before and self.after(before, case) else None
+            self.cause = diagnose.EARLIER if culprit else self.cause
+            for f in found:
+                f.diagnosis, f.causes, f.evidence = self.cause, [self.cause], None
+            return culprit, case, found
         self.simplified += 1
         if self.simplified > SIMPLIFIED:
             return None, case, again
@@ -212,12 +215,6 @@ class Judge:
             last.diagnosis, last.evidence = last.causes[0], None
             return True
         return any(last.diagnosis == f.diagnosis for f in self.report.findings)
-
-    def kept(self, found: list[Finding]) -> list[Finding]:
-        """Findings of a case that passes alone."""
-        for f in found:
-            f.diagnosis, f.causes, f.evidence = diagnose.EARLIER, [diagnose.EARLIER], None
-        return found
 
     def after(self, before: list[Case], case: Case) -> bool:
         """Whether a case fails after these, in new processes."""
@@ -276,6 +273,8 @@ class Judge:
         # an exception on one rank makes its neighbours lose their connection or wait: the first cause is the story
         for rank, e in sorted(errors.items(), key=lambda item: "onnection" in item[1]["text"])[:1]:
             cause, text = diagnose.crash(e)
+            odd = case.h % case.p or case.g % case.p
+            cause = diagnose.ODD if odd and cause.startswith("it raises") and self.report.passed else cause
             ours = case.groups and e["type"] not in ("NameError", "ImportError", "ModuleNotFoundError")
             return [tell("crash", diagnose.GROUP if ours else cause, text, rank, e["line"])]
         if died:
@@ -395,7 +394,7 @@ class Judge:
             return [where]
         others = truths[:index] + truths[index + 1 :]
         unknown = sum(f.causes[0].startswith(diagnose.UNKNOWN) for f in found)
-        causes = diagnose.name(case, truth, got, wrong, others, known, deep=unknown < DEEP, quickly=quickly)
+        causes = diagnose.name(case, truth, got, wrong, others, known, self.way, unknown < DEEP, quickly)
         if quickly and not causes:
             return []
         if causes[0].startswith(diagnose.UNKNOWN) and any((x.isinf() & ~want.isinf()).any() for x, want in pairs):
