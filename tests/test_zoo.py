@@ -91,7 +91,7 @@ SAYS = {
     "lse-of-one-branch": "last of the branches",
     "attends-over-heads": "head axis",
     "offset-j-div-r": "(j div r)",
-    "causal-leak": "causal mask ignored, on the own block",
+    "causal-leak": "causal mask by rank instead of position",
     "multiplicity-ignored": "counts once",
     "backward-of-first-branch-only": "in the backward only: dilation offsets: only branch 0",
     "branch-lse-instead-of-merged": "for the merged lse",

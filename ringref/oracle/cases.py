@@ -533,5 +533,6 @@ def cases(*, features=(), layout="contiguous", ranks=4, quick=False, claims=None
     made = [case for case in made if case and case.world <= (8 if ranks == 4 else ranks)]
     if not made:
         raise ValueError("layout: it cuts none of the lengths that are tried, multiples of p from p to 130 p")
-    # the plain cases first, then the small ones, in the order of the table: so they say best what is wrong
-    return sorted(made, key=lambda case: (case.name not in ("full", "causal"), case.p, case.world, case.n))
+    # the plain cases first, then the small ones, but last where a token is alone: so they say best what is wrong
+    plain = ("full", "causal")
+    return sorted(made, key=lambda x: (x.name not in plain, "one token" in x.name, x.p, x.world, x.n))

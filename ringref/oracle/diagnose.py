@@ -343,6 +343,7 @@ def sights(s: Scene, deep: bool = False) -> Iterator[tuple[str, Callable[[], Ten
             "heads unassigned, h no multiple of the branches": kept(i, j, at=(branch % r, head // few == branch)),
             "heads unassigned, h no multiple of the rate": kept(i, j) & (head < h // r * r),
             "the tail that fills no segment is dropped": kept(i, j) & ((j < n // w * w) | (n < w)),
+            "a branch whose segment is longer than the sequence is dropped": kept(i, j) & (w <= n),
             **{f"branch {m} is dropped": kept(i, j) & (branch != m) for m in range(len(w))},
             **{f"only branch {m} counts": kept(i, j) & (branch == m) for m in range(len(w))},
         }
