@@ -143,7 +143,7 @@ class Ring(torch.autograd.Function):
         do = do.to(wide)
         D = (do * out).sum(-1).transpose(1, 2) - dlse
         dq, block = torch.zeros_like(q, dtype=wide), (k.contiguous(), v.contiguous())
-        grads = (torch.zeros_like(k, dtype=wide), torch.zeros_like(v, dtype=wide))
+        grads = tuple(torch.zeros(x.shape, dtype=wide) for x in (k, v))  # contiguous, whatever k and v are
         for t in range(p):
             scores = scores_of(q, block[0], keys_of(rank, p, s, layout), keys_of((rank - t) % p, p, s, layout), causal)
             mine = scores.logsumexp(-1) if bug == "block lse" else lse

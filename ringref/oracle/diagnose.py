@@ -41,6 +41,7 @@ MESSAGES = {
 }
 GROUP = "a rank, size or group of the world is used for the group's own (group rank used as global rank?)"
 LARGE = "large scores overflow or underflow: exp without the maximum, or one that starts at 0 or is for several rows"
+NOT_LARGE = ("a masked score", "accumulates in low precision")  # what may show in large scores and is no overflow
 SPREAD = "rows whose scores lie far apart spoil each other: one maximum for several rows"
 ODD = "heads that the ranks do not divide make it raise"
 BLIND = "the lse of a query that sees nothing is a finite number: a maximum or sum that starts at 0"

@@ -273,8 +273,9 @@ class Judge:
         # an exception on one rank makes its neighbours lose their connection or wait: the first cause is the story
         for rank, e in sorted(errors.items(), key=lambda item: "onnection" in item[1]["text"])[:1]:
             cause, text = diagnose.crash(e)
-            odd = case.h % case.p or case.g % case.p
-            cause = diagnose.ODD if odd and cause.startswith("it raises") and self.report.passed else cause
+            if (case.h % case.p or case.g % case.p) and cause.startswith("it raises"):
+                h = max(4, 2 * case.p)  # is it the heads?
+                cause = diagnose.ODD if self.look(replace(case, h=h, g=h)) == [] else cause
             ours = case.groups and e["type"] not in ("NameError", "ImportError", "ModuleNotFoundError")
             return [tell("crash", diagnose.GROUP if ours else cause, text, rank, e["line"])]
         if died:
@@ -401,7 +402,7 @@ class Judge:
             causes = [diagnose.not_finite(case, truth, got, wrong)]
         vague = causes[0].startswith(diagnose.VAGUE) or causes[0] == "out is zero"
         # a case that fails no more without its large scores fails by them, whatever else would look the same
-        large = (case is self.simplest or (vague and not unknown)) and not causes[0].startswith("a masked score")
+        large = (case is self.simplest or (vague and not unknown)) and not causes[0].startswith(diagnose.NOT_LARGE)
         if (case.shift or case.spread) and large:
             return [diagnose.LARGE if case.shift else diagnose.SPREAD]
         if case is self.simplest and causes[0].startswith(diagnose.UNKNOWN) and "+" in case.name:

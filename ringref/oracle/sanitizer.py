@@ -22,6 +22,7 @@ import os
 import pickle
 import sys
 import threading
+import time
 import traceback
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
@@ -129,6 +130,7 @@ class Ledger:
             "findings": list(self.findings),
             "waiting": self.waiting,
             "ticks": self.ticks,
+            "cpu": time.process_time(),
             "line": candidate_line(stack),
             "sent": sum(op["sent"] for op in list(self.ops)),
         }

@@ -11,7 +11,6 @@ from .cases import SCORE_MODS, Case, index
 
 MULTIPLE = {"float64": 4.0, "float32": 4.0, "bfloat16": 2.0, "float16": 2.0}
 FLOOR = {"float64": 8.0, "float32": 8.0, "bfloat16": 0.2, "float16": 0.2}
-FAR = 0.02  # what is granted where scores are so large that a float32 lse holds three digits of them
 
 
 class Truth:
@@ -44,8 +43,10 @@ class Truth:
         # where each query sees one key, dq and dk cancel everywhere: what rounding leaves of terms as large as dv
         typical = max(0.05 * total if total > 1e-9 * terms else terms, 1e-30) / math.sqrt(self.case.p)
         error, *rough = (_distance(*(y.masked_fill(blind, 0.0) for y in (x, want)), typical) for x in (got, *roughs))
-        budget = MULTIPLE[self.case.dtype] * max(*rough, FLOOR[self.case.dtype] * self.eps)
-        return error, max(budget, FAR if abs(self.case.shift) > 1000 else 0.0)
+        # exp(score − lse) can be no better than a float32 lse, which is coarse where it is large
+        largest = self.whole["lse"].nan_to_num(neginf=0.0).abs().max().item()
+        coarse = 0.5 * torch.finfo(torch.float32).eps * largest * (name != "lse")
+        return error, MULTIPLE[self.case.dtype] * max(*rough, FLOOR[self.case.dtype] * self.eps, coarse)
 
 
 def _distance(got: Tensor, want: Tensor, norm: float = 1e-30) -> float:
