@@ -29,6 +29,8 @@ UNKNOWN = "unknown signature"
 EARLY = "a receive buffer is read before its wait(): the numbers are right once the oracle leaves the buffer alone"
 UNWRITTEN = "memory that nobody wrote is read: there is no NaN once fresh memory holds zeros"
 EARLIER = "it passes alone: the cause lies in an earlier case, whose state is kept"
+PRECISE = "something is kept in low precision: the same in float32 passes"
+CALLS = "a call's result depends on another call:"
 RACE = "it fails at some times only, not alone and after no one case: a race, or much that is kept"
 ENOUGH = 0.05  # a guess may leave this share of the error unexplained
 MESSAGES = {
@@ -702,15 +704,14 @@ def homes(s: Scene, who: str) -> Iterator[Guess]:
 
 def crossed(s: Scene, truth: Any, others: list) -> Iterator[Guess]:
     """What calls do to each other."""
-    calls = "a call's result depends on another call:"
     for other in others:
         o = Scene(s.case, other)
         saved = lambda o=o: o.backward(do=s.do, dlse=s.dlse)
-        yield f"{calls} what one forward saved is overwritten by the next", saved
-        yield f"{calls} it is the other's", lambda other=other: other.whole
+        yield f"{CALLS} what one forward saved is overwritten by the next", saved
+        yield f"{CALLS} it is the other's", lambda other=other: other.whole
         for old in (other.whole, o.backward(times=o.times * (o.hop == 0))):
             added = lambda old=old: {n: truth.whole[n] + x for n, x in old.items()}
-            yield f"{calls} a buffer is not cleared, results add up", added
+            yield f"{CALLS} a buffer is not cleared, results add up", added
 
 
 def _factor(pairs: list[tuple[Tensor, Tensor]]) -> float:

@@ -26,6 +26,7 @@ from .truth import Truth
 
 TENSORS = ("out", "lse", "dq", "dk", "dv", "dsink")
 SIMPLIFIED = 3  # findings after which a failing case is told as it is
+LOW = ("bfloat16", "float16")
 DEEP = 2  # unknown findings after which mistakes on some blocks only are not looked for
 PATIENCE = {True: 15.0, False: 45.0}  # seconds, quick or not, after which a wrong candidate has been seen enough
 PROPERTIES = {  # what it means when the first step is right and such a step is not
@@ -193,7 +194,12 @@ class Judge:
             culprit = before[0] if before and self.after(before, case) else None
             self.cause = diagnose.EARLIER if culprit else self.cause
             for f in found:
-                f.diagnosis, f.causes, f.evidence = self.cause, [self.cause], None
+                causes = [self.cause]
+                if culprit and f.evidence:  # is it that case's numbers?
+                    got, wrong, truths, i = f.evidence
+                    told = diagnose.name(case, truths[i], got, wrong, [Truth(culprit, culprit.data())], [], deep=False)
+                    causes = told if told[0].startswith(diagnose.CALLS) else causes
+                f.diagnosis, f.causes, f.evidence = causes[0], causes, None
             return culprit, case, found
         self.simplified += 1
         if self.simplified > SIMPLIFIED:
@@ -356,8 +362,8 @@ class Judge:
                 if why := _misfit(name, x, want, case):
                     return [_finding(case, "value", why, rank=rank, tensor=name, error=math.inf, budget=0.0)]
                 got[name].append(x.double())
-            if name == "dsink" and truth.error(name, 0, got[name][0])[0] > 1e-2:  # of its own rows, or already summed
-                got[name] = [sum(got[name])] * len(mine)
+            if name == "dsink" and any(truth.error(name, i, x)[0] > 1e-2 for i, x in enumerate(got[name])):
+                got[name] = [sum(got[name])] * len(mine)  # each of its own rows, where it is not summed already
             for rank, x in enumerate(got[name]):
                 error, budget = truth.error(name, rank, x)
                 worst = max(worst, (error / budget, error, budget, rank))
@@ -401,6 +407,8 @@ class Judge:
         if causes[0].startswith(diagnose.UNKNOWN) and any((x.isinf() & ~want.isinf()).any() for x, want in pairs):
             causes = [diagnose.not_finite(case, truth, got, wrong)]
         vague = causes[0].startswith(diagnose.VAGUE) or causes[0] == "out is zero"
+        if case is self.simplest and causes[0].startswith(diagnose.UNKNOWN) and case.dtype in LOW:
+            return [diagnose.PRECISE]
         # a case that fails no more without its large scores fails by them, whatever else would look the same
         large = (case is self.simplest or (vague and not unknown)) and not causes[0].startswith(diagnose.NOT_LARGE)
         if (case.shift or case.spread) and large:
