@@ -709,7 +709,8 @@ def crossed(s: Scene, truth: Any, others: list) -> Iterator[Guess]:
         saved = lambda o=o: o.backward(do=s.do, dlse=s.dlse)
         yield f"{CALLS} what one forward saved is overwritten by the next", saved
         yield f"{CALLS} it is the other's", lambda other=other: other.whole
-        for old in (other.whole, o.backward(times=o.times * (o.hop == 0))):
+        grads = {n: x for n, x in other.whole.items() if n in GRADS}
+        for old in (other.whole, grads, o.backward(times=o.times * (o.hop == 0))):
             added = lambda old=old: {n: truth.whole[n] + x for n, x in old.items()}
             yield f"{CALLS} a buffer is not cleared, results add up", added
 
