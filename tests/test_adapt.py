@@ -120,7 +120,7 @@ def test_heads_in_another_order_are_found_without_their_adapter(pool):
 
 def test_what_one_device_cannot_do_is_not_judged(pool):
     report = check(adapt.single(local), features={"causal"}, ranks=2, quick=True, pool=pool)
-    assert report and set(report.passed) == {"full-p1", "causal-p1"}
+    assert report and {"full-p1", "causal-p1"} <= set(report.passed) and all(x.endswith("-p1") for x in report.passed)
     assert any("cases, refused: one device only" in line for line in report.not_judged)
 
 

@@ -1,12 +1,16 @@
 """The oracle passes correct attention and names what is wrong with a dozen mistakes of our own."""
 
 import functools
+import importlib.metadata
+import inspect
+import itertools
 import json
 import math
 import os
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -14,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 import ringref
-from ringref.oracle import FEATURES, Case, cases, check
+from ringref.oracle import FEATURES, Case, Pool, cases, check
 from ringref.oracle.cli import main
 
 # ------------------------------------------------------------- two correct candidates, as somebody
@@ -139,7 +143,7 @@ class Ring(torch.autograd.Function):
         do = do.to(wide)
         D = (do * out).sum(-1).transpose(1, 2) - dlse
         dq, block = torch.zeros_like(q, dtype=wide), (k.contiguous(), v.contiguous())
-        grads = (torch.zeros_like(k, dtype=wide), torch.zeros_like(v, dtype=wide))
+        grads = tuple(torch.zeros(x.shape, dtype=wide) for x in (k, v))  # contiguous, whatever k and v are
         for t in range(p):
             scores = scores_of(q, block[0], keys_of(rank, p, s, layout), keys_of((rank - t) % p, p, s, layout), causal)
             mine = scores.logsumexp(-1) if bug == "block lse" else lse
@@ -194,17 +198,37 @@ def test_correct_code_passes_every_case(fn, layout, pool):
     assert report.seconds < 120
 
 
-def ours(q, k, v, *, causal, group, method, layout, backend, window=None, mask_mod=None, dilation=None, positions=None):
-    """One of our methods as the oracle calls a candidate, with every feature."""
+NATIVE = set(inspect.signature(ringref.ring_attention).parameters)
+OURS = set(FEATURES) - {"score_mod", "value_dim", "sink"}  # the window and the documents are masks like any other
+OURS |= {"score_mod", "value_dim"} if "score_mod" in NATIVE else set()
+OURS |= {"sink"} if hasattr(ringref, "sink") else set()
+
+
+def ours(
+    q, k, v, *, causal, group, method, layout, backend,
+    window=None, cu_seqlens=None, mask_mod=None, sink=None, positions=None, kv_positions=None, **told,
+):  # fmt: skip
+    """One of our methods as the oracle calls a candidate, with every feature that it has."""
     place = ringref.ProcessRing(group)
-    shard = ringref.Shard(positions, place) if positions is not None else None
+    shard = ringref.Shard(positions, place, kv_positions) if positions is not None else None
     if shard is None:
         shard = ringref.partition(q.shape[1] * place.size, place, layout)
-    keep = mask_mod
-    if window:  # no feature of ours: a mask like any other
-        keep = lambda b, h, q, k: (q - k <= window[0]) & (k - q <= window[1])
+    if kv_positions is not None and q.shape[1] == 1 and place.size > 1 and len({*all_of(positions, place)}) == 1:
+        raise NotImplementedError("a query has one rank")
+    told |= {name: x for name, x in (("window", window), ("cu_seqlens", cu_seqlens)) if x is not None}
+    if "window" not in NATIVE:
+        window, starts = told.pop("window", (math.inf, math.inf)), told.pop("cu_seqlens", torch.zeros(1))
+        mask = mask_mod or (lambda b, h, q, k: True)
+        document = lambda x: (x[..., None] >= starts).sum(-1)
+        near = lambda q, k: (q - k <= window[0]) & (k - q <= window[1]) & (document(q) == document(k))
+        mask_mod = lambda b, h, q, k: mask(b, h, q, k) & near(q, k)
     attention = getattr(ringref, f"{method}_attention")
-    return attention(q, k, v, causal=causal, dilation=dilation, mask_mod=keep, shard=shard, backend=backend)
+    found = attention(q, k, v, causal=causal, mask_mod=mask_mod, shard=shard, backend=backend, **told)
+    return found if sink is None else ringref.sink(found, sink)
+
+
+def all_of(positions, place):
+    return torch.cat(place.gather(positions, [positions.shape] * place.size)).tolist()
 
 
 BACKENDS = [(m, b) for m in ("dense", "dilated", "collective", "ring") for b in ("auto", "math", "torch")]
@@ -215,7 +239,7 @@ BACKENDS = [(m, b) for m in ("dense", "dilated", "collective", "ring") for b in 
 @pytest.mark.parametrize(("method", "backend"), [x for x in BACKENDS if x != ("dense", "torch")])
 def test_our_methods_pass_with_every_feature_on_every_layout_and_backend(method, backend, layout, pool):
     # a fused kernel that is asked for by name takes no mask
-    features = set(FEATURES) - ({"mask", "window"} if backend == "torch" else set())
+    features = OURS - ({"mask", "window", "cu_seqlens", "score_mod"} if backend == "torch" else set())
     fn = functools.partial(ours, method=method, layout=layout, backend=backend)
     report = check(fn, layout=layout, features=features, quick=backend != "auto", pool=pool)
     assert report, str(report)
@@ -271,6 +295,277 @@ def test_only_a_ring_holds_what_a_ring_holds(fn, holds, pool):
 def test_a_gather_that_slices_is_named(pool):
     report = check(functools.partial(gathering, wrap=Sliced), features={"causal"}, quick=True, pool=pool, stop_after=2)
     assert "zero but for the own block" in report.diagnosis, str(report)
+
+
+# --------------------------------------------------------------------------------------------------
+# - holes that there were: each of these passed, as all inputs were alike
+
+
+class Handed(torch.autograd.Function):
+    """out as it is; its gradient as somebody would misread it."""
+
+    @staticmethod
+    def forward(ctx, out):
+        return out.clone()
+
+    @staticmethod
+    def backward(ctx, do):
+        if 0 in do.stride() and do.numel() > 1:  # out.sum() expands one number
+            return torch.cat([do.flatten()[:1], do.new_zeros(do.numel() - 1)]).view(do.shape)
+        return do.as_strided(do.shape, torch.empty(do.shape, device="meta").stride())
+
+
+def strided(q, k, v, **told):
+    out, lse = gathering(q, k, v, **told)
+    return Handed.apply(out), lse
+
+
+def by_tiles(q, k, v, *, causal, group):
+    """One rank's causal mask counts from a tile of 32: right until there is a second."""
+    if dist.get_world_size(group) > 1:
+        return gathering(q, k, v, causal=causal, group=group)
+    i = torch.arange(q.shape[1])
+    scores = scores_of(q, k, i % 32, i % 32, causal) if causal else scores_of(q, k, i, i, False)
+    weights = scores.masked_fill(causal & (i // 32 > i[:, None] // 32), -math.inf).softmax(-1)
+    return torch.einsum("bhqk,bkhd->bqhd", weights.to(v.dtype), v.repeat_interleave(q.shape[2] // v.shape[2], 2))
+
+
+def padded(q, k, v, **told):
+    """The head dim is padded to a multiple of 8, and the scale taken after."""
+    q, k = (torch.nn.functional.pad(x, (0, -x.shape[-1] % 8)) for x in (q, k))
+    return gathering(q, k, v, **told)
+
+
+def unscaled(q, k, v, *, scale=None, **told):
+    return gathering(q, k, v, **told)
+
+
+def remembering(q, k, v, *, causal, group):
+    """What is kept between calls has too small a key."""
+    kept = vars(remembering).setdefault("kept", {})
+    causal = kept.setdefault((q.shape[1], dist.get_world_size(group)), causal)
+    return gathering(q, k, v, causal=causal, group=group)
+
+
+class Reused(torch.autograd.Function):
+    """What the backward needs is kept in a buffer of its shape, which the next forward fills again."""
+
+    buffers = {}
+
+    @staticmethod
+    def forward(ctx, q, k):
+        ctx.kept = [Reused.buffers.setdefault((i, x.shape, x.dtype), torch.empty_like(x)) for i, x in enumerate((q, k))]
+        for buffer, x in zip(ctx.kept, (q, k)):
+            buffer.copy_(x)
+        return torch.einsum("bqhd,bkhd->bhqk", q, k) * q.shape[-1] ** -0.5
+
+    @staticmethod
+    def backward(ctx, dS):
+        q, k = ctx.kept
+        dS = dS * q.shape[-1] ** -0.5
+        return torch.einsum("bhqk,bkhd->bqhd", dS, k), torch.einsum("bhqk,bqhd->bkhd", dS, q)
+
+
+def reusing(q, k, v, *, causal, group):
+    if dist.get_world_size(group) > 1 or k.shape != q.shape:
+        return gathering(q, k, v, causal=causal, group=group)
+    scores = Reused.apply(q, k)
+    i = torch.arange(q.shape[1])
+    scores = scores.masked_fill(i > i[:, None], -math.inf) if causal else scores
+    return torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), v)
+
+
+def one_maximum(q, k, v, *, causal, group):
+    """All rows are shifted by one maximum."""
+    if dist.get_world_size(group) > 1:
+        return gathering(q, k, v, causal=causal, group=group)
+    i = torch.arange(q.shape[1])
+    weights = (scores_of(q, k, i, i, causal) - scores_of(q, k, i, i, causal).amax()).exp()
+    weights = weights / weights.sum(-1, keepdim=True)
+    return torch.einsum("bhqk,bkhd->bqhd", weights.to(v.dtype), v.repeat_interleave(q.shape[2] // v.shape[2], 2))
+
+
+HOLES = {
+    strided: "dO is read with other strides",
+    by_tiles: "counted from a tile of 32",
+    padded: "head dim padded to",
+    unscaled: "scale is ignored",
+    remembering: "it passes alone",
+    reusing: "overwritten by the next",
+    one_maximum: "for several rows",
+}
+
+
+@pytest.mark.parametrize("fn", HOLES, ids=lambda fn: fn.__name__)
+def test_inputs_that_differ_in_every_way_leave_no_hole(fn, pool):
+    features = {"causal", "gqa"} | ({"scale"} if fn is unscaled else set())
+    some = [case for case in cases(features=features, ranks=2) if case.p < 3]
+    report = check(fn, only=some, pool=pool, stop_after=2)
+    assert not report and HOLES[fn] in report.diagnosis, str(report)
+    assert fn is not remembering or report.findings[0].snippet.count("Case(") == 2
+
+
+def test_every_pair_of_levels_meets_and_a_feature_only_adds():
+    plain, more = (cases(features=some) for some in ({"causal", "gqa"}, {"causal", "gqa", "window", "dilation"}))
+    for some in (plain, more):
+        for fields in itertools.product(("train", "stacked", "steps"), ("", "expanded", "heads first")):
+            assert any((case.plan, case.dout) == fields for case in some), fields
+        assert {(4, 1), (8, 8), (3, 3), (6, 3)} <= {(case.h, case.g) for case in some}
+        assert {1, 33, 70, 130} <= {case.n // case.p for case in some}
+        assert {"float32", "float64", "bfloat16", "float16"} == {case.dtype for case in some}
+    for plan in ("stacked", "steps", "properties"):
+        assert any(case.dilation and case.plan == plan for case in more) and any(
+            case.window and case.plan == plan for case in more
+        )
+    assert any(not case.window and not case.dilation and case.plan == "steps" for case in more)
+    assert list(map(repr, more)) == list(map(repr, cases(features={"causal", "gqa", "window", "dilation"})))
+    assert list(map(repr, more)) != list(map(repr, cases(features={"causal", "gqa", "window", "dilation"}, seed=1)))
+
+
+def unwritten(q, k, v, *, fill=False, **told):
+    out, lse = gathering(q, k, v, **told)
+    workspace = torch.empty_like(out)
+    return out + (workspace.zero_() if fill else 0 * workspace.clamp(-1, 1)), lse
+
+
+def test_memory_that_nobody_wrote_is_named(pool):
+    case = Case("fresh", p=1, n=6)
+    assert check(functools.partial(unwritten, fill=True), only=[case], pool=pool)
+    report = check(unwritten, only=[case], pool=pool)
+    assert not report and "memory that nobody wrote" in report.diagnosis
+
+
+def noisy(q, k, v, **told):
+    out, lse = gathering(q, k, v, **told)
+    return out * (1 + 1e-7 * torch.randn(())), lse
+
+
+def test_a_declared_determinism_is_judged_to_the_bit(pool):
+    case = Case("twice", p=1, n=6, plan="twice")
+    assert check(gathering, only=[case], pool=pool)
+    assert "not deterministic" in check(noisy, only=[case], pool=pool).diagnosis
+
+
+def paged(n, p, rank):
+    """Pages of three tokens, round robin; every rank has as many rows, the rest is padding."""
+    if n % 2:
+        raise ValueError("only even lengths")
+    pages = torch.arange(n).split(3)[rank::p]
+    rows = torch.cat([*pages, torch.arange(0)])
+    longest = max(len(torch.cat([*torch.arange(n).split(3)[r::p], torch.arange(0)])) for r in range(p))
+    return torch.cat([torch.full((longest - len(rows),), -1), rows])
+
+
+def on_pages(q, k, v, *, causal, group, masked=True):
+    rank, p = dist.get_rank(group), dist.get_world_size(group)
+    n = {2: 10, 3: 16}[p]  # as its caller would know
+    k, v = Gather.apply(k, group), Gather.apply(v, group)
+    kpos = torch.cat([paged(n, p, r) for r in range(p)])
+    qpos = paged(n, p, rank)
+    scores = scores_of(q, k, qpos.masked_fill(qpos < 0, n), kpos, causal)
+    scores = scores.masked_fill(kpos < 0, -1e30) if masked else scores
+    v = v.repeat_interleave(q.shape[2] // v.shape[2], 2).to(scores.dtype)
+    return torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), v).to(q.dtype)
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_a_layout_may_be_a_function_and_pad(masked, pool):
+    some = [Case("pages", p=p, n=n, causal=causal, layout=paged) for p, n, causal in ((2, 10, False), (3, 16, True))]
+    report = check(functools.partial(on_pages, masked=masked), only=some, pool=pool)
+    assert bool(report) == masked, str(report)
+    assert all(case.n % 2 == 0 for case in cases(features={"causal"}, layout=paged))
+    with pytest.raises(ValueError, match="layout: the ranks' positions"):
+        cases(layout=lambda n, p, rank: torch.arange(n))
+    with pytest.raises(ValueError, match="layout: it cuts none"):
+        cases(layout=lambda n, p, rank: paged(1, p, rank))
+
+
+def options(q, k, v, *, causal, group, softmax_scale=None, dropout_p=0.0, window=(1, 1)):
+    return gathering(q, k, v, causal=causal, group=group)
+
+
+def test_arguments_that_nobody_judges_are_told(pool):
+    told = check(options, ranks=1, quick=True, pool=pool).not_judged
+    assert {"argument softmax_scale", "argument dropout_p", "argument window"} <= set(told)
+    assert "argument softmax_scale" not in check(functools.partial(options, softmax_scale=1.0), ranks=1, quick=True,
+                                                 pool=pool).not_judged  # fmt: skip
+
+
+def test_json_has_a_schema_and_fail_fast_stops(pool):
+    report = check(padded, features={"causal"}, ranks=1, pool=pool, fail_fast=True)
+    told = json.loads(report.to_json())
+    assert told["schema"] == 1 and told["version"] and told["ok"] is False and len(told["findings"]) == 1
+    keys = {"kind", "diagnosis", "case", "p", "rank", "tensor", "error", "budget", "where", "snippet", "causes"}
+    assert told["findings"][0].keys() == keys
+
+
+def wrong_dk(q, k, v, **told):
+    return gathering(q, k + 0.5 * (k.detach() - k), v, **told)
+
+
+def test_a_guess_that_raises_loses_no_rejection(pool):
+    report = check(wrong_dk, only=[Case("mqa", p=4, n=24, h=4, g=1)], pool=pool)
+    assert "dk is wrong by a factor 1/2" in report.diagnosis, str(report)
+
+
+class Mute(RuntimeError):
+    def __str__(self):
+        raise RuntimeError("no")
+
+
+def mute(q, k, v, **told):
+    raise Mute
+
+
+HOSTILE = {
+    "sparse": lambda q, k, v, **told: q.to_sparse(),
+    "complex": lambda q, k, v, **told: torch.complex(q, q),
+    "meta": lambda q, k, v, **told: q.to("meta"),
+    "str for lse": lambda q, k, v, **told: (q, "lse"),
+    "cannot be printed": mute,
+}
+
+
+@pytest.mark.parametrize("says", HOSTILE)
+def test_a_hostile_result_is_a_finding(says, pool):
+    report = check(HOSTILE[says], only=[Case("hostile", p=1, n=4)], pool=pool)
+    assert not report and report.findings[0].kind == "crash", str(report)
+    assert says in report.findings[0].diagnosis
+
+
+def forks(q, k, v, *, causal, group, path):
+    if not path.exists():
+        path.write_text(str(subprocess.Popen(["sleep", "600"]).pid))
+    return gathering(q, k, v, causal=causal, group=group)
+
+
+def test_what_a_candidate_forks_ends_with_the_pool(tmp_path):
+    with Pool(1) as workers:
+        assert check(functools.partial(forks, path=tmp_path / "pid"), only=[Case("forks", p=1, n=4)], pool=workers)
+        pid = int((tmp_path / "pid").read_text())
+        os.kill(pid, 0)
+    for _ in range(100):
+        if not Path(f"/proc/{pid}").exists() or " Z " in Path(f"/proc/{pid}/stat").read_text():
+            return
+        time.sleep(0.1)
+    pytest.fail("it lives")
+
+
+def test_plain_pytest_judges_in_three_lines(tmp_path):
+    (tmp_path / "test_mine.py").write_text(
+        "from test_oracle import gathering, padded\nfrom ringref.oracle import Case\n"
+        "def test_right(ringref_check):\n    ringref_check(gathering, only=[Case('one', p=1, n=4)])\n"
+        "def test_wrong(ringref_check):\n    ringref_check(padded, only=[Case('d 12', p=1, n=4, d=12)])\n"
+    )
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests")))}
+    words = ["-p", "ringref.oracle.plugin"] if "ringref" not in plugins() else []
+    command = [sys.executable, "-m", "pytest", "-q", *words, str(tmp_path)]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
+    assert "1 failed, 1 passed" in done.stdout and "padded is wrong" in done.stdout, done.stdout + done.stderr
+
+
+def plugins():
+    return {point.name for point in importlib.metadata.entry_points(group="pytest11")}
 
 
 # --------------------------------------------------------------------------------------------------

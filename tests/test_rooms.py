@@ -13,7 +13,7 @@ import ringref
 SOURCE = Path(ringref.__file__).parent
 STANDARD = set(sys.stdlib_module_names)
 PACKAGES = {"cloudpickle", "einops", "matplotlib", "numpy", "rich", "torch"}
-OPTIONAL = {"engine.kernels": {"xformers"}, "lab.bench": {"dilated_attention_pytorch"}}
+OPTIONAL = {"engine.kernels": {"xformers"}, "lab.bench": {"dilated_attention_pytorch"}, "oracle.plugin": {"pytest"}}
 
 FLOORS = (  # from the ground up: a room imports from floors below its own, and from nobody beside it
     {"comm.ring"},
@@ -27,11 +27,11 @@ FLOORS = (  # from the ground up: a room imports from floors below its own, and 
     {"collective", "dilated", "ring", "engine.explain"},
     {"ringref"},
     {"lab.draw", "lab.memory", "lab.model", "oracle.cases"},
-    {"lab.bench", "lab.main_job", "oracle.diagnose", "oracle.sanitizer"},
-    {"oracle.adapt", "oracle.pool", "oracle.report", "oracle.truth"},
+    {"lab.bench", "lab.main_job", "oracle.diagnose", "oracle.sanitizer", "oracle.truth"},
+    {"oracle.adapt", "oracle.pool", "oracle.report"},
     {"oracle.judge"},
     {"oracle"},
-    {"oracle.cli"},
+    {"oracle.cli", "oracle.plugin"},
     {"__main__"},
 )
 EMPTY = {"comm", "engine", "lab"}  # packages that only say what is in them

@@ -26,7 +26,7 @@ SAYS = {
     "running-max-starts-at-zero": "starts at 0",
     "nan-when-nothing-seen": "NaN where",
     "accumulates-in-bf16": "low precision",
-    "lse-not-updated": "last of the blocks",
+    "lse-not-updated": "lse becomes the block's",
     "running-max-forgotten": "NaN where",
     "denominator-not-rescaled": "denominator is not rescaled",
     "lse-without-max": "lacks its maximum",
@@ -91,14 +91,41 @@ SAYS = {
     "lse-of-one-branch": "last of the branches",
     "attends-over-heads": "head axis",
     "offset-j-div-r": "(j div r)",
-    "causal-leak": "causal mask ignored, on the own block",
+    "causal-leak": "causal mask by rank instead of position",
     "multiplicity-ignored": "counts once",
     "backward-of-first-branch-only": "in the backward only: dilation offsets: only branch 0",
-    "branch-lse-instead-of-merged": "lse of branches",
+    "branch-lse-instead-of-merged": "for the merged lse",
     "head-order": "have heads",
     "sequence-order": "have tokens",
     "batch-mixed": "taken for the",
     "padded-heads-kept": "padded",
+    "heads-not-divisible": "heads that the ranks do not divide",
+    "one-max-for-the-whole-block": "for several rows",
+    "mask-from-tile": "counted from a tile",
+    "state-under-too-small-a-key": "it passes alone",
+    "scale-of-padded-dim": "head dim padded",
+    "scale-ignored": "scale is ignored",
+    "unwritten-memory": "memory that nobody wrote",
+    "dout-strides": "dO is read with other strides",
+    "stale-v-in-backward": "V is the rank's own, on received blocks",
+    "positions-of-queries-for-keys": "positions",
+    "causal-bottom-right": "bottom-right",
+    "documents-off-by-one": "documents a token too late",
+    "sink-counted-p-times": "the sink is counted",
+    "sink-scaled": "the sink is scaled",
+    "score-mod-local-indices": "score_mod in local coordinates",
+    "out-of-another-dtype": "out is float32 where",
+    "local-maximum": "common maximum",
+    "dq-not-reduced": "in dq only: zero but for the own block",
+    "epsilon-in-the-sum": "is added to the sum",
+    "finite-mask-value": "masked score is -10000",
+    "own-v-at-every-hop": "V is the rank's own, on received blocks",
+    "scale-wrong-on-received-blocks": "base 2 (ln 2), on received blocks",
+    "base-2-lse-on-received-blocks": "the lse is base 2, taken for natural, on received blocks",
+    "row-sum-missing-on-received-blocks": "the row sum D is missing",
+    "stale-k-on-last-hop": "K is stale, of the hop before, on the last hop",
+    "ranks-reversed": "ranks counted from the end",
+    "zero-lse-taken-for-masked": "whose lse is 0 are taken for masked",
 }
 
 
@@ -134,6 +161,7 @@ def test_the_unmutated_pass(name, pool):
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_the_whole_zoo_is_rejected_and_most_of_it_named(pool):
+    blind = {name: facts["blind"] for name, facts in json.loads(RECORD.read_text()).items() if "blind" in facts}
     record = {}
     for mutant in zoo.MUTANTS:
         report = judged(mutant.name, pool)
@@ -143,7 +171,7 @@ def test_the_whole_zoo_is_rejected_and_most_of_it_named(pool):
             "cause": mutant.cause,
             "diagnosis": report.diagnosis,
             "seconds": round(report.seconds, 1),
-        }
+        } | ({"blind": blind[mutant.name]} if mutant.name in blind else {})  # before any rule was changed
     RECORD.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
     assert [name for name, facts in record.items() if not facts["rejected"]] == []
-    assert sum(facts["named"] for facts in record.values()) > len(record) / 2
+    assert sum(facts["named"] for facts in record.values()) > 0.8 * len(record)

@@ -41,6 +41,15 @@ class Case:
     calls: str = "one"
     packed: bool = False  # q, k, v are views of one tensor
     logits: float = 1.0  # scale of q
+    low: float = 0.0  # added to every score
+    zeros: bool = False  # every third row of q is zero
+    strided: bool = False  # dO is a transposed view
+    e: int = 0  # head dim of v, if not d
+    m: int = 0  # tokens that ask, the last of n, if not all
+    scale: float = None
+    cu_seqlens: tuple = None
+    score_mod: str = None
+    sink: bool = False
     seed: int = field(default=0, compare=False)
 
     @property
@@ -52,6 +61,7 @@ class Case:
         return self.ranks or tuple(range(self.p))
 
 
+SCORE_MODS = {"capped": lambda score, b, h, q, kv: 2 * torch.tanh(score / 2) - 0.1 * (h + 1) * (q - kv).abs()}
 STORED = torch.rand(1, 1, 12, 12, generator=torch.Generator().manual_seed(0)) < 0.6
 MASKS = {
     "padding": lambda b, h, q, kv: kv < 9,
@@ -73,15 +83,25 @@ def positions_of(case, layout, rank):
     return torch.arange(rank * case.s, (rank + 1) * case.s)
 
 
+def queries_of(case, layout, rank):
+    """Which of the m queries a rank has: its own tokens, or an equal part of the last m."""
+    return torch.arange(case.m).chunk(case.p)[rank] if case.m else positions_of(case, layout, rank)
+
+
 def whole(case, call):
-    """q, k, v, dout, dlse of the whole sequence, the same on every process."""
+    """q, k, v, dout, dlse, sink of the whole sequence, the same on every process."""
     gen = torch.Generator().manual_seed(1000 * call + case.seed)
-    shapes = [(case.b, case.n, heads, case.d) for heads in (case.h, case.g, case.g, case.h)]
-    q, k, v, dout = (torch.randn(s, generator=gen, dtype=torch.float64) for s in shapes)
-    dlse = torch.randn(case.b, case.h, case.n, generator=gen, dtype=torch.float64)
+    m, e = case.m or case.n, case.e or case.d
+    shapes = (m, case.h, case.d), (case.n, case.g, case.d), (case.n, case.g, e), (m, case.h, e)
+    q, k, v, dout = (torch.randn(case.b, *s, generator=gen, dtype=torch.float64) for s in shapes)
+    dlse = torch.randn(case.b, case.h, m, generator=gen, dtype=torch.float64)
+    if case.low:
+        q[..., 0], k[..., 0] = case.low * case.d**0.5, 1.0
+    if case.zeros:
+        q[:, ::3] = 0.0
     # what a low precision candidate is given is what the reference is given
     q, k, v, dout = (x.to(case.dtype).double() for x in (q * case.logits, k, v, dout))
-    return q, k, v, dout, dlse
+    return q, k, v, dout, dlse, torch.randn(case.h, generator=gen, dtype=torch.float64)
 
 
 def as_object(dilation):
@@ -94,17 +114,20 @@ def as_object(dilation):
 
 def dense(case, call=0):
     """Softmax attention over the whole sequence, every mask written out; log m for m branches."""
-    q, k, v, dout, dlse = whole(case, call)
-    i, j = torch.arange(case.n)[:, None], torch.arange(case.n)[None, :]
-    count = torch.ones(case.b, case.h, case.n, case.n, dtype=torch.float64)
+    q, k, v, dout, dlse, sink = whole(case, call)
+    m = case.m or case.n
+    i, j = torch.arange(case.n - m, case.n)[:, None], torch.arange(case.n)[None, :]
+    count = torch.ones(case.b, case.h, m, case.n, dtype=torch.float64)
     if case.causal:
         count = count * (j <= i)
     if case.window is not None:
         left, right = case.window
         count = count * ((j >= i - left) | (left < 0)) * ((j <= i + right) | (right < 0))
+    b, head = torch.arange(case.b).view(-1, 1, 1, 1), torch.arange(case.h).view(-1, 1, 1)
+    if case.cu_seqlens is not None:
+        document = torch.repeat_interleave(torch.tensor(case.cu_seqlens).diff())
+        count = count * (document[i] == document[j])
     if case.mask is not None:
-        b = torch.arange(case.b).view(-1, 1, 1, 1)
-        head = torch.arange(case.h).view(-1, 1, 1)
         count = count * MASKS[case.mask](b, head, i, j)
     if case.dilation is not None:
         seen = torch.zeros(case.h, case.n, case.n, dtype=torch.float64)
@@ -124,11 +147,15 @@ def dense(case, call=0):
     leaves = [x.requires_grad_() for x in (q, k, v)]
     repeat = case.h // case.g
     wide_k, wide_v = (x.repeat_interleave(repeat, dim=2) for x in (k, v))
-    logits = torch.einsum("bihd,bjhd->bhij", q, wide_k) * case.d**-0.5
+    logits = torch.einsum("bihd,bjhd->bhij", q, wide_k) * (case.scale or case.d**-0.5)
+    if case.score_mod:
+        logits = SCORE_MODS[case.score_mod](logits, b, head, i, j)
     top = logits.detach().masked_fill(count == 0, -INF).amax(-1, keepdim=True)
     top = top.masked_fill(top == -INF, 0.0)
     weight = count * torch.exp((logits - top).masked_fill(count == 0, 0.0))
     total = weight.sum(-1, keepdim=True)
+    if case.sink:
+        total = total + torch.exp(sink.view(1, -1, 1, 1) - top)
     blind = total == 0
     total = total.masked_fill(blind, 1.0)
     out = torch.einsum("bhij,bjhd->bihd", weight / total, wide_v)
@@ -147,16 +174,16 @@ def reference(case, layout, with_lse, call=0):
     lse = lse.detach().masked_fill(blind, -INF)
     ranks = []
     for rank in range(case.p):
-        mine = positions_of(case, layout, rank)
-        part = {"out": out.detach()[:, mine], "lse": lse[:, :, mine]}
-        part.update(zip(("dq", "dk", "dv"), (x[:, mine] for x in grads)))
+        asks, mine = queries_of(case, layout, rank), positions_of(case, layout, rank)
+        part = {"out": out.detach()[:, asks], "lse": lse[:, :, asks]}
+        part.update(zip(("dq", "dk", "dv"), (x[:, rows] for x, rows in zip(grads, (asks, mine, mine)))))
         ranks.append(part)
     return ranks
 
 
 def evaluate(candidate, case, layout, group, backward=True):
     """Runs in a worker: what a user's two training steps would see, in plain tensors."""
-    mine = positions_of(case, layout, dist.get_rank(group))
+    asks, mine = (of(case, layout, dist.get_rank(group)) for of in (queries_of, positions_of))
     options = {"causal": case.causal, "group": group}
     if case.window is not None:
         options["window"] = case.window
@@ -166,11 +193,23 @@ def evaluate(candidate, case, layout, group, backward=True):
         options["dilation"] = as_object(case.dilation)
     if case.lengths:
         options["positions"] = mine.clone()
+    if case.m:
+        options |= {"positions": asks + case.n - case.m, "kv_positions": mine.clone()}
+    if case.scale is not None:
+        options["scale"] = case.scale
+    if case.cu_seqlens is not None:
+        options["cu_seqlens"] = torch.tensor(case.cu_seqlens, dtype=torch.int32)
+    if case.score_mod:
+        options["score_mod"] = SCORE_MODS[case.score_mod]
     results = []
 
     def forward(call):
-        q, k, v, dout, dlse = whole(case, call)
-        q, k, v, dout = (x[:, mine].to(case.dtype) for x in (q, k, v, dout))
+        q, k, v, dout, dlse, sink = whole(case, call)
+        q, k, v, dout = (x[:, rows].to(case.dtype) for x, rows in zip((q, k, v, dout), (asks, mine, mine, asks)))
+        if case.sink:
+            options["sink"] = sink
+        if case.strided:
+            dout = dout.transpose(1, 2).contiguous().transpose(1, 2)
         if case.packed:
             packed = torch.stack((q, k, v), dim=2)
             q, k, v = packed.unbind(2)
@@ -178,7 +217,7 @@ def evaluate(candidate, case, layout, group, backward=True):
         leaves = [x.detach().requires_grad_() for x in (q, k, v)]
         got = candidate(*leaves, **options)
         out, lse = got if isinstance(got, tuple) else (got, None)
-        return leaves, kept, out, lse, dout, dlse[:, :, mine]
+        return leaves, kept, out, lse, dout, dlse[:, :, asks]
 
     def finish(leaves, kept, out, lse, dout, dlse):
         result = {"out": out.detach().clone()}
@@ -190,7 +229,7 @@ def evaluate(candidate, case, layout, group, backward=True):
                 outputs, grads = (out, lse), (dout, dlse.to(lse.dtype))
             dq, dk, dv = torch.autograd.grad(outputs, leaves, grads)
             result.update(dq=dq.clone(), dk=dk.clone(), dv=dv.clone())
-        now = [*leaves, options.get("positions", mine), STORED]
+        now = [*leaves, mine, STORED]
         result["written"] = not all(torch.equal(a, b) for a, b in zip(now, kept))
         STORED.copy_(kept[-1])
         results.append(result)
@@ -324,6 +363,20 @@ PLAIN = [
     case("dilated, one rank, full", 1, "dilation", s=11, dilation=((4, 8), (2, 8)), causal=False),
     case("dilated, steps of heads", 1, "dilation", s=9, h=3, g=3, dilation=((4,), (5,))),
     case("dilated, grouped", 3, "dilation", s=6, h=5, g=5, dilation=((4, 12), (2, 3), "grouped")),
+    case("one rank, two tiles", 1, s=37, b=1),
+    case("two ranks, two tiles", 2, s=34, b=1, h=2, g=2),
+    case("head dim 12, dO transposed", 2, d=12, strided=True),
+    case("scale", 2, "scale", scale=0.2),
+    case("head dim of v", 3, "value_dim", e=12),
+    case("one kv head, head dim of v, scale", 2, "gqa value_dim scale", g=1, e=4, scale=0.6),
+    case("packed documents", 3, "cu_seqlens", cu_seqlens=(0, 4, 4, 11, 18)),
+    case("packed documents, window, full", 2, "cu_seqlens window", cu_seqlens=(0, 5, 12), window=(2, 1), causal=False),
+    case("sink", 3, "sink", sink=True),
+    case("sink, documents, one rank", 1, "sink cu_seqlens", sink=True, cu_seqlens=(0, 1, 6)),
+    case("capped scores, ALiBi", 3, "score_mod", score_mod="capped"),
+    case("capped scores, window, scale", 2, "score_mod window scale", score_mod="capped", window=(3, 0), scale=0.5),
+    case("chunked prefill", 3, "kv", m=6),
+    case("cross-attention", 2, "kv gqa", m=8, g=2, causal=False),
     case("dilated, grouped, one", 1, "dilation", s=13, dilation=((4, 9, 13), (2, 3, 1), "grouped")),
 ]
 EXTREME = [
@@ -332,6 +385,8 @@ EXTREME = [
     case("stored mask", 1, "mask", s=12, mask="stored"),
     case("padding mask", 2, "mask", mask="padding"),
     case("two ranks, huge logits", 2, logits=1000.0),
+    case("scores below any mask value", 2, low=-1e5),
+    case("dilated, lse 0", 1, "dilation", s=12, zeros=True, dilation=((4, 12), (4, 2))),
     case("dilated, one rank, aligned", 1, "dilation", s=16, dilation=((8, 16), (1, 2))),
 ]
 MORE = [
@@ -490,6 +545,8 @@ def difference(pool, mutant, case):
             if got["written"]:
                 return f"rank {rank} writes to its inputs"
             for name in ("out", "lse", "dq", "dk", "dv"):
+                if name in expected and got[name].dtype != expected[name].dtype:
+                    return f"{name} of rank {rank} is {got[name].dtype}"
                 if name in expected and distance(expected[name], got[name]) > NOISE[case.dtype]:
                     error = distance(expected[name], got[name])
                     return f"{name} of rank {rank}, call {call}: {error:.1e}"

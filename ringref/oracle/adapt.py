@@ -8,6 +8,7 @@ declared features add (see `ringref.oracle`). For other names and fixed argument
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -25,6 +26,31 @@ def name_of(fn: Any) -> str:
     if isinstance(fn, partial) and not hasattr(fn, "__qualname__"):
         return name_of(fn.func)
     return getattr(fn, "__qualname__", type(fn).__name__)
+
+
+ARGUMENTS = {  # what people call an argument that is a feature here; "" is judged by none
+    **dict.fromkeys(("scale", "softmax_scale", "sm_scale"), "scale"),
+    **dict.fromkeys(("window", "window_size", "sliding_window"), "window"),
+    **dict.fromkeys(("sink", "sinks", "s_aux", "attention_sink"), "sink"),
+    **dict.fromkeys(("score_mod", "softcap", "logits_soft_cap", "alibi_slopes", "bias", "attn_bias"), "score_mod"),
+    **dict.fromkeys(("mask_mod", "mask", "attn_mask", "attention_mask", "block_mask"), "mask"),
+    **dict.fromkeys(("cu_seqlens", "cu_seqlens_q", "cu_seqlens_k", "seqlens"), "cu_seqlens"),
+    **dict.fromkeys(("dropout", "dropout_p", "attn_dropout"), ""),
+    "dilation": "dilation",
+    "kv_positions": "kv",
+    "deterministic": "deterministic",
+}
+
+
+def undeclared(fn: Any, features: set[str]) -> list[str]:
+    """Arguments of a candidate, or of what an adapter has of it, that nobody judges with these features."""
+    inner = fn.args[0] if isinstance(fn, partial) and fn.args and callable(fn.args[0]) else fn
+    try:
+        names = inspect.signature(inner).parameters
+    except (TypeError, ValueError):  # not every callable tells
+        return []
+    fixed = getattr(fn, "keywords", {})
+    return [name for name in names if name not in fixed and ARGUMENTS.get(name, "causal") not in {"causal", *features}]
 
 
 def _adapter(call: Callable) -> Callable:

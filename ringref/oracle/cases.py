@@ -1,12 +1,18 @@
-"""The cases of a sweep: small problems, cut across ranks by a layout, that together leave no place to hide."""
+"""The cases of a sweep: small problems, cut across ranks by a layout, that together leave no place to hide.
+
+They are chosen as an experiment is: `FACTORS` are what may differ between two inputs, each with its levels, and the
+sweep meets every pair of levels of two factors in some case, by a seed; a quick one meets every level. A feature adds
+levels and takes none away, so it meets every plan, dtype and stride.
+"""
 
 from __future__ import annotations
 
 import functools
-import math
+import itertools
+import random
 import re
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -14,14 +20,19 @@ from torch import Tensor
 
 from ..comm.ring import Ring
 from ..dense import dense_attention
-from ..shard import LAYOUTS, Dilation, partition
+from ..shard import LAYOUTS, Dilation, Shard, partition
 
-FEATURES = ("causal", "gqa", "mask", "window", "dilation", "uneven", "empty", "lse", "subgroup")
+FEATURES = (
+    *("causal", "gqa", "mask", "window", "dilation", "uneven", "empty", "lse", "subgroup"),
+    *("scale", "score_mod", "sink", "cu_seqlens", "kv", "value_dim", "deterministic"),
+)
 PLANS = {  # the inputs of each step, and which pass runs on which: forward, backward, inference
     "train": (("first",), "f0 b0"),
     "stacked": (("first", "second"), "f0 f1 b1 b0"),
     "properties": (("first", "batch", "constant", "future"), "i0 i1 i2 i3"),
     "steps": (("first", "second", "again"), "f0 b0 f1 b1 f2 b2"),
+    "twice": (("first", "again"), "f0 b0 f1 b1"),
+    "inference": (("first",), "i0"),
     "growth": (("first",), "f0 b0"),
 }
 PASSES = {"f": "forward", "b": "backward", "i": "inference"}
@@ -29,20 +40,32 @@ PASSES = {"f": "forward", "b": "backward", "i": "inference"}
 
 @dataclass(frozen=True, repr=False)
 class Case:
-    """One problem: shapes, masks and how it is cut. `Case(...).check(fn)` runs it alone and raises if `fn` is wrong.
+    """One problem: shapes, masks and how it is cut. `check(fn, only=[Case(...)])` judges it alone.
 
     Args:
         name: how the report calls it.
         p: ranks that share the sequence.
         n, b, h, g, d: tokens, batch, query heads, key/value heads, head dim.
-        plan: "train" (forward, backward), "steps" (three training steps, the third like the first), "stacked" (two
-            forwards before their backwards), "properties" (forwards on altered inputs), "growth" (bytes only).
+        plan: "train" (forward, backward), "steps" (three training steps, the third like the first), "twice" (two that
+            must agree to the bit), "stacked" (two forwards before their backwards), "properties" (forwards on altered
+            inputs), "inference" (a forward), "growth" (bytes only).
+        layout: "contiguous", "zigzag", "striped", or a function (n, p, rank) -> positions, −1 where a row is padding.
         heads: "all", or "grouped" for the convention of dilated attention that `ringref.Dilation` names so.
+        cu_seqlens: where packed documents begin, and n.
+        score_mod: "softcap" or "alibi".
+        sink: every query head has an attention sink, whose logit is a leaf too.
+        scale: told to the candidate; None leaves it to the default, 1/√d.
+        value_dim: head dim of v and out, where it is not d.
+        queries: tokens that ask, the last of n; None is all of them.
+        replicated: every rank has all the queries.
         shift: added to every score (through one more direction of q and k): exp must not overflow or vanish.
+        spread: the same for every third row, and taken away from every other third.
         sharp: factor on q and k: softmax close to one-hot.
-        offset: added to v and dO of the first half of the ranks, taken from the others': a running sum grows, then
-            cancels, and what it lost by rounding shows.
-        packed: q, k and v are views of one tensor, as a packed projection gives them.
+        zeros: some rows of q are zero, so that lse is 0 where such a query sees one key, and scores tie.
+        offset: added to v and dO of the first half of the ranks, taken from the others', and a common part to q and k:
+            a running out, dq, dk or dv grows, then cancels, and what it lost by rounding shows.
+        views: how q, k and v lie in memory: "", "packed" (views of one tensor) or "heads first".
+        dout: how dO lies: "", "heads first" or "expanded" (that of `out.sum()`).
         lengths: tokens of each rank, contiguous; None cuts by `layout`.
         groups: the ranks of each process group in a world; None is one group that is the world.
     """
@@ -56,25 +79,36 @@ class Case:
     g: int = 4
     d: int = 8
     dtype: str = "float32"
-    layout: str = "contiguous"
+    layout: str | Callable = "contiguous"
     plan: str = "train"
     mask: str | None = None
     window: tuple[int, int] | None = None
     dilation: tuple[tuple[int, ...], tuple[int, ...]] | None = None
     heads: str = "all"
+    cu_seqlens: tuple[int, ...] | None = None
+    score_mod: str | None = None
+    sink: bool = False
+    scale: float | None = None
+    value_dim: int | None = None
+    queries: int | None = None
+    replicated: bool = False
     lengths: tuple[int, ...] | None = None
     groups: tuple[tuple[int, ...], ...] | None = None
     positions: bool = False
     dlse: bool = False
     shift: float = 0.0
+    spread: float = 0.0
     sharp: float = 1.0
+    zeros: bool = False
     offset: float = 0.0
-    packed: bool = False
+    views: str = ""
+    dout: str = ""
     seed: int = 0
 
     def __repr__(self) -> str:
-        told = ((f.name, getattr(self, f.name), f.default) for f in fields(self))
-        return f"Case({', '.join(f'{name}={value!r}' for name, value, default in told if value != default)})"
+        told = [(f.name, getattr(self, f.name), f.default) for f in fields(self)]
+        told = [(x, value.__name__ if callable(value) else repr(value)) for x, value, usual in told if value != usual]
+        return f"Case({', '.join(f'{x}={value}' for x, value in told)})"
 
     def __str__(self) -> str:
         return f"{self.name}-p{self.p}"
@@ -88,63 +122,138 @@ class Case:
     def world(self) -> int:
         return max(map(max, self.teams)) + 1
 
+    @property
+    def m(self) -> int:
+        """How many tokens ask."""
+        return self.n if self.queries is None else self.queries
+
+    @property
+    def factor(self) -> float:
+        """What scores are multiplied by."""
+        return self.d**-0.5 if self.scale is None else self.scale
+
+    def _cut(self, n: int) -> list[Tensor]:
+        if self.lengths is not None:
+            return list(torch.arange(n).split(list(self.lengths)))
+        if callable(self.layout):
+            return [torch.as_tensor(self.layout(n, self.p, rank), dtype=torch.int64) for rank in range(self.p)]
+        return [partition(n, _Seat(i, self.p), self.layout).positions for i in range(self.p)]
+
+    @functools.cached_property
+    def slots(self) -> list[Tensor]:
+        """The token in each of a rank's rows of keys, −1 where the layout pads."""
+        return self._cut(self.n)
+
     @functools.cached_property
     def shards(self) -> list[Tensor]:
-        """Every rank's global positions."""
-        if self.lengths is not None:
-            return list(torch.arange(self.n).split(list(self.lengths)))
-        return [partition(self.n, _Seat(i, self.p), self.layout).positions for i in range(self.p)]
+        """Every rank's keys, as global positions."""
+        return [mine[mine >= 0] for mine in self.slots]
+
+    @functools.cached_property
+    def asks(self) -> list[Tensor]:
+        """Every rank's queries, as indices of the m; position n − m + i is that of the i-th."""
+        if self.queries is None:
+            return self.shards
+        return [torch.arange(self.m)] * self.p if self.replicated else [x[x >= 0] for x in self._cut(self.m)]
+
+    def told(self, rank: int) -> dict[str, Tensor]:
+        """The keywords of a call that differ between the ranks."""
+        if self.queries is None:
+            return {"positions": self.shards[rank].clone()} if self.positions else {}
+        return {"positions": self.asks[rank] + self.n - self.m, "kv_positions": self.shards[rank].clone()}
 
     def call(self) -> dict[str, Any]:
-        """The keywords of the call, less `group` and `positions`."""
+        """The keywords of the call that all ranks share, less `group`."""
         dilation = Dilation(*self.dilation, heads=self.heads) if self.dilation else None
-        mask = make_mask(self.mask, self.n) if self.mask else None
-        added = {"mask_mod": mask, "window": self.window, "dilation": dilation}
+        starts = None if self.cu_seqlens is None else torch.tensor(self.cu_seqlens, dtype=torch.int32)
+        added = {
+            "mask_mod": make_mask(self.mask, self.n) if self.mask else None,
+            "score_mod": SCORE_MODS.get(self.score_mod),
+            "window": self.window,
+            "dilation": dilation,
+            "cu_seqlens": starts,
+            "scale": self.scale,
+        }
         return {"causal": self.causal} | {name: value for name, value in added.items() if value is not None}
 
-    def dense(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """The definition, on the whole problem."""
-        told = self.call()
-        if window := told.pop("window", None):
-            mask = told.get("mask_mod", lambda b, h, q, k: torch.ones((), dtype=torch.bool))
-            told["mask_mod"] = lambda b, h, q, k: mask(b, h, q, k) & (q - k <= window[0]) & (k - q <= window[1])
-        return dense_attention(q, k, v, **told)
+    def dense(self, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The definition, on the whole problem: `dense_attention`, and what it does not know written out here."""
+        mask = make_mask(self.mask, self.n) if self.mask else None
+        left, right = self.window or (self.n, self.n)
+
+        def keep(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+            same = together_in(self.cu_seqlens or (0, self.n), i, j)
+            return same & (i - j <= left) & (j - i <= right) & (mask is None or mask(b, h, i, j))
+
+        dilation = Dilation(*self.dilation, heads=self.heads) if self.dilation else None
+        shard = Shard(torch.arange(self.n - self.m, self.n), None, torch.arange(self.n))
+        scale = self.factor
+        if self.score_mod:  # scores as queries: key j is the j-th unit vector, and their product is the score
+            scores = torch.einsum("bihd,bjhd->bhij", q, k.repeat_interleave(self.h // self.g, 2)) * scale
+            q, scale = SCORE_MODS[self.score_mod](scores, *index(self)).transpose(1, 2), 1.0
+            k = torch.eye(self.n, dtype=q.dtype)[None, :, None].expand(self.b, -1, self.g, -1)
+        wide = max(q.shape[3], v.shape[3])
+        q, k, out_dim = (*(torch.nn.functional.pad(x, (0, wide - x.shape[3])) for x in (q, k)), v.shape[3])
+        v = torch.nn.functional.pad(v, (0, wide - out_dim))
+        told = {"causal": self.causal, "dilation": dilation, "mask_mod": keep, "shard": shard, "scale": scale}
+        out, lse = dense_attention(q, k, v, **told)
+        return sunk(out[..., :out_dim], lse, sink)
 
     @functools.cached_property
     def times(self) -> Tensor:
-        """How often each query sees each key, b h n n, asked of the judge: zero scores, and v the identity."""
-        q = torch.zeros(self.b, self.n, self.h, self.n, dtype=torch.float64)
-        v = torch.eye(self.n, dtype=torch.float64)[None, :, None, :].expand_as(q)
-        out, lse = self.dense(q, q, v)
+        """How often each query sees each key, b h m n, asked of the judge: zero scores, and v the identity."""
+        q = torch.zeros(self.b, self.m, self.h, 1, dtype=torch.float64)
+        k = torch.zeros(self.b, self.n, self.g, 1, dtype=torch.float64)
+        v = torch.eye(self.n, dtype=torch.float64)[None, :, None, :].expand(self.b, -1, self.g, -1)
+        out, lse = replace(self, score_mod=None).dense(q, k, v)
         return (out.transpose(1, 2) * lse.exp()[..., None]).round()
 
     def reference(self, data: dict[str, Tensor]) -> dict[str, Tensor]:
-        """out, lse, dq, dk, dv of the whole problem in float64."""
-        q, k, v = (data[name].double().requires_grad_() for name in "qkv")
-        out, lse = self.dense(q, k, v)
+        """out, lse, dq, dk, dv (and dsink) of the whole problem in float64."""
+        names = ["q", "k", "v"] + ["sink"] * self.sink
+        leaves = [data[name].double().requires_grad_() for name in names]
+        out, lse = self.dense(*leaves)
         dlse = torch.where(lse.isfinite(), data["dlse"].double(), 0.0)
         torch.autograd.backward([out, lse], [data["do"].double(), dlse])
-        return {"out": out.detach(), "lse": lse.detach(), "dq": q.grad, "dk": k.grad, "dv": v.grad}
+        grads = {f"d{name}": x.grad for name, x in zip(names, leaves, strict=True)}
+        return {"out": out.detach(), "lse": lse.detach()} | grads
 
     def data(self, team: int = 0, step: int = 0) -> dict[str, Tensor]:
-        """The whole problem's q, k, v, dO and dlse in the case's dtype, by the seed."""
+        """The whole problem's q, k, v, dO, dlse and sink in the case's dtype, by the seed."""
         # a sum of bytes, because hash() of a string changes from run to run
         gen = torch.Generator().manual_seed(sum(self.name.encode()) * 1009 + self.seed * 101 + team * 11 + step)
-        b, n, h, g, d = self.b, self.n, self.h, self.g, self.d
+        b, m, n, h, g, d, e = self.b, self.m, self.n, self.h, self.g, self.d, self.value_dim or self.d
         normal = functools.partial(torch.randn, generator=gen, dtype=torch.float64)
-        q, k, v, do = (normal(b, n, heads, d) for heads in (h, g, g, h))
+        q, k, v, do = (normal(b, *x) for x in ((m, h, d), (n, g, d), (n, g, e), (m, h, e)))
         q, k = q * self.sharp, k * self.sharp
-        for rank, mine in enumerate(self.shards if self.offset else ()):
-            sign = self.offset if rank < self.p / 2 else -self.offset
-            v[:, mine], do[:, mine] = v[:, mine] + sign, do[:, mine] + sign
-        if self.shift:
+        if self.offset:
+            for x, common, none in ((k, 1, 2), (q, 2, 1)):
+                x[..., common], x[..., none] = self.offset, 0.0
+            for rank, (mine, keys) in enumerate(zip(self.asks, self.shards, strict=True)):
+                sign = self.offset if rank < self.p / 2 else -self.offset
+                v[:, keys], do[:, mine] = v[:, keys] + sign, do[:, mine] + sign
+        if abs(self.shift) > 1000:  # on a grid where every order of adding a score gives the same float32
+            q, k = (x.mul(4).round() / 4 for x in (q, k))
+        if self.shift or self.spread:
             # all in q: a large common part of k would magnify the rounding of correct code in dq, where it cancels
-            q[..., 0], k[..., 0] = self.shift * math.sqrt(d), 1.0
-        if self.plan == "stacked":
-            q[:, :: max(1, n // 3)] = 0.0  # lse is 0 exactly where such a query sees one key
+            by_row = self.shift + self.spread * (torch.arange(m) % 3 - 1)[:, None]
+            q[..., 0], k[..., 0] = by_row / self.factor, 1.0
+        if self.zeros:
+            q[:, :: max(1, n // 3)] = 0.0
+        if self.dout == "expanded":
+            do = torch.ones_like(do)
         dtype = getattr(torch, self.dtype)
         data = {name: x.to(dtype) for name, x in zip(("q", "k", "v", "do"), (q, k, v, do), strict=True)}
-        return data | {"dlse": normal(b, h, n).to(torch.promote_types(dtype, torch.float32))}
+        more = {"dlse": normal(b, h, m)} | ({"sink": normal(h)} if self.sink else {})
+        return data | {name: x.to(torch.promote_types(dtype, torch.float32)) for name, x in more.items()}
+
+    def mine(self, data: dict[str, Tensor], rank: int) -> dict[str, Tensor]:
+        """One rank's share of the inputs; what stands in a padding row is anything, and its dO is zero."""
+        slots = self.slots[rank]
+        asks = self.asks[rank] if self.queries is not None else slots
+        part = {name: x[:, asks if name in ("q", "do") else slots] for name, x in data.items() if x.ndim == 4}
+        part["do"] = part["do"].masked_fill((asks < 0)[:, None, None], 0.0)
+        return part | {name: x[..., asks] if x.ndim == 3 else x for name, x in data.items() if x.ndim != 4}
 
     def steps(self, team: int = 0) -> list[tuple[str, dict[str, Tensor]]]:
         """The named inputs that the plan runs on; after the first, what differs must not matter to all or a part."""
@@ -153,7 +262,10 @@ class Case:
         inputs["constant"] = first | {"v": torch.full_like(first["v"], 0.75)}
         rows, late = torch.arange(self.b) > 0, torch.arange(self.n) >= self.n // 2
         for name, theirs in (("batch", rows[:, None, None, None]), ("future", late[:, None, None])):
-            inputs[name] = first | {x: torch.where(theirs, 3 * other[x], first[x]) for x in "qkv"}
+            inputs[name] = first | {
+                x: torch.where(theirs[-first[x].shape[1] :] if name == "future" else theirs, 3 * other[x], first[x])
+                for x in "qkv"
+            }
         return [(name, inputs[name]) for name in PLANS[self.plan][0]]
 
     @property
@@ -161,12 +273,50 @@ class Case:
         """Which passes over which step, in order."""
         return [(PASSES[word[0]], int(word[1])) for word in PLANS[self.plan][1].split()]
 
+    def without(self, names: tuple[str, ...]) -> Case:
+        """This case with these fields as a plain one has them, and a name that says no more of them."""
+        plain = Case("")
+        less = {name: getattr(plain, name) for name in names if getattr(self, name) != getattr(plain, name)}
+        if not less:
+            return self
+        about = {text: set(changes) for levels in FACTORS.values() for _, text, changes in levels if changes}
+        words = [w for w in self.name.split(" + ") if not about.get(w, {"?"}) & set(names)]
+        words = ["full"] * (words[:1] not in (["full"], ["causal"])) + words
+        return replace(self, name=" + ".join(words), **less)
+
 
 class _Seat(Ring):
     """A place in a ring that nobody talks over."""
 
     def __init__(self, rank: int, size: int):
         self.rank, self.size = rank, size
+
+
+def index(case: Case) -> tuple[Tensor, ...]:
+    """Batch, head and global positions of queries and keys, as FlexAttention's functions take them."""
+    queries = torch.arange(case.n - case.m, case.n)
+    four = torch.arange(case.b), torch.arange(case.h), queries, torch.arange(case.n)
+    return tuple(x.view([-1 if a == b else 1 for b in range(4)]) for a, x in enumerate(four))
+
+
+def together_in(starts: tuple[int, ...], i: Tensor, j: Tensor) -> Tensor:
+    """Whether two positions are of one document."""
+    i, j = ((x[..., None] >= torch.tensor(starts)).sum(-1) for x in (i, j))
+    return i == j
+
+
+def sunk(out: Tensor, lse: Tensor, sink: Tensor | None) -> tuple[Tensor, Tensor]:
+    """A key that everybody sees, with a head's logit for a score and the value 0."""
+    if sink is None:
+        return out, lse
+    new = torch.logaddexp(lse, sink[:, None])
+    return out * (lse - new).exp().transpose(-1, -2)[..., None], new
+
+
+SCORE_MODS: dict[str | None, Callable] = {
+    "softcap": lambda score, b, h, q, k: 1.5 * (score / 1.5).tanh(),
+    "alibi": lambda score, b, h, q, k: score - 0.1 * (h + 1) * (q - k).abs(),
+}
 
 
 def make_mask(kind: str, n: int) -> Callable:
@@ -179,8 +329,9 @@ def make_mask(kind: str, n: int) -> Callable:
     def remembered(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         key = (tuple(q.flatten().tolist()), tuple(k.flatten().tolist()))
         if key not in stored:
-            stored[key] = (q + k + (q * k) // 3) % 4 != 0
-        return stored[key]
+            seen = (q + k + (q * k) // 3) % 4 != 0
+            stored[key] = seen, seen.clone()
+        return stored[key][0]
 
     masks = {
         "documents": lambda b, h, q, k: document.to(q.device)[q] == document.to(k.device)[k],
@@ -193,40 +344,114 @@ def make_mask(kind: str, n: int) -> Callable:
     return masks[kind]
 
 
-BF16 = {"dtype": "bfloat16", "per": 16, "sharp": 0.3}
+AWKWARD = (((4, 8, 64), (1, 2, 4)), ((5, 7), (2, 3)), ((6,), (3,)), ((3, 12), (1, 5)), ((4, 12), (4, 2)))
+LENGTHS = {"uneven": (3, 7, 1, 5), "shorter later": (8, 6, 3, 4), "empty": (5, 0, 4, 0), "first empty": (0, 4, 0, 5)}
+# What may differ between two inputs: a level is what a candidate must be able to do, how the name says it, and what
+# differs from a plain case. Two levels that set the same thing do not meet. `per` are tokens a rank, `ps` the ranks.
+FACTORS: dict[str, tuple[tuple[str, str, dict[str, Any]], ...]] = {
+    "causal": (("", "", {}), ("causal", "causal", {"causal": True})),
+    "ranks": tuple(("", "", {"p": p}) for p in (2, 1, 3, 4)),
+    "heads": (
+        *(("", "", {}), ("", "odd heads", {"h": 3, "g": 3}), ("gqa", "grouped heads", {"g": "p"})),
+        *(("gqa", "one key head", {"g": 1}), ("gqa", "uneven groups", {"h": 6, "g": 3})),
+    ),
+    "width": (("", "", {}), *(("", f"d {d}", {"d": d}) for d in (12, 5, 32))),
+    "tokens": (
+        *(("", "", {}), ("", "one token a rank", {"per": 1}), ("", "short shards", {"per": 3})),
+        *(("", f"{x} tokens a rank", {"per": x, "b": 1, "ps": ps}) for x, ps in ((33, 3), (70, 2), (130, 1))),
+    ),
+    "views": (("", "", {}), *(("", f"{x} qkv", {"views": x}) for x in ("packed", "heads first"))),
+    "dout": (("", "", {}), *(("", f"{x} dO", {"dout": x}) for x in ("heads first", "expanded"))),
+    "scores": (
+        *(("", "", {}), *(("", f"scores {x:+.0f}", {"shift": x}) for x in (120.0, -120.0))),
+        *(("", "scores -12000", {"shift": -12000.0, "d": 16, "dtype": "float32"}), ("", "sharp", {"sharp": 2.0})),
+        *(("", "rows far apart", {"spread": 100.0}), ("", "ties and lse 0", {"zeros": True})),
+    ),
+    "dtype": (
+        *(("", "", {}), ("", "float64", {"dtype": "float64"})),
+        *(("", x, {"dtype": x, "per": 16, "sharp": 0.3, "plain": True}) for x in ("bfloat16", "float16")),
+    ),
+    "plan": (("", "", {}), ("", "two graphs", {"plan": "stacked"}), ("", "properties", {"plan": "properties"}),
+             ("", "training", {"plan": "steps"}), ("deterministic", "two backwards", {"plan": "twice"})),
+    "seen": (
+        ("", "", {}),
+        *(("mask", f"mask {x}", {"mask": x}) for x in ("documents", "heads", "blind", "stored")),
+        *(("window", f"window {x}", {"window": x}) for x in ((3, 2), (8, 0), (0, 7), (1, 1))),
+        *(("dilation", f"dilation {x}", {"dilation": x, "plain": True}) for x in AWKWARD),
+        *(("cu_seqlens", f"documents {x}", {"cu_seqlens": x}) for x in ((0.3, 0.7), (0.5, 0.5), (0.1, 0.15, 0.9))),
+    ),
+    "model": (
+        *(("", "", {}), *(("scale", f"scale {x}", {"scale": x}) for x in (0.2, 1.0))),
+        *(("score_mod", x, {"score_mod": x, "plain": True}) for x in ("softcap", "alibi")),
+        *(("sink", "sink", {"sink": True}), *(("value_dim", f"d of v {x}", {"value_dim": x}) for x in (4, 24))),
+    ),
+    "cut": (
+        ("", "", {}),
+        *((x.split()[-1] if x != "shorter later" else "uneven", x, {"lengths": x, "per": 6}) for x in LENGTHS),
+        *(("kv", "cross", {"queries": "cross", "causal": False}), ("kv", "prefill", {"queries": "prefill"})),
+        ("kv", "decode", {"queries": "decode", "plan": "inference"}),
+    ),
+}  # fmt: skip
+SIMPLER = tuple(  # fields that go together, in the order in which a failing case is freed of them
+    tuple(names.split())
+    for names in (
+        *("mask window dilation cu_seqlens", "score_mod", "sink", "scale", "value_dim", "dout", "views", "plan"),
+        *("zeros shift spread sharp", "d value_dim", "dtype sharp", "causal"),
+    )
+)
+LOW = {"dtype": "bfloat16", "per": 16, "sharp": 0.3}
 GROWTH = {"plan": "growth", "b": 1, "d": 32, "h": 8, "g": 8}
-AWKWARD = (((4, 8, 64), (1, 2, 4)), ((5, 7), (2, 3)), ((6,), (3,)), ((3, 12), (1, 5)))
-# what a candidate must be able to do, name, the p it runs at, those that `quick` keeps, what differs from a plain case
-EACH = (  # with and without causality
-    ("", "", (1, 2, 3, 4, 5), (1, 2, 3, 4, 5), {}),
-    ("gqa", "every head its own keys", (2,), (), {"g": 4}),
-    ("", "two graphs", (1, 2, 3), (2,), {"plan": "stacked"}),
-    ("", "properties", (1, 2, 3), (2,), {"plan": "properties"}),
-    ("", "training", (3,), (), {"plan": "steps"}),
-    *(("", f"scores {shift:+.0f}", (1, 2, 3), (), {"shift": shift}) for shift in (120.0, -120.0)),
-    ("", "sharp", (4,), (), {"sharp": 2.0}),
-    ("", "short shards", (4,), (), {"per": 2}),
-    ("", "packed qkv", (2,), (), {"packed": True}),
-    ("", "odd heads", (2, 4), (2,), {"h": 3, "g": 3}),
-    ("", "longer", (2, 4), (), {"per": 20}),
-    *(("mask", f"mask {x}", (1, 2, 3), (2,), {"mask": x}) for x in ("documents", "heads", "blind", "stored")),
-    *(("window", f"window {x}", (1, 2, 3, 4), (2,), {"window": x}) for x in ((3, 2), (8, 0), (0, 7), (1, 1))),
-    *(("dilation", f"dilation {x}", (2,), (2,), {"dilation": x, "h": 5, "g": 5, "per": 8}) for x in AWKWARD),
-    *(("dilation", f"dilation {x}", (1, 3), (1,), {"dilation": x, "h": 10, "g": 5, "per": 8}) for x in AWKWARD),
-    *(("uneven", "uneven", (len(x),), (3,), {"lengths": x}) for x in ((3, 8), (7, 2, 5), (1, 6, 3, 4))),
-    *(("empty", "empty", (len(x),), (3,), {"lengths": x}) for x in ((5, 0), (0, 4, 5), (3, 0, 0, 5))),
+ONCE = (  # what a candidate must be able to do, name, the p it runs at, what differs; causal if the candidate can
+    ("", "bfloat16", (8,), LOW),
+    ("", "bfloat16 sums", (8,), LOW | {"causal": False, "offset": 4.0}),
+    ("causal", "eight ranks", (8,), {}),
+    ("subgroup", "subgroup", (2,), {"groups": ((0, 2), (1, 3))}),
+    ("subgroup", "subgroup", (2,), {"groups": ((1, 2),)}),
+    ("subgroup", "subgroup", (3,), {"groups": ((1, 2, 4),)}),
+    ("ring", "growth", (2, 4, 8), GROWTH | {"per": 32}),
+    ("ring", "growth", (4,), GROWTH | {"per": 64}),
 )
-ONCE = (  # causal if the candidate can
-    ("", "float64", (2,), (), {"dtype": "float64"}),
-    ("", "bfloat16", (4, 8), (), BF16),
-    ("", "bfloat16 sums", (8,), (8,), BF16 | {"causal": False, "offset": 4.0}),
-    ("causal", "eight ranks", (8,), (), {}),
-    ("subgroup", "subgroup", (2,), (2,), {"groups": ((0, 2), (1, 3))}),
-    ("subgroup", "subgroup", (2,), (), {"groups": ((1, 2),)}),
-    ("subgroup", "subgroup", (3,), (), {"groups": ((1, 2, 4),)}),
-    ("ring", "growth", (2, 4, 8), (2, 4, 8), GROWTH | {"per": 32}),
-    ("ring", "growth", (4,), (4,), GROWTH | {"per": 64}),
-)
+
+
+def covering(levels: list[int], fits: Callable, pairs: bool, seed: int) -> Iterator[tuple[int, ...]]:
+    """Rows of an experiment: every level of every factor, or every pair of levels of two, that `fits` allows."""
+    chance, size = random.Random(seed), 2 if pairs else 1
+
+    def parts(row: dict[int, int]) -> set[tuple]:
+        return set(itertools.combinations(sorted(row.items()), size))
+
+    every = itertools.combinations(range(len(levels)), size)
+    missing = {c for some in every for c in itertools.product(*([(f, x) for x in range(levels[f])] for f in some))}
+    missing = {c for c in missing if fits(dict(c))}
+    while missing:
+        tried = []
+        for start in chance.sample(sorted(missing), min(3, len(missing))):
+            row = dict(start)
+            for f in chance.sample(range(len(levels)), len(levels)):
+                choices = [x for x in range(levels[f]) if f not in row and fits(row | {f: x})]
+                if choices:  # the level that meets most of what is missing; by chance among equals
+                    gain = {x: sum(c in missing for c in _new(row, f, x, size)) for x in choices}
+                    row[f] = max(choices, key=lambda x: (gain[x], chance.random()))
+            tried.append(row)
+        row = max(tried, key=lambda row: len(parts(row) & missing))
+        missing -= parts(row)
+        yield tuple(row.get(f, 0) for f in range(len(levels)))
+
+
+def _new(row: dict[int, int], f: int, x: int, size: int) -> list[tuple]:
+    return [((f, x),)] if size == 1 else [tuple(sorted(((f, x), other))) for other in row.items()]
+
+
+def _fits(changes: list[dict[str, Any]], most: int) -> bool:
+    """Whether levels can meet: nothing set twice, unless to say that both want all else plain; few enough ranks."""
+    told = [name for one in changes for name in one if name != "plain"]
+    both = {name: value for one in changes for name, value in one.items()}
+    alone = sum("plain" in one for one in changes) < 2
+    needs_two = both.get("lengths") or both.get("queries") == "decode"
+    return (
+        alone and len(told) == len(set(told)) and both.get("p", 1) <= min(most, both.get("ps", most))
+        and not (needs_two and both.get("p") == 1)
+    )  # fmt: skip
 
 
 def _names(features: Any) -> set[str]:
@@ -234,16 +459,46 @@ def _names(features: Any) -> set[str]:
     return set(re.findall(r"[^\s,]+", features) if isinstance(features, str) else features)
 
 
+def _made(name: str, layout: str | Callable, **told: Any) -> Case | None:
+    """A case from what its levels say; None where a layout of the caller's own has no such n."""
+    p, told = told.get("p", 2), {name: x for name, x in told.items() if name not in ("ps", "plain")}
+    per, kind, cut = told.pop("per", 6), told.pop("queries", None), told.get("lengths")
+    # head counts are multiples of p, so that all-to-all over heads can be judged too
+    told["h"] = told.get("h", max(4, 2 * p))
+    told["g"] = {"p": max(2, p)}.get(told.get("g"), told.get("g", told["h"]))
+    # s ≠ h: an lse b s h is known by its shape; two equal chunks a rank
+    per += (per % 2 if layout == "zigzag" else 0) + 2 * (per == told["h"])
+    n = p * per
+    if cut:
+        lengths = LENGTHS[cut][:p]
+        n = sum(lengths) if layout == "contiguous" or all(lengths) else p - 1
+        told["lengths"] = lengths if layout == "contiguous" else None
+    if kind:
+        told |= {"queries": 1 if kind == "decode" else p * max(1, per // 4 * 2), "replicated": kind == "decode"}
+    if "cu_seqlens" in told:  # an end that is given twice is an empty document
+        told["cu_seqlens"] = (0, *(int(x * n) for x in told["cu_seqlens"]), n)
+    case = Case(name, n=n, layout=layout, **told)
+    if callable(layout):
+        try:
+            every = torch.cat([*case.shards, *(case.asks if kind else ())]).sort()[0]
+        except (ValueError, NotImplementedError):
+            return None
+        if not kind and not torch.equal(every, torch.arange(n)):
+            raise ValueError(f"layout: the ranks' positions at n = {n}, p = {p} are not 0 … n−1, each once")
+    return case
+
+
 def cases(*, features=(), layout="contiguous", ranks=4, quick=False, claims=None, seed=0) -> list[Case]:
     """The cases of a sweep, smallest first.
 
     Args:
         features: what the candidate can do, a subset of `FEATURES`; the rest is reported as not judged.
-        layout: "contiguous", "zigzag" or "striped": how the sequence is cut.
+        layout: "contiguous", "zigzag" or "striped": how the sequence is cut; or a function (n, p, rank) -> the rank's
+            positions, −1 for a row of padding, which may raise ValueError for an n that it cannot cut.
         ranks: every p up to this is tried; with the default of 4 also p = 5 and p = 8.
-        quick: a third of the cases.
+        quick: every level of every factor once instead of every pair.
         claims: "ring" asserts that a rank never holds the keys of all; bytes per rank are measured as p doubles.
-        seed: another seed, other numbers; the same seed, the same run.
+        seed: another seed, other pairs and numbers; the same seed, the same run.
 
     Raises:
         ValueError: an unknown feature, layout or claim, or no ranks.
@@ -251,27 +506,33 @@ def cases(*, features=(), layout="contiguous", ranks=4, quick=False, claims=None
     can = _names(features)
     known = {"features": (can, FEATURES), "layout": ({layout}, LAYOUTS), "claims": ({claims} - {None}, ("ring",))}
     for name, (given, choices) in known.items():
-        if unknown := given - set(choices):
+        if unknown := {x for x in given if not callable(x)} - set(choices):
             raise ValueError(f"{name}: {', '.join(sorted(unknown))} unknown; choose from {', '.join(choices)}")
     if not isinstance(ranks, int) or ranks < 1:
         raise ValueError(f"ranks: expected a whole number of at least 1, got {ranks!r}")
     common = {"layout": layout, "dlse": "lse" in can, "positions": bool(can & {"uneven", "empty"}), "seed": seed}
-    ways = [("full ", False, EACH), ("causal ", True, EACH)][: 1 + ("causal" in can)]
     made = []
-    for word, causal, rows in [*ways, ("", "causal" in can, ONCE)]:
-        for needs, name, ps, kept, changes in rows:
-            ps = range(1, max(5, ranks) + 1) if not name else ps
-            able = not needs or needs in can | {claims}
-            for p in (p for p in ps if able and (p in kept or not quick)):
-                # head counts are multiples of p, so that all-to-all over heads can be judged too
-                told = common | {"causal": causal, "h": max(4, 2 * p), "g": max(2, p), "per": 6} | changes
-                per, lengths = told.pop("per"), told.get("lengths")
-                told["g"] = told["g"] if "gqa" in can else told["h"]
-                told["n"] = p * (per + 2 * (per == told["h"]))  # s ≠ h: an lse b s h is known by its shape
-                if lengths:
-                    told["n"] = sum(lengths) if layout == "contiguous" or all(lengths) else p - 1
-                    told["lengths"] = lengths if layout == "contiguous" else None
-                made.append(Case((word + name).strip(), p, **told))
-    made = [case for case in made if case.world <= (8 if ranks == 4 else ranks)]
-    # the plain cases first, then the small ones, in the order of the table: so they say best what is wrong
-    return sorted(made, key=lambda case: (case.name not in ("full", "causal"), case.p, case.world, case.n))
+    for causal, p in itertools.product((False, True)[: 1 + ("causal" in can)], range(1, max(5, ranks) + 1)):
+        made.append(_made("causal" if causal else "full", p=p, causal=causal, **common))
+    # a cut by the caller's own function has no other lengths
+    able = can - ({"uneven", "empty"} if callable(layout) else set())
+    factors = [[level for level in levels if not level[0] or level[0] in able] for levels in FACTORS.values()]
+
+    def fits(row: dict[int, int]) -> bool:
+        return _fits([factors[f][x][2] for f, x in row.items()], ranks)
+
+    sizes = [len(levels) for levels in factors]
+    for row in itertools.chain(*(covering(sizes, fits, not quick, seed + more) for more in range(1 + quick))):
+        levels = [factors[f][x] for f, x in enumerate(row)]
+        changes = {name: x for _, _, changes in levels for name, x in changes.items()}
+        words = ["causal" if changes.get("causal") else "full", *(text for _, text, _ in levels[1:] if text)]
+        made.append(_made(" + ".join(words), **common | changes))
+    for needs, name, ps, changes in ONCE:
+        if not needs or needs in can | {claims}:
+            made += [_made(name, **common | {"causal": "causal" in can, "p": p} | changes) for p in ps]
+    made = [case for case in made if case and case.world <= (8 if ranks == 4 else ranks)]
+    if not made:
+        raise ValueError("layout: it cuts none of the lengths that are tried, multiples of p from p to 130 p")
+    # the plain cases first, then the small ones, but last where a token is alone: so they say best what is wrong
+    plain = ("full", "causal")
+    return sorted(made, key=lambda x: (x.name not in plain, "one token" in x.name, x.p, x.world, x.n))

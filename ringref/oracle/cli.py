@@ -25,12 +25,13 @@ def main(argv: list[str] | None = None) -> int:
     add = parser.add_argument
     add("candidate", help="mypkg.module:function, or path/to/file.py:function")
     add("--ranks", type=int, default=4, help="every p up to this is tried")
-    add("--layout", default="contiguous", choices=LAYOUTS)
+    add("--layout", default="contiguous", help=f"{', '.join(LAYOUTS)}, or module:function (n, p, rank) -> positions")
     add("--features", default="", help=f"comma-separated, of {', '.join(FEATURES)}")
     add("--claims", choices=("ring",))
     add("--backend", default="gloo", choices=("gloo", "nccl"))
     add("--adapt", choices=adapt.WRAPPERS, help="what stands between the call and yours: see ringref.oracle.adapt")
-    add("--quick", action="store_true", help="a third of the cases")
+    add("--quick", action="store_true", help="every level of every factor once, instead of every pair")
+    add("--fail-fast", action="store_true", help="stop at the first failing case whose cause has a name")
     add("--seed", type=int, default=0)
     add("--deadline", type=float, default=30.0, help="seconds that a case may take")
     add("--json", action="store_true", help="print the report for machines")
@@ -43,6 +44,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         fn = find(told.candidate)
         fn = getattr(adapt, told.adapt)(fn) if told.adapt else fn
+        sweep["layout"] = find(told.layout, "layout") if ":" in told.layout else told.layout
         cases(**sweep)
         if told.deadline <= 0:
             raise ValueError(f"--deadline: expected more than 0, got {told.deadline}")
@@ -52,12 +54,13 @@ def main(argv: list[str] | None = None) -> int:
         if pool and pool.rank:
             pool.follow()
             return 0
-        report = check(fn, backend=told.backend, deadline=told.deadline, pool=pool, **sweep)
+        more = {"deadline": told.deadline, "fail_fast": told.fail_fast, "pool": pool}
+        report = check(fn, backend=told.backend, **more, **sweep)
     print(report.to_json() if told.json else report)
     return 0 if report else 1
 
 
-def find(spec: str) -> Callable:
+def find(spec: str, what: str = "candidate") -> Callable:
     """The function that `module:name` or `file.py:name` names.
 
     Raises:
@@ -65,14 +68,14 @@ def find(spec: str) -> Callable:
     """
     place, _, name = spec.rpartition(":")
     if not place:
-        raise ValueError(f"candidate: expected module:function, got {spec!r}")
+        raise ValueError(f"{what}: expected module:function, got {spec!r}")
     if place.endswith(".py"):
         sys.path.insert(0, os.path.dirname(os.path.abspath(place)))
         place = os.path.basename(place)[:-3]
     try:
         found = functools.reduce(getattr, name.split("."), importlib.import_module(place))
     except (Exception, SystemExit) as error:  # anything may go wrong while somebody's file is imported
-        raise ValueError(f"candidate: {spec!r} gives {type(error).__name__}: {error}") from error
+        raise ValueError(f"{what}: {spec!r} gives {type(error).__name__}: {error}") from error
     if not callable(found):
-        raise ValueError(f"candidate: {spec!r} is a {type(found).__name__}, not a function")
+        raise ValueError(f"{what}: {spec!r} is a {type(found).__name__}, not a function")
     return found

@@ -1,12 +1,11 @@
-"""Name the cause: compute in float64 what each famous mistake would give, and see which one the
-candidate gave.
+"""Name the cause: compute in float64 what each famous mistake would give, and see which one the candidate gave.
 
-A mistake is a small change of one ingredient: which keys count for whom (`sights`), what is scaled,
-sent or gathered (`ingredients`), how parts are merged (`merges`), which lse and D the backward uses
-(`pieces`), which rank a gradient ends on (`homes`), where rows and heads stand (`places`). A guess is
-a sentence and the tensors that the change predicts; the forward and the backward try the same ones.
-It is believed when ‖candidate − prediction‖ is a small part of ‖candidate − truth‖. The best wins,
-among equals the one listed first; when none is good, the diagnosis says where the error lives.
+A mistake is a small change of one ingredient, everywhere or for some pairs of query and key only: which keys count for
+whom (`sights`), whose K or V, which scale, lse or row sum (`ingredients`), how parts are merged (`merges`), which rank
+a gradient ends on (`homes`), where rows and heads stand (`places`). A guess is a sentence, and what computes the
+tensors that the change predicts; the forward and the backward try the same ones. It is believed when ‖candidate −
+prediction‖ is a small part of ‖candidate − truth‖. The best wins, among equals the one listed first; where none is
+good, the diagnosis says where the error lives, which guess came nearest, and how much of the error that leaves.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,9 +23,15 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..shard import LAYOUTS
+from .cases import SCORE_MODS, index, sunk, together_in
 
 UNKNOWN = "unknown signature"
 EARLY = "a receive buffer is read before its wait(): the numbers are right once the oracle leaves the buffer alone"
+UNWRITTEN = "memory that nobody wrote is read: there is no NaN once fresh memory holds zeros"
+EARLIER = "it passes alone: the cause lies in an earlier case, whose state is kept"
+PRECISE = "something is kept in low precision: the same in float32 passes"
+CALLS = "a call's result depends on another call:"
+RACE = "it fails at some times only, not alone and after no one case: a race, or much that is kept"
 ENOUGH = 0.05  # a guess may leave this share of the error unexplained
 MESSAGES = {
     "two-into-one": "two receives into one buffer",
@@ -36,13 +42,24 @@ MESSAGES = {
     "unfinished": "unfinished work",
 }
 GROUP = "a rank, size or group of the world is used for the group's own (group rank used as global rank?)"
-LARGE = "large scores overflow or underflow: exp without the maximum, or a maximum that starts at 0"
+LARGE = "large scores overflow or underflow: exp without the maximum, or one that starts at 0 or is for several rows"
+NOT_LARGE = ("a masked score", "accumulates in low precision")  # what may show in large scores and is no overflow
+SPREAD = "rows whose scores lie far apart spoil each other: one maximum for several rows"
+ODD = "heads that the ranks do not divide make it raise"
 BLIND = "the lse of a query that sees nothing is a finite number: a maximum or sum that starts at 0"
-VAGUE = (UNKNOWN, "NaN or inf", "it raises")  # what a finding says when it has nothing better
+TAKES = {  # what a case has that fails no more without it, where no number says what is done with it
+    **{("dout", x): "dO is read with other strides than it has" for x in ("heads first", "expanded")},
+    **{("views", x): "q, k or v is read with other strides than it has" for x in ("packed", "heads first")},
+    ("zeros", True): "a score or lse of exactly 0, or a tie, is taken for something else",
+    ("plan", "stacked"): "a call's result depends on another call: a part of what one saved is overwritten by the next",
+    ("plan", "steps"): "a call's result depends on another call: something is kept from step to step",
+}
+VAGUE = (UNKNOWN, "NaN or inf", "it raises", EARLIER, RACE)  # what a finding says when it has nothing better
 HARMLESS = ("unfinished work", "an input was written to")  # values are worth a look all the same
 GRADS = ["dq", "dk", "dv"]
+PAIRED = {"times", "scale", "K_of", "V_of"}  # ingredients that may differ from pair to pair
 
-Guess = tuple[str, dict[str, Tensor]]
+Guess = tuple[str, Callable[[], dict[str, Tensor]]]
 
 
 # -------------------------------------------------------------------------------- messages and hangs
@@ -65,9 +82,18 @@ def mismatched(results: dict[int, dict]) -> list[tuple[str, str, int, Any]]:
             sent, got = (op, other) if op["kind"] == "send" else (other, op)
             sends, receipt = (f"{end['sizes'][0]} {end['dtypes'][0]}" for end in (sent, got))
             text = f"rank {pair[0]} sends {sends}, rank {pair[1]} receives {receipt} ({got['phase']}, hop {got['hop']})"
-            cause = "message of the wrong size" if len(receives) == 1 else "unequal hop counts"
+            what = "dtype" if op["sizes"] == other["sizes"] else "size"
+            cause = f"message of the wrong {what}" if len(receives) == 1 else "unequal hop counts"
             return [(cause, text, rank, op["line"])]
     return []
+
+
+def direction(results: dict[int, dict]) -> int:
+    """+1 if messages go to the next rank, −1 if to the one before; where that is the same, +1."""
+    steps = [
+        (op["peer"] - rank) % len(results) for rank, r in results.items() for op in r["ops"] if op["kind"] == "send"
+    ]
+    return -1 if steps and len(results) > 2 and set(steps) == {len(results) - 1} else 1
 
 
 def crash(error: dict) -> tuple[str, str]:
@@ -105,59 +131,122 @@ def hang(case: Any, results: dict[int, dict]) -> tuple[str, str, int, Any]:
     return cause, text, rank, op["line"] or stuck[rank]["line"]
 
 
-def not_finite(case: Any) -> str:
-    """NaN or inf that the oracle did not plant."""
-    if case.shift:
-        return LARGE
-    if case.mask == "blind" or case.window or case.dilation:
-        return "NaN where a query sees no key of a block, or none at all"
-    if case.causal and case.p > 1:
+def not_finite(case: Any, truth: Any, got: dict[str, list[Tensor]], wrong: list[str]) -> str:
+    """NaN or inf that the oracle did not plant, by the rows where it is."""
+    s, name = Scene(case, truth), wrong[0]
+    blind = s.L == -math.inf
+    lses = torch.cat([s.forward(times=parts)["lse"] for _, parts in s.parts(s.hop)])
+    partly = (lses == -math.inf).any(0) & ~blind
+    if name in ("out", "lse", "dq"):
+        bad = ~assembled(s, name, got[name]).isfinite()
+        bad = bad & (s.L.isfinite() if name == "lse" else torch.tensor(True))
+        bad = bad if name == "lse" else bad.any(-1).transpose(1, 2)
+        blind, partly = blind & bad, partly & bad
+        elsewhere = (bad & ~blind & ~partly).any()
+    else:
+        elsewhere = not (blind.any() or partly.any())
+    if case.shift or (case.spread and elsewhere):
+        return LARGE if case.shift else SPREAD
+    if elsewhere or not (blind.any() or partly.any()):
+        return "NaN or inf"
+    if not partly.any():
+        return "NaN where a query sees no key at all"
+    if case.causal and not (case.mask or case.window or case.dilation or case.cu_seqlens):
         return "NaN where a block of keys is entirely masked"
-    return "NaN or inf"
+    return "NaN where a query sees no key of a block, or none at all"
 
 
-# -------------------------------------------------------------------------------------- the problem
+# --------------------------------------------------------------------------------------- the problem
 
 
 class Scene:
-    """One step of a case in float64. Its attributes are the ingredients; `forward` and `backward`
-    take others by name.
+    """One step of a case in float64. Its attributes are the ingredients; `forward` and `backward` take others by name.
+
+    Tensors of pairs are b h m n, or what broadcasts to that, with leading dimensions for parts that are merged.
     """
 
-    def __init__(self, case: Any, truth: Any):
-        self.case, self.p, self.times, self.scale = case, case.p, case.times, case.d**-0.5
+    def __init__(self, case: Any, truth: Any, way: int = 1):
+        self.case, self.p, self.times, self.scale = case, case.p, case.times, case.factor
         data, self.e = (truth.data[n].double() for n in ("q", "k", "v", "do")), case.h // case.g
         self.q, self.K, self.V, self.do = (x.repeat_interleave(case.h // x.shape[2], 2) for x in data)
+        self.sink = truth.data["sink"].double() if case.sink else None
         self.gather = lambda x: x.sum(3)  # of the query heads of a key/value head, b n g e d
-        self.owner, self.loc = torch.zeros(2, case.n, dtype=torch.int64)
-        for rank, mine in enumerate(case.shards):
-            self.owner[mine], self.loc[mine] = rank, torch.arange(len(mine))
-        self.order = torch.cat(case.shards).argsort()
-        self.even = len({len(mine) for mine in case.shards}) == 1 and case.p > 1
-        self.hop = (self.owner[:, None] - self.owner) % self.p  # at which a query's rank sees a key
+        self.mod = SCORE_MODS.get(case.score_mod)
+        self.at = index(case)
+        self.owner, self.loc = ([torch.zeros(x, dtype=torch.int64) for x in (case.m, case.n)] for _ in range(2))
+        for side, cut in enumerate((case.asks, case.shards)):
+            for rank, mine in enumerate(cut):
+                self.owner[side][mine], self.loc[side][mine] = rank, torch.arange(len(mine))
+        shape = case.m, case.n
+        self.i, self.j = (
+            torch.arange(case.n - case.m, case.n)[:, None].expand(shape),
+            torch.arange(case.n).expand(shape),
+        )
+        (self.mine, self.theirs), (self.here, self.there) = (
+            (x[0][:, None].expand(shape), x[1].expand(shape)) for x in (self.owner, self.loc)
+        )
+        self.way = way  # +1 where blocks go to the next rank, −1 where to the one before
+        self.K_of = self.V_of = self.j  # the key whose K, and whose V, is used for a pair
+        self.order = [torch.cat(cut).argsort() for cut in (case.asks, case.shards)]
+        self.even = len({len(mine) for mine in case.shards}) == 1 and case.p > 1 and case.queries is None
+        self.hop = way * (self.mine - self.theirs) % self.p  # at which a query's rank sees a key
+        self.L = self.D = None
         self.O, self.L, self.top = self.forward().values()
+        self.D = row_sums(self.do, self.O)[..., None]
         self.dlse = torch.where(self.L.isfinite(), truth.data["dlse"].double(), 0.0)
+
+    def scores(self, x: Any) -> tuple[Tensor, Tensor | float]:
+        """Scores plus the log of how often each pair counts, and the slope of score_mod."""
+        S, slope = torch.einsum("bqhd,bkhd->bhqk", x.q, self.bank(x.K, x.V, x.K_of)), 1.0
+        S = (S if x.K_of is self.j else S.gather(-1, x.K_of.expand(*S.shape[:2], *x.K_of.shape))) * x.scale
+        if x.mod:
+            with torch.enable_grad():
+                leaf = S.detach().requires_grad_()
+                S = x.mod(leaf, *x.at)
+                slope, S = torch.autograd.grad(S.sum(), leaf)[0], S.detach()
+        hidden = getattr(x, "hidden", None)
+        return (S + x.times.log() if hidden is None else torch.where(x.times > 0, S + x.times.log(), hidden)), slope
+
+    def bank(self, K: Tensor, V: Tensor, of: Tensor) -> Tensor:
+        """What indices count through: K, and beyond n what travels in its place."""
+        return K if of is self.j else torch.cat([K, V], 1) if K.shape == V.shape else K
 
     def forward(self, **changed: Any) -> dict[str, Tensor]:
         """out, lse and the largest score where some ingredients are changed."""
         x = SimpleNamespace(**(vars(self) | changed))
-        S = logits(x)
+        S, _ = self.scores(x)
         lse = S.logsumexp(-1)
         P = (S - lse.masked_fill(lse == -math.inf, 0.0)[..., None]).exp()
-        return {"out": torch.einsum("...bhqk,bkhd->...bqhd", P, x.V), "lse": lse, "top": S.amax(-1)}
+        V = self.bank(x.V, x.K, x.V_of)
+        if x.V_of is not self.j:
+            P = P.new_zeros(*P.shape[:-1], V.shape[1]).scatter_add(-1, x.V_of.expand(P.shape), P)
+        out, lse = sunk(torch.einsum("...bhqk,bkhd->...bqhd", P, V), lse, x.sink)
+        return {"out": out, "lse": lse, "top": S.amax(-1)}
 
     def backward(self, **changed: Any) -> dict[str, Tensor]:
-        """dq, dk, dv of the right forward where some ingredients, or the row sums `D`, are changed;
-        summed over parts where `times`, `L` and `D` have them.
+        """dq, dk, dv of the right forward where some ingredients, or the row sums `D`, are changed; summed over parts
+        where `times`, `L` and `D` have them.
         """
         x = SimpleNamespace(**(vars(self) | changed))
-        P = (logits(x) - x.L.masked_fill(x.L == -math.inf, math.inf)[..., None]).exp()
-        D = changed.get("D", row_sums(x.do, x.O)) - x.dlse
-        dS = P * (torch.einsum("bqhd,bkhd->bhqk", x.do, x.V) - D[..., None]) * x.scale
+        L = self.L[..., None] if x.L is self.L else x.L
+        S, slope = self.scores(x)
+        P = (S - L.masked_fill(L == -math.inf, math.inf)).exp()
+        V = self.bank(x.V, x.K, x.V_of)
+        dP = torch.einsum("bqhd,bkhd->bhqk", x.do, V)
+        dP = dP if x.V_of is self.j else dP.gather(-1, x.V_of.expand(*dP.shape[:2], *x.V_of.shape))
+        D = (x.D if "D" in changed else row_sums(x.do, x.O)[..., None]) - x.dlse[..., None]
+        dS = P * (dP - D) * slope * x.scale
         P, dS = (y.reshape(-1, *y.shape[-4:]).sum(0) for y in (P, dS))
         wide = torch.einsum("bhqk,bqhd->bkhd", dS, x.q), torch.einsum("bhqk,bqhd->bkhd", P, x.do)
         dk, dv = (x.gather(y.unflatten(2, (self.case.g, self.e))) for y in wide)
-        return {"dq": torch.einsum("bhqk,bkhd->bqhd", dS, x.K), "dk": dk, "dv": dv}
+        if x.K_of is not self.j:
+            K = self.bank(x.K, x.V, x.K_of)
+            dS = dS.new_zeros(*dS.shape[:-1], K.shape[1]).scatter_add(-1, x.K_of.expand(dS.shape), dS)
+        dq = torch.einsum("bhqk,bkhd->bqhd", dS, self.bank(x.K, x.V, x.K_of))
+        found = {"dq": dq, "dk": dk, "dv": dv}
+        if x.sink is not None:
+            found["dsink"] = -((x.sink[:, None] - self.L).exp() * D.expand(*self.L.shape, -1)[..., 0]).sum((0, 2))
+        return found
 
     def parts(self, *orders: Tensor) -> Iterator[tuple[str, Tensor]]:
         """What is merged, as multiplicities in the order of merging: blocks, a dilation's branches."""
@@ -169,12 +258,22 @@ class Scene:
 
     def moved(self, x: Tensor, change: Callable) -> Tensor:
         """A tensor b n h d, changed in the shape b p s h d in which the ranks hold it."""
-        return change(x[:, torch.stack(self.case.shards)]).flatten(1, 2)[:, self.order]
+        return change(x[:, torch.stack(self.case.shards)]).flatten(1, 2)[:, self.order[1]]
 
+    def places(self) -> dict[str, Tensor]:
+        """Some of the pairs of query and key, by the words for them."""
+        p, hop = self.p, self.hop
+        some = {"the own block": hop == 0, "received blocks": hop > 0, "the last hop": hop == p - 1}
+        some |= {"hop 1": hop == 1, "hops after 1": hop > 1} | {f"hop {t}": hop == t for t in range(2, p - 1)}
+        some |= {"blocks of earlier ranks": self.theirs < self.mine, "blocks of later ranks": self.theirs > self.mine}
+        return {text: pairs for text, pairs in some.items() if pairs.any() and not pairs.all()}
 
-def logits(x: Any) -> Tensor:
-    """Scores plus the log of how often each pair counts."""
-    return torch.einsum("bqhd,bkhd->bhqk", x.q, x.K) * x.scale + x.times.log()
+    def on(self, pairs: Tensor, changed: dict[str, Any]) -> dict[str, Any]:
+        """Ingredients that are changed for some pairs only."""
+        if changed.keys() - PAIRED:
+            raise ValueError("this is no pair's own")
+        each = ((name, torch.as_tensor(x), torch.as_tensor(getattr(self, name))) for name, x in changed.items())
+        return {name: torch.where(pairs, x, usual) for name, x, usual in each}
 
 
 def row_sums(do: Tensor, out: Tensor) -> Tensor:
@@ -186,29 +285,50 @@ def rows(x: Tensor) -> Tensor:
     return x.transpose(-1, -2)[..., None]
 
 
+def assembled(s: Scene, name: str, pieces: list[Tensor]) -> Tensor:
+    """The whole tensor from those of the ranks."""
+    if name == "dsink":
+        return pieces[0].double()
+    pieces = pieces[:1] if s.case.replicated and name in ("out", "lse", "dq") else pieces
+    dim, order = 1 + (name == "lse"), s.order[name in ("dk", "dv")][: sum(x.shape[1 + (name == "lse")] for x in pieces)]
+    x = torch.cat([x.double() for x in pieces], dim).index_select(dim, order)
+    return x.masked_fill(x < -1e30, -math.inf)
+
+
 # ----------------------------------------------------------------------------------- who sees whom
 
 
-def sights(s: Scene) -> Iterator[tuple[str, Tensor]]:
-    """Who sees whom, got wrong: (sentence, multiplicities). Right is the product of a few rules about
-    a query's and a key's position (m b h q k, m branches), summed over the branches. A rule is
-    ignored, or replaced, or asked in a wrong view of the positions, everywhere or on some blocks.
+def sights(s: Scene, deep: bool = False) -> Iterator[tuple[str, Callable[[], Tensor]]]:
+    """Who sees whom, got wrong: (sentence, multiplicities). Right is the product of a few rules about a query's and a
+    key's position (m b h q k, m branches), summed over the branches. A rule is ignored, or replaced, or asked in a
+    wrong view of the positions; `deep` gives one rule at a time, for some of the pairs.
     """
     case, n, p = s.case, s.case.n, s.p
-    i, j = torch.arange(n)[:, None].expand(n, n), torch.arange(n).expand(n, n)
-    mine, theirs, here, there = s.owner[i], s.owner[j], s.loc[i], s.loc[j]
+    i, j, mine, theirs, here, there = s.i, s.j, s.mine, s.theirs, s.here, s.there
     rules: dict[str, Callable] = {}
-    instead: dict[str, dict[str, Tensor]] = {}  # what stands in for a rule
+    instead: dict[str, dict[str, Any]] = {}  # what stands in for a rule
     if case.causal:
         rules["causal mask"] = lambda i, j: j <= i
+        instead["causal mask"] = {
+            f"counted from a tile of {x}": torch.where(there // x == here // x, there % x <= here % x, j <= i)
+            for x in (16, 32, 64, 128)
+            if x < max(map(len, case.asks))
+        } | {
+            f"counted from a tile of {x} at every hop": (there // x <= here // x) & (there % x <= here % x)
+            for x in (16, 32, 64, 128)
+            if x < max(map(len, case.asks))
+        }
     if case.window:
         left, right = case.window
         rules["window (left)"], rules["window (right)"] = lambda i, j: i - j <= left, lambda i, j: j - i <= right
         instead["window (right)"] = {"taken as left": j - i <= left, "taken as 0": j <= i}
+    if case.cu_seqlens:
+        rules["documents"] = partial(together_in, case.cu_seqlens)
     if case.mask:
-        seen = replace(case, causal=False, window=None).times
+        seen = replace(case, causal=False, window=None, queries=None).times
         rules["mask_mod"] = lambda i, j: seen[..., i.clamp(0, n - 1), j.clamp(0, n - 1)]
-        instead["mask_mod"] = {"inverted": 1 - seen, "of head 0 for all": seen[:, :1], "of batch 0 for all": seen[:1]}
+        wrong = {"inverted": 1 - seen, "of head 0 for all": seen[:, :1], "of batch 0 for all": seen[:1]}
+        instead["mask_mod"] = {text: x[..., n - case.m :, :] for text, x in wrong.items()}
     if case.dilation:
         (w, r), h = (torch.tensor(x)[:, None, None, None, None] for x in case.dilation), case.h
         branch, head = torch.arange(len(w))[:, None, None, None, None], torch.arange(h)[:, None, None]
@@ -226,77 +346,146 @@ def sights(s: Scene) -> Iterator[tuple[str, Tensor]]:
             "heads unassigned, h no multiple of the branches": kept(i, j, at=(branch % r, head // few == branch)),
             "heads unassigned, h no multiple of the rate": kept(i, j) & (head < h // r * r),
             "the tail that fills no segment is dropped": kept(i, j) & ((j < n // w * w) | (n < w)),
+            "a branch whose segment is longer than the sequence is dropped": kept(i, j) & (w <= n),
             **{f"branch {m} is dropped": kept(i, j) & (branch != m) for m in range(len(w))},
             **{f"only branch {m} counts": kept(i, j) & (branch == m) for m in range(len(w))},
         }
-        yield "a key seen through several branches counts once", s.times.clamp(max=1)
+        yield "a key seen through several branches counts once", lambda: s.times.clamp(max=1)
     if not case.causal:
-        yield "a causal mask though causal is False", s.times * (j <= i)
+        yield "a causal mask though causal is False", lambda: s.times * (j <= i)
 
+    late = n - case.m  # a query's index is its position less this
     views = [("with query and key swapped", j, i), ("by rank instead of position", mine, theirs)]
     views += [(f"off by one (key j taken for j {by:+d})", i, j + by) for by in (1, -1)]
-    frames = [("in local coordinates at every hop", s.loc)]
-    for layout in LAYOUTS if case.lengths is None else ():
-        frames += [(f"as in a {layout} layout", torch.cat(replace(case, layout=layout).shards)[s.order])]
-    for text, at in frames:
-        views += [(text, at[i], at[j]), (f"{text}, queries only", at[i], j), (f"{text}, keys only", i, at[j])]
+    views += [(f"a token too {text}", i + by, j + by) for text, by in (("late", -1), ("early", 1))]
+    frames = [("in local coordinates at every hop", s.loc[0], s.loc[1])]
+    if case.queries:
+        first = torch.tensor([int(x[0]) if len(x) else 0 for x in case.asks])
+        views += [("with the positions of queries taken for those of keys", i, late + first[theirs] + there)]
+        views += [("with the queries' positions taken for the keys'", i, late + first[mine] + j)]
+        views += [("with queries counted from 0", i - late, j)]
+    for layout in LAYOUTS if case.lengths is None and not callable(case.layout) and not case.queries else ():
+        at = torch.cat(replace(case, layout=layout).shards)[s.order[1]]
+        frames += [(f"as in a {layout} layout", at, at)]
+    for text, size in {"n div p": n // p, "the longest shard": max(map(len, case.shards))}.items():
+        frames += [
+            (f"with rank · {text} for its first position", *(o * size + x for o, x in zip(s.owner, s.loc, strict=True)))
+        ]
+    for text, a, b in frames:
+        a, b = a[:, None].expand_as(i), b.expand_as(i)
+        views += [(text, a, b), (f"{text}, queries only", a, j), (f"{text}, keys only", i, b)]
+    length = torch.tensor([len(x) for x in case.asks])[mine]
+    views += [("aligned bottom-right on every rank", here + n - length, j)]
     if s.even:
         at = torch.stack(case.shards)
+        views += [("of the own block at every hop", at[mine, here], at[mine, there])]
+        views += [("with ranks counted from the end", at[p - 1 - mine, here], at[p - 1 - theirs, there])]
         for text, a, b in (("as for an earlier block", 1, 0), ("as for a later block", 0, 1)):
             views += [(text, at[a][here], at[b][there])]
         for text, x in {"rank + hop for rank − hop": 2 * mine - theirs, "+1": theirs + 1, "−1": theirs - 1}.items():
             views += [(f"with the wrong source rank for a hop ({text})", i, at[x % p, there])]
-    blocks = [("the own block", s.hop == 0), ("received blocks", s.hop > 0), ("hops after 1", s.hop > 1)]
-    blocks += [("blocks of earlier ranks", theirs < mine), ("blocks of later ranks", theirs > mine)]
 
     def together(names: Iterable[str], *view: Tensor) -> Tensor:
         return math.prod((rules[name](*view) for name in names), start=torch.ones(1, *s.times.shape).double())
 
     for name, choices in instead.items():
-        rest = together(rules.keys() - {name}, i, j)
-        yield from ((f"{name}: {text}", (rest * rule).sum(0)) for text, rule in choices.items())
-    for names in itertools.chain(*(itertools.combinations(rules, m + 1) for m in range(len(rules)))):
-        what, rest = " and ".join(names), together(rules.keys() - names, i, j)
-        for text, *view in [("ignored",), *views]:
-            wrong = (rest * together(names, *view) if view else rest).sum(0)
-            yield f"{what} {text}", wrong
-            for where, pairs in blocks if names == ("causal mask",) or not view else ():
-                yield f"{what} {text}, on {where} only", torch.where(pairs, wrong, s.times)
-
-    sets = blocks + [("the last key", j == n - 1)] + [("the last hop", s.hop == t) for t in (p - 1, 1)]
-    sets += [(f"hop {t}", s.hop == t) for t in range(1, p)] + [(f"hops 0 to {t}", s.hop <= t) for t in range(1, p - 1)]
-    sets += [(f"the block of rank {rank}", theirs == rank) for rank in range(p)]
-    for what, pairs in sets:
+        for text, rule in choices.items():
+            yield f"{name}: {text}", lambda name=name, rule=rule: (together(rules.keys() - {name}, i, j) * rule).sum(0)
+    for names in itertools.chain(*(itertools.combinations(rules, m + 1) for m in range(1 if deep else len(rules)))):
+        what, rest = " and ".join(names), rules.keys() - set(names)
+        yield f"{what} ignored", lambda rest=rest: together(rest, i, j).sum(0)
+        for text, *view in views:
+            yield (
+                f"{what} {text}",
+                lambda names=names, rest=rest, view=view: (together(rest, i, j) * together(names, *view)).sum(0),
+            )
+    sets = s.places() | {"the last key": j == n - 1} | {f"hops 0 to {t}": s.hop <= t for t in range(1, p - 1)}
+    sets |= {f"the block of rank {rank}": theirs == rank for rank in range(p)}
+    for what, pairs in ({} if deep else sets).items():
         hint = "the rest never arrives" if what == "the own block" else "overwritten, not added"
-        yield f"without {what}", s.times * ~pairs
-        yield f"zero but for {what}: {hint}", s.times * pairs
-        yield f"with {what} counted twice", s.times * (1 + pairs.double())
+        yield f"without {what}", lambda pairs=pairs: s.times * ~pairs
+        yield f"zero but for {what}: {hint}", lambda pairs=pairs: s.times * pairs
+        yield f"with {what} counted twice", lambda pairs=pairs: s.times * (1 + pairs.double())
 
 
 # --------------------------------------------------------------------------------- other ingredients
 
 
-def ingredients(s: Scene) -> Iterator[tuple[str, dict[str, Any]]]:
-    """What a forward or a backward may take for what it should: (sentence, changed ingredients)."""
-    for text, times in sights(s):
-        if times.any() and not torch.equal(times, s.times):
-            yield text, {"times": times}
-    yield "scores are not scaled", {"scale": 1.0}
-    yield "scores are scaled twice", {"scale": s.scale**2}
-    for text, factor in (("log2 e missing or doubled", math.log2(math.e)), ("ln 2", math.log(2))):
-        yield f"scores are taken as base 2 ({text})", {"scale": s.scale * factor}
+def ingredients(s: Scene, deep: bool = False) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
+    """What a forward or a backward may take for what it should: (sentence, what gives the changed ingredients)."""
+    p, n = s.p, s.case.n
+    if deep and s.even:
+        at = torch.stack(s.case.shards)
+        for who, names in {"K and V are": ("K_of", "V_of"), "K is": ("K_of",), "V is": ("V_of",)}.items():
+            for text, x in {
+                "the rank's own": at[s.mine, s.there],
+                "stale, of the hop before": at[(s.theirs + 1) % p, s.there],
+                "of the hop after": at[(s.theirs - 1) % p, s.there],
+                "of the rank's counterpart from the end": at[p - 1 - s.theirs, s.there],
+            }.items():
+                yield f"{who} {text}", lambda names=names, x=x: dict.fromkeys(names, x)
+    if s.K.shape == s.V.shape:
+        for text, names in {
+            "K is taken for V": ["V_of"],
+            "V is taken for K": ["K_of"],
+            "K and V swap": ["K_of", "V_of"],
+        }.items():
+            yield f"{text}{'' if deep else ', everywhere'}", lambda names=names: dict.fromkeys(names, s.j + n)
+    for text, times in sights(s, deep):
+        yield text, lambda times=times: {"times": times()}
+    d = s.case.d
+    for text, scale in {
+        "scores are not scaled": 1.0,
+        "scores are scaled twice": s.scale**2,
+        "scale is ignored: 1/√d": d**-0.5,
+        **{f"the scale is that of a head dim padded to {x}": x**-0.5 for x in (8, 16, 32, 64) if x / 2 < d < x},
+        "scores are taken as base 2 (log2 e missing or doubled)": s.scale * math.log2(math.e),
+        "scores are taken as base 2 (ln 2)": s.scale * math.log(2),
+    }.items():
+        yield text, lambda scale=scale: {"scale": scale}
+    if deep:
+        return
+    for low in (-1e4, -1e3, -100.0):
+        yield f"a masked score is {low:g}, not −inf", lambda low=low: {"hidden": torch.tensor(low).double()}
+    if s.mod:
+        b, h, i, j = s.at
+        local = [x.view(y.shape) for x, y in zip(s.loc, (i, j), strict=True)]
+        yield "score_mod ignored", lambda: {"mod": None}
+        for text, at in {
+            "in local coordinates": (b, h, *local), "in local coordinates, queries only": (b, h, local[0], j),
+            "in local coordinates, keys only": (b, h, i, local[1]), "of head 0 for all": (b, h * 0, i, j),
+            "with query and key swapped": (b, h, j.mT, i.mT),
+        }.items():  # fmt: skip
+            yield f"score_mod {text}", lambda at=at: {"at": at}
+        before = lambda x, *at: s.mod(x / s.scale, *at) * s.scale
+        yield "score_mod is applied before the scale", lambda: {"mod": before}
+    if s.sink is not None:
+        yield "the sink is ignored", lambda: {"sink": None}
+        for text, sink in {
+            f"counted {p} times, once a rank": s.sink + math.log(p), "scaled": s.sink * s.scale, "0": s.sink * 0,
+            "that of head 0 for all": s.sink[:1].expand_as(s.sink), "counted twice": s.sink + math.log(2),
+        }.items():  # fmt: skip
+            yield f"the sink is {text}", lambda sink=sink: {"sink": sink}
     pairs = (("K", "V"), ("K",), ("V",))
     if s.e > 1:
         g, head = s.case.g, torch.arange(s.case.h)
         for names, (text, of) in itertools.product(pairs, {"interleaved": head % g, "all 0": head * 0}.items()):
-            text = f"key/value heads {text} ({' and '.join(names)})"
-            yield text, {n: getattr(s, n)[:, :, :: s.e][:, :, of] for n in names}
-        yield "only the first query head of a group counts", {"gather": lambda x: x[:, :, :, 0]}
-        yield "the query heads of a group are averaged, not added", {"gather": lambda x: x.mean(3)}
-        yield "query head j adds to j mod g", {"gather": lambda x: x.flatten(2, 3).unflatten(2, (s.e, g)).sum(2)}
+            change = lambda names=names, of=of: {x: getattr(s, x)[:, :, :: s.e][:, :, of] for x in names}
+            yield f"key/value heads {text} ({' and '.join(names)})", change
+        for text, gather in {
+            "only the first query head of a group counts": lambda x: x[:, :, :, 0],
+            "the query heads of a group are averaged, not added": lambda x: x.mean(3),
+            "query head j adds to j mod g": lambda x: x.flatten(2, 3).unflatten(2, (s.e, g)).sum(2),
+        }.items():
+            yield text, lambda gather=gather: {"gather": gather}
     for names in (*pairs, ("q",), ("do",), ("q", "K", "V")):
         for text, change in places(s):
-            yield f"rows of {', '.join(names)} {text}", {n: s.moved(getattr(s, n), change) for n in names}
+            moved = lambda names=names, change=change: {x: s.moved(getattr(s, x), change) for x in names}
+            yield f"rows of {', '.join(names)} {text}", moved
+    wrong = s.do.contiguous()
+    for text, shape in {"with heads first": (0, 2, 1, 3), "with the head dim first": (0, 3, 1, 2)}.items():
+        lain = wrong.permute(shape).contiguous().view(wrong.shape)
+        yield f"dO is read with other strides than it has ({text})", lambda lain=lain: {"do": lain}
 
 
 def places(s: Scene) -> Iterator[tuple[str, Callable]]:
@@ -322,43 +511,45 @@ def regroup(y: Tensor, heads: tuple[int, int]) -> Tensor:
     return y if y.shape[3] % max(heads) else y.unflatten(3, heads).transpose(3, 4).flatten(3, 4)
 
 
+def tried(s: Scene, run: Callable, words: str = "{}", places: bool = False) -> Iterator[Guess]:
+    """Every ingredient changed everywhere, or in some places only."""
+    for text, changed in ingredients(s, places):
+        if not places:
+            yield words.format(text), lambda changed=changed: run(**changed())
+        for where, pairs in s.places().items() if places else ():
+            only = lambda changed=changed, pairs=pairs: run(**s.on(pairs, changed()))
+            yield words.format(f"{text}, on {where} only"), only
+
+
 # -------------------------------------------------------------------------------------- the forward
 
 
 def forwards(s: Scene) -> Iterator[Guess]:
     """Every wrong forward that has a name."""
     for text, change in places(s):
-        yield f"rows of out {text}", {"out": s.moved(s.O, change)}
-    for text, changed in ingredients(s):
-        yield text, s.forward(**changed)
+        yield f"rows of out {text}", lambda change=change: {"out": s.moved(s.O, change)}
+    yield from tried(s, s.forward)
     yield from merges(s)
-    own = s.hop == 0
-    split = {"times": torch.cat([s.times * own, s.times * ~own], -1)}  # keys as they are, and as they are received
-    for text, (K, V) in {
-        "K is taken for V": (s.K, s.K),
-        "V is taken for K": (s.V, s.V),
-        "K and V swap": (s.V, s.K),
-    }.items():
-        yield f"{text}, everywhere", s.forward(K=K, V=V)
-        received = {"K": torch.cat([s.K, K], 1), "V": torch.cat([s.V, V], 1)}
-        yield f"{text}, in received blocks", s.forward(**split, **received)
-    yield "out is divided by lse instead of exp(lse − max)", {"out": s.O * rows((s.L - s.top).exp() / s.L)}
-    yield "out is divided by lse instead of exp(lse)", {"out": s.O * rows(s.L.exp() / s.L)}
-    yield "out is not normalised", {"out": s.O * rows(s.L.exp())}
+    yield "out is divided by lse instead of exp(lse − max)", lambda: {"out": s.O * rows((s.L - s.top).exp() / s.L)}
+    yield "out is divided by lse instead of exp(lse)", lambda: {"out": s.O * rows(s.L.exp() / s.L)}
+    yield "out is not normalised", lambda: {"out": s.O * rows(s.L.exp())}
     for count in sorted({1, s.case.n // s.p, 2 * s.p, s.p * max(map(len, s.case.shards)) - s.case.n} - {0}):
         lse = torch.logaddexp(s.L, torch.tensor(math.log(count)))
         text = "a zero key is attended: a sum that starts at 1, or padding" if count == 1 else "padding is attended"
-        yield text, {"out": s.O * rows((s.L - lse).exp()), "lse": lse}
-    P = (torch.einsum("bqhd,bqkd->bqhk", s.q, s.K) * s.scale).softmax(-1)
-    yield "attention over the head axis: a transpose is missing", {"out": torch.einsum("bqhk,bqkd->bqhd", P, s.V)}
-    yield "lse is the maximum, not the log of the sum", {"lse": s.top}
-    yield "lse is the sum, its log is missing", {"lse": s.L.exp()}
-    yield "lse lacks its maximum", {"lse": s.L - s.top}
-    yield "lse is reshaped where it should be transposed", {"lse": s.L.transpose(1, 2).reshape(s.L.shape)}
+        yield text, lambda lse=lse: {"out": s.O * rows((s.L - lse).exp()), "lse": lse}
+
+    def over_heads() -> dict[str, Tensor]:
+        P = (torch.einsum("bqhd,bqkd->bqhk", s.q, s.K) * s.scale).softmax(-1)
+        return {"out": torch.einsum("bqhk,bqkd->bqhd", P, s.V)}
+
+    yield "attention over the head axis: a transpose is missing", over_heads
+    yield "lse is the maximum, not the log of the sum", lambda: {"lse": s.top}
+    yield "lse is the sum, its log is missing", lambda: {"lse": s.L.exp()}
+    yield "lse lacks its maximum", lambda: {"lse": s.L - s.top}
+    yield "lse is reshaped where it should be transposed", lambda: {"lse": s.L.transpose(1, 2).reshape(s.L.shape)}
 
 
-# What a running out and lse (a) and those of the next part (b) are multiplied by, and the new lse;
-# n is the right one.
+# What a running out and lse (a) and those of the next part (b) are multiplied by, and the new lse; n is the right one.
 STEPS: dict[str, Callable] = {
     "the running output is not rescaled": lambda a, b, n: (torch.ones_like(n), (b - n).exp(), n),
     "the new output is not rescaled": lambda a, b, n: ((a - n).exp(), torch.ones_like(n), n),
@@ -371,8 +562,8 @@ STEPS: dict[str, Callable] = {
 
 def merges(s: Scene) -> Iterator[Guess]:
     """Right parts, merged wrongly: all at once, or one after the other."""
-    for what, parts in s.parts(s.hop, -s.hop % s.p, s.owner.expand_as(s.hop)):
-        outs, lses, top = s.forward(times=parts).values()
+    for what, parts in s.parts(s.hop, -s.hop % s.p, s.owner[1].expand_as(s.hop)):
+        outs, lses, top = s.forward(times=parts, sink=None).values()
         there = lses.isfinite()
         finite = lses.masked_fill(~there, 0.0)
         low, top = (x.masked_fill(~there, -1e30) for x in (lses, top))
@@ -390,15 +581,20 @@ def merges(s: Scene) -> Iterator[Guess]:
             f"the running denominator is not rescaled when the maximum grows ({what})": right / late.sum(0),
             f"the running numerator is not rescaled when the maximum grows ({what})": late / right.sum(0),
         }.items():
-            yield text, {"out": (outs * rows(weights.nan_to_num())).sum(0)}
-        yield f"lse is that of the last of the {what}", {"lse": lses[-1]}
-        yield f"the lse of {what} is added instead of merged", {"lse": finite.sum(0)}
+            yield text, lambda outs=outs, weights=weights: {"out": (outs * rows(weights.nan_to_num())).sum(0)}
+        yield f"lse is that of the last of the {what}", lambda lses=lses: {"lse": lses[-1]}
+        yield f"the lse of {what} is added instead of merged", lambda finite=finite: {"lse": finite.sum(0)}
         for (text, step), zero in itertools.product(STEPS.items(), (False, True)):
-            out, lse = (outs[0] * 0, low[0] * 0 - 1e30) if zero else (outs[0], low[0])
-            for o, b in zip(outs[not zero :], low[not zero :], strict=True):
-                x, y, lse = step(lse, b, torch.logaddexp(lse, b))
-                out = rows(x) * out + rows(y) * o
-            yield f"merging {what}: {text}{' (from zero)' * zero}", {"out": out.nan_to_num(), "lse": lse}
+            yield f"merging {what}: {text}{' (from zero)' * zero}", partial(stepwise, outs, low, step, zero)
+
+
+def stepwise(outs: Tensor, low: Tensor, step: Callable, zero: bool) -> dict[str, Tensor]:
+    """Parts merged one after the other, into the first or into nothing."""
+    out, lse = (outs[0] * 0, low[0] * 0 - 1e30) if zero else (outs[0], low[0])
+    for o, b in zip(outs[not zero :], low[not zero :], strict=True):
+        x, y, lse = step(lse, b, torch.logaddexp(lse, b))
+        out = rows(x) * out + rows(y) * o
+    return {"out": out.nan_to_num(), "lse": lse}
 
 
 # ------------------------------------------------------------------------------------- the backward
@@ -406,24 +602,59 @@ def merges(s: Scene) -> Iterator[Guess]:
 
 def backwards(s: Scene, about: list[str], whole: dict[str, Tensor]) -> Iterator[Guess]:
     """Every wrong backward of a right forward that has a name; `about` are the wrong tensors."""
-    right, who = s.backward(), ", ".join(about)
+    who = ", ".join(about)
     yield from pieces(s, about, whole)
-    for text, changed in ingredients(s):
-        yield f"in {'the backward' if about == GRADS else who} only: {text}", s.backward(**changed)
+    yield from tried(s, s.backward, f"in {_among(about)} only: {{}}")
+    right = s.backward()
     yield from homes(s, who) if s.even else ()
-    swap, both = {"dk": "dv", "dv": "dk"}, right["dk"] + right["dv"]
+    swap, both = {"dk": "dv", "dv": "dk"}, right["dk"] + (right["dv"] if s.K.shape == s.V.shape else 0)
     for text, change in places(s):
-        yield f"{'rows of ' * (len(about) == 1)}{who} {text}", {n: s.moved(x, change) for n, x in right.items()}
-        yield f"dk is dk + dv of this shard, dv too, but its rows {text}", {"dk": both, "dv": s.moved(both, change)}
-    yield f"{who}: dk + dv of this shard", dict.fromkeys(swap, both)
-    yield "dk and dv are swapped, or one is taken for both", {n: right[swap[n]] for n in swap}
+        moved = lambda change=change: {n: s.moved(x, change) for n, x in right.items() if x.ndim == 4}
+        yield f"{'rows of ' * (len(about) == 1)}{who} {text}", moved
+        sums = lambda change=change: {"dk": both, "dv": s.moved(both, change)}
+        yield f"dk is dk + dv of this shard, dv too, but its rows {text}", sums
+    yield f"{who}: dk + dv of this shard", lambda: dict.fromkeys(swap, both)
+    yield "dk and dv are swapped, or one is taken for both", lambda: {n: right[swap[n]] for n in swap}
     last = s.backward(times=s.times * (s.hop == s.p - 1))
-    yield "dk travels in the place of dv, or dv of dk", {n: right[m] - last[m] + last[n] for n, m in swap.items()}
+    travels = lambda: {n: right[m] - last[m] + last[n] for n, m in swap.items()}
+    yield "dk travels in the place of dv, or dv of dk", travels
+
+
+def _among(about: list[str]) -> str:
+    return "the backward" if set(about) >= set(GRADS) else ", ".join(about)
+
+
+def somewhere(s: Scene, about: list[str]) -> Iterator[Guess]:
+    """One ingredient wrong on some blocks only, in the forward or in the backward, which has lse and D besides."""
+    if about[0] not in GRADS:
+        yield from tried(s, s.forward, places=True)
+        return
+    yield from tried(s, s.backward, f"in {_among(about)} only: {{}}", places=True)
+    L, D = s.L[..., None], row_sums(s.do, s.O)[..., None]
+    outs, lses, _ = s.forward(times=torch.stack([s.times * (s.hop == t) for t in range(s.p)])).values()
+    hop = s.hop.expand(s.times.shape)
+    lse, sums = (x.movedim(0, -1).gather(-1, hop) for x in (lses, row_sums(s.do, outs)))
+    weighted = (row_sums(s.do, outs) * (lses - s.L).exp().nan_to_num()).movedim(0, -1).gather(-1, hop)
+    for text, name, x in (
+        ("the lse is base 2, taken for natural", "L", L * math.log2(math.e)),
+        ("the lse is natural, taken for base 2", "L", L * math.log(2)),
+        ("the lse of the block is taken for the merged one", "L", lse),
+        ("the lse of the own block is taken for the merged one", "L", lses[0][..., None]),
+        ("the row sum D is missing", "D", D * 0),
+        ("the row sum D is missing, and the gradient of lse with it", "D", s.dlse[..., None]),
+        ("the row sum D has the wrong sign", "D", -D),
+        ("the row sum D is that of the block's out", "D", sums),
+        ("the row sum D is summed over the block alone", "D", weighted),
+    ):
+        for where, pairs in s.places().items():
+            usual = {"L": L, "D": D}[name]
+            only = lambda name=name, x=x, pairs=pairs, usual=usual: s.backward(**{name: torch.where(pairs, x, usual)})
+            yield f"in {_among(about)} only: {text}, on {where} only", only
 
 
 def pieces(s: Scene, about: list[str], whole: dict[str, Tensor]) -> Iterator[Guess]:
-    """A backward with another lse or other row sums D = Σ dO·O than the merged ones, as one written
-    per block or per branch may have. Gradients are linear in dlse: its factor is read off.
+    """A backward with another lse or other row sums D = Σ dO·O than the merged ones, as one written per block or per
+    branch may have. Gradients are linear in dlse: its factor is read off.
     """
     for what, parts in s.parts(s.hop):
         outs, lses, _ = s.forward(times=parts).values()
@@ -441,26 +672,31 @@ def pieces(s: Scene, about: list[str], whole: dict[str, Tensor]) -> Iterator[Gue
             f"D = Σ P·dP is summed over one of the {what} alone": sums * (lses - s.L).exp().nan_to_num(),
         }
         for (a, L), (b, D) in itertools.product(Ls.items(), Ds.items()):
-            bare, full = (s.backward(times=parts, L=L, D=D, dlse=m * s.dlse) for m in (0, 1))
+            if (a and torch.equal(L, merged)) or (b and torch.equal(D, Ds[""])):
+                continue  # this part of the sentence would say nothing of the case
+            given = {"times": parts, "L": L[..., None], "D": D[..., None]}
+            bare, full = (s.backward(**given, dlse=m * s.dlse) for m in (0, 1))
             pull = {n: full[n] - bare[n] for n in full}
             m = _factor([(whole[n] - bare[n], pull[n]) for n in about]) if s.dlse.any() and about != ["dv"] else 1.0
             c = "" if abs(m - 1) < 1e-3 else _off("the gradient of lse", m, s)
-            yield "; ".join(x for x in (a, b, c) if x), {n: bare[n] + m * pull[n] for n in pull}
+            sentence = "; ".join(x for x in (a, b, c) if x)
+            yield sentence, lambda bare=bare, pull=pull, m=m: {n: bare[n] + m * pull[n] for n in pull}
 
 
 def homes(s: Scene, who: str) -> Iterator[Guess]:
-    """dk and dv of a block, which rank r computes at hop t, end elsewhere than on the block's own
-    rank, r − t.
-    """
+    """dk and dv of a block, which rank r computes at hop t, end elsewhere than on the block's own rank, r − t."""
     parts = [s.backward(times=s.times * (s.hop == t)) for t in range(s.p)]
 
     def home(way: int, hops: Iterable[int]) -> dict[str, Tensor]:
-        return {n: sum(s.moved(parts[t][n], lambda y, t=t: y.roll(way * t, 1)) for t in hops) for n in ("dk", "dv")}
+        return {
+            n: sum(s.moved(parts[t][n], lambda y, t=t: y.roll(way * s.way * t, 1)) for t in hops) for n in ("dk", "dv")
+        }
 
-    yield f"{who} of all hops are summed on the rank that computed them, never sent home", home(1, range(s.p))
-    for t in (s.p - 1, 1):
-        yield f"{who} of the last hop are left on the rank that computed them, not added or sent home", home(1, [t])
-    yield f"{who} travel on instead of back", home(2, range(s.p))
+    yield f"{who} of all hops are summed on the rank that computed them, never sent home", lambda: home(1, range(s.p))
+    for t, hop in {s.p - 1: "the last hop", 1: "hop 1"}.items():
+        left = f"{who} of {hop} are left on the rank that computed them, not added or sent home"
+        yield left, lambda t=t: home(1, [t])
+    yield f"{who} travel on instead of back", lambda: home(2, range(s.p))
 
 
 # ---------------------------------------------------------------------------------------- the judge
@@ -468,13 +704,15 @@ def homes(s: Scene, who: str) -> Iterator[Guess]:
 
 def crossed(s: Scene, truth: Any, others: list) -> Iterator[Guess]:
     """What calls do to each other."""
-    calls = "a call's result depends on another call:"
     for other in others:
         o = Scene(s.case, other)
-        yield f"{calls} what one forward saved is overwritten by the next", o.backward(do=s.do, dlse=s.dlse)
-        yield f"{calls} it is the other's", other.whole
-        for old in (other.whole, o.backward(times=o.times * (o.hop == 0))):
-            yield f"{calls} a buffer is not cleared, results add up", {n: truth.whole[n] + x for n, x in old.items()}
+        saved = lambda o=o: o.backward(do=s.do, dlse=s.dlse)
+        yield f"{CALLS} what one forward saved is overwritten by the next", saved
+        yield f"{CALLS} it is the other's", lambda other=other: other.whole
+        grads = {n: x for n, x in other.whole.items() if n in GRADS}
+        for old in (other.whole, grads, o.backward(times=o.times * (o.hop == 0))):
+            added = lambda old=old: {n: truth.whole[n] + x for n, x in old.items()}
+            yield f"{CALLS} a buffer is not cleared, results add up", added
 
 
 def _factor(pairs: list[tuple[Tensor, Tensor]]) -> float:
@@ -494,38 +732,77 @@ def _off(what: str, factor: float, s: Scene) -> str:
 def fits(s: Scene, whole: dict[str, Tensor], about: list[str], truth: Any) -> Iterator[Guess]:
     """A factor, or for lse a constant, that is read off the candidate."""
     factor = {n: _factor([(whole[n], truth.whole[n])]) for n in about}
-    yield ", ".join(_off(n, m, s) for n, m in factor.items()), {n: m * truth.whole[n] for n, m in factor.items()}
+    sentence = ", ".join(_off(n, m, s) for n, m in factor.items())
+    yield sentence, lambda: {n: m * truth.whole[n] for n, m in factor.items()}
     if about == ["lse"]:
         gap = (whole["lse"] - s.L)[s.L.isfinite() & whole["lse"].isfinite()].mean()
-        yield f"lse is off by a constant: {_off('its sum', gap.exp().item(), s)}", {"lse": s.L + gap}
+        yield f"lse is off by a constant: {_off('its sum', gap.exp().item(), s)}", lambda: {"lse": s.L + gap}
+    if about == ["out"]:
+        share = (whole["out"] * s.O).sum(-1) / s.O.square().sum(-1)  # of a row, b q h
+        for what, total in {"exp(score − max)": s.L - s.top, "exp(score)": s.L}.items():
+            total = total.exp().transpose(1, 2)
+            eps = ((1 / share - 1) * total).nanmedian()
+            text = f"{eps.item():.1g} is added to the sum of {what}"
+            yield text, lambda total=total, eps=eps: {"out": s.O * (total / (total + eps))[..., None]}
 
 
-def name(case: Any, truth: Any, got: dict[str, list[Tensor]], wrong: list[str], others: list) -> list[str]:
-    """What explains the wrong tensors, the best first; where the error lives, when nothing does."""
-    s = Scene(case, truth)
-    whole = {n: torch.cat([x.double() for x in pieces], 1 + (n == "lse")) for n, pieces in got.items()}
-    whole = {n: x.masked_fill(x < -1e30, -math.inf).index_select(1 + (n == "lse"), s.order) for n, x in whole.items()}
-    about = [n for n in ("out", "lse") if n in wrong][:1] or [n for n in GRADS if n in wrong]
+def name(
+    case: Any, truth: Any, got: dict, wrong: list[str], others: list, known: list[str], way=1, deep=True, quickly=False
+) -> list[str]:
+    """What explains the wrong tensors, the best first; where the error lives, when nothing does. `known` are causes of
+    other findings, which are asked first, and `quickly` no others; `deep` looks for what is wrong on some blocks only.
+    """
+    if quickly and not known:
+        return []
+    s = Scene(case, truth, way)
+    whole = {n: assembled(s, n, pieces) for n, pieces in got.items()}
+    about = [n for n in ("out", "lse") if n in wrong][:1] or [n for n in (*GRADS, "dsink") if n in wrong]
     fine = [n for n in ("out", "lse") if n in whole and n not in wrong]  # which a guess must leave so
     small = precision(whole, truth, about)
-    if small and case.dtype == "bfloat16":  # a wrong term would have shown in a float32 case before
+    if small and case.dtype in ("bfloat16", "float16"):  # a wrong term would have shown in a float32 case before
         return [small]
-    guesses = backwards(s, about, whole) if about[0] in GRADS else forwards(s)
     left: dict[str, float] = {}
-    for told, guess in itertools.chain(crossed(s, truth, others), guesses, fits(s, whole, about, truth)):
-        share = {n: _left(whole[n], x, truth.whole[n]) for n, x in guess.items() if n in about + fine}
-        if told and all(n in share for n in about) and all(share.get(n, 0) < 2 for n in fine):
-            left[told] = min(max(share[n] for n in about), left.get(told, math.inf))
-    best = min(left.values(), default=math.inf)
+
+    def ask(guesses: Iterator[Guess], only: Iterable[str] | None = None) -> float:
+        for told, guess in safely(guesses):
+            if not told or (only is not None and told not in only):
+                continue
+            try:
+                share = {n: _left(whole[n], x, truth.whole[n]) for n, x in guess().items() if n in about + fine}
+            except (RuntimeError, IndexError, ValueError, TypeError, KeyError):
+                continue  # a mistake that this case has no room for
+            if all(n in share for n in about) and all(share.get(n, 0) < 2 for n in fine):
+                left[told] = min(max(share[n] for n in about), left.get(told, math.inf))
+        return min(left.values(), default=math.inf)
+
+    def usual() -> Iterator[Guess]:
+        yield from safely(crossed(s, truth, others))
+        yield from safely(backwards(s, about, whole) if about[0] not in ("out", "lse") else forwards(s))
+        yield from safely(fits(s, whole, about, truth))
+
+    best = ask(itertools.chain(usual(), safely(somewhere(s, about))), set(known)) if known else math.inf
+    if quickly and best > 0.01:
+        return []
+    if best > 0.01:
+        best = ask(usual())
+    if best > ENOUGH and deep and s.p > 1 and not small:
+        best = ask(somewhere(s, about))
     if best < ENOUGH:
         return [told for told, share in left.items() if share <= best + 0.01]
-    return [small or f"{UNKNOWN}: {place(s, whole, truth, about[0])}"]
+    near = f"; nearest: {min(left, key=left.__getitem__)} (leaves {best:.0%})" if best < 0.7 else ""
+    return [small or f"{UNKNOWN}: {place(s, whole, truth, about[0])}{near}"]
+
+
+def safely(guesses: Iterator[Guess]) -> Iterator[Guess]:
+    """Guesses up to one that cannot be made for this case: naming must never lose a rejection."""
+    try:
+        yield from guesses
+    except (RuntimeError, IndexError, ValueError, TypeError, KeyError):
+        return
 
 
 def _left(got: Tensor, guess: Tensor, truth: Tensor) -> float:
-    """The share of the error that a guess leaves; a number that is not finite has to be guessed
-    exactly.
-    """
+    """The share of the error that a guess leaves; a number that is not finite has to be guessed exactly."""
     got, guess, truth = (x[truth.isfinite()] for x in (got, guess, truth))
     lost = ~(got.isfinite() & guess.isfinite())
     if not torch.equal(got[lost], guess[lost]):
@@ -545,13 +822,15 @@ def precision(whole: dict[str, Tensor], truth: Any, about: list[str]) -> str | N
 
 def place(s: Scene, whole: dict[str, Tensor], truth: Any, name: str) -> str:
     """Ranks, heads and positions that are wrong, in words."""
-    gap = (whole[name] - truth.whole[name]).nan_to_num(0.0, 0.0, 0.0)
+    if name == "dsink":
+        return "dsink is wrong"
+    gap, side = (whole[name] - truth.whole[name]).nan_to_num(0.0, 0.0, 0.0), name in ("dk", "dv")
     size = gap.transpose(1, 2).abs() if name == "lse" else gap.norm(dim=-1)
     bad = size > 0.05 * size.max()
     tokens, heads = bad.any(2).any(0), bad.any(1).any(0)
     which = "every head" if heads.all() else f"heads {_list(heads.nonzero().flatten().tolist())}"
-    at = "every position" if tokens.all() else f"local positions {_list(sorted({*s.loc[tokens].tolist()}))}"
-    return f"{name} is wrong on ranks {_list(sorted({*s.owner[tokens].tolist()}))}, {which}, {at}"
+    at = "every position" if tokens.all() else f"local positions {_list(sorted({*s.loc[side][tokens].tolist()}))}"
+    return f"{name} is wrong on ranks {_list(sorted({*s.owner[side][tokens].tolist()}))}, {which}, {at}"
 
 
 def _list(items: list) -> str:

@@ -18,13 +18,17 @@ from torch import Tensor
 
 from ..comm.launch import pickled
 from . import adapt, diagnose
-from .cases import FEATURES, PLANS, Case, _names, cases
+from .cases import FEATURES, PLANS, SIMPLER, Case, _names, cases
 from .pool import Pool
 from .report import Finding, Report, _finding
 from .sanitizer import where
-from .truth import Truth, _share
+from .truth import Truth
 
-TENSORS = ("out", "lse", "dq", "dk", "dv")
+TENSORS = ("out", "lse", "dq", "dk", "dv", "dsink")
+SIMPLIFIED = 3  # findings after which a failing case is told as it is
+LOW = ("bfloat16", "float16")
+DEEP = 2  # unknown findings after which mistakes on some blocks only are not looked for
+PATIENCE = {True: 15.0, False: 45.0}  # seconds, quick or not, after which a wrong candidate has been seen enough
 PROPERTIES = {  # what it means when the first step is right and such a step is not
     "batch": "another sequence of the batch matters",
     "constant": "constant v does not give constant out: weights do not sum to 1",
@@ -35,7 +39,7 @@ PROPERTIES = {  # what it means when the first step is right and such a step is 
 def check(
     fn: Callable, *, layout="contiguous", ranks=4, features=(), claims=None, quick=False, seed=0,
     only: Sequence[Case] | None = None, backend="gloo",
-    deadline=30.0, stop_after=8, progress: bool | None = None, pool: Pool | None = None,
+    deadline=30.0, stop_after=8, fail_fast=False, progress: bool | None = None, pool: Pool | None = None,
 ) -> Report:  # fmt: skip
     """Judge an attention over ranks; see the module's text for the call and the features.
 
@@ -45,7 +49,8 @@ def check(
         only: these cases instead, `check(fn, only=[Case(...)])`.
         backend: "gloo" on the CPU; "nccl" for values, hangs and growth on GPUs (there messages are not watched).
         deadline: seconds that a case may take before it counts as hung; a deadlock is known after about one.
-        stop_after: failing cases after which the rest is left.
+        stop_after: failing cases after which the rest is left, as it is after 45 seconds (`quick`: 15) if one failed.
+        fail_fast: stop at the first failing case whose cause has a name.
         progress: a progress bar; None shows one on a terminal.
         pool: workers to use, for many sweeps in a row.
     """
@@ -58,7 +63,7 @@ def check(
         if not fits:
             raise ValueError(f"{name}: expected {wanted}, got {given!r}")
     if only is not None:
-        return _sweep(fn, list(only), pool or _shared_pool(), deadline, stop_after, progress)
+        return _sweep(fn, list(only), pool or _shared_pool(), deadline, stop_after, fail_fast, progress)
     features = _names(features)
     todo = cases(features=features, layout=layout, ranks=ranks, quick=quick, claims=claims, seed=seed)
     size = max(case.world for case in todo)
@@ -66,8 +71,10 @@ def check(
         made = Pool(min(size, torch.cuda.device_count()) if backend == "nccl" else size, backend)
     with made if pool is None else nullcontext(pool) as workers:
         fits = [case for case in todo if case.world <= workers.size]
-        report = _sweep(fn, fits, workers, deadline, stop_after, progress)
+        patience = PATIENCE[quick]
+        report = _sweep(fn, fits, workers, min(deadline, patience), stop_after, fail_fast, progress, patience)
     missing = [f"feature {name}" for name in FEATURES if name not in features]
+    missing += [f"argument {name}" for name in adapt.undeclared(fn, features)]
     for text, there in (
         ("messages, which NCCL carries itself (run on gloo to watch them)", backend == "nccl"),
         ("growth, which wants p = 4 and p = 8", claims and not report.growth),
@@ -83,7 +90,16 @@ def _shared_pool() -> Pool:
     return Pool(8)
 
 
-def _sweep(fn: Callable, todo: list[Case], pool: Any, deadline=30.0, stop_after=8, progress=None) -> Report:
+def _sweep(
+    fn: Callable,
+    todo: list[Case],
+    pool: Any,
+    deadline=30.0,
+    stop_after=8,
+    fail_fast=False,
+    progress=None,
+    patience=math.inf,
+) -> Report:
     report, began = Report(adapt.name_of(fn)), time.monotonic()
     judge, failed, hangs = Judge(fn, pool, report, deadline), 0, 0
     if (heads := getattr(fn, "convention", "all")) != "all":
@@ -94,7 +110,9 @@ def _sweep(fn: Callable, todo: list[Case], pool: Any, deadline=30.0, stop_after=
     for done, case in enumerate(track(todo, report.candidate, **bar), 1):
         found = judge.judge(case)
         failed, hangs = failed + bool(found), hangs + any(f.kind == "hang" for f in found)
-        if (failed >= stop_after or hangs >= 3) and done < len(todo):
+        enough = failed >= stop_after or hangs >= 3 or (failed and time.monotonic() - began > patience)
+        named = fail_fast and found and not found[0].causes[0].startswith(diagnose.VAGUE)
+        if (enough or named) and done < len(todo):
             report.not_judged.append(f"{len(todo) - done} further cases, after {failed} that failed")
             break
     judge.growth()
@@ -119,46 +137,122 @@ class Judge:
         self.form: tuple[str, str] | None = None  # of the lse: its base and shape, and where it was first seen
         self.bytes: dict[tuple[int, int], tuple[float, float]] = {}
         self.refusals: dict[str, list[str]] = {}
+        self.ran: list[Case] = []
+        self.cause, self.simplified, self.simplest = diagnose.RACE, 0, None
+        self.able: set[tuple[bool, bool]] = set()  # kinds of heads that p does not divide, which it has served
 
     def judge(self, case: Case) -> list[Finding]:
         """Run one case; its findings, which join the report, or its name joins what passed."""
-        results = self.run(case)
-        if self.refused(case, results):
+        looked = self.look(case)
+        if looked is None:
             return []
-        found, wrong = self.messages(case, results), []
-        broken = any(r["error"] or "hang" in r or "crash" in r for r in results.values())
-        if not broken and all(f.causes[0] in diagnose.HARMLESS for f in found):
-            for team, members in enumerate(case.teams):
-                wrong = wrong or self.values(case, team, [results[rank] for rank in members])
+        culprit, found, told = None, looked, case
+        if self.wrong(found) and not self.known(case, found):
+            culprit, case, found = self.alone(case, found)
+        for finding in found:
+            if finding.evidence:
+                finding.causes = self.why(case, *finding.evidence)
+                finding.diagnosis, finding.evidence = finding.causes[0], None
+            if culprit:
+                finding.diagnosis += f" (after {culprit})"
+            finding.snippet = self.snippet([culprit, case] if culprit else [case])
+        self.report.findings += found
+        self.report.passed += [] if found else [str(case)]
+        self.ran.append(told)
+        return found
+
+    def snippet(self, todo: list[Case]) -> str:
+        """The lines that judge these cases again."""
         module, name = getattr(self.fn, "__module__", None), adapt.name_of(self.fn)
         known = module not in (None, "__main__") and getattr(self.fn, "__qualname__", "").isidentifier()
         source = f"from {module} import {name} as candidate" if known else f"candidate = {name}  # yours"
-        for finding in found + wrong:
-            finding.snippet = f"from ringref.oracle import Case, check\n{source}\ncheck(candidate, only=[{case!r}])"
-        self.report.findings += found + wrong
-        self.report.passed += [] if found + wrong else [str(case)]
-        return found + wrong
+        told = ", ".join(map(repr, todo))
+        return f"from ringref.oracle import Case, check\n{source}\ncheck(candidate, only=[{told}])"
 
-    def run(self, case: Case, poison: float = math.nan) -> dict[int, dict]:
+    def look(self, case: Case, new=False) -> list[Finding] | None:
+        """What is wrong with one case, wrong values not yet named; None if it was refused."""
+        results = self.run(case, new=new)
+        if self.refused(case, results):
+            return None
+        found, self.way = self.messages(case, results), diagnose.direction(results)
+        broken = any(r["error"] or "hang" in r or "crash" in r for r in results.values())
+        if not broken and all(f.causes[0] in diagnose.HARMLESS for f in found):
+            for team, members in enumerate(case.teams):
+                wrong = self.values(case, team, [results[rank] for rank in members])
+                if wrong:
+                    return found + wrong
+        return found
+
+    def alone(self, case: Case, found: list[Finding]) -> tuple[Case | None, Case, list[Finding]]:
+        """A failing case in new processes: as simple as it still fails, or what came before it that it needs."""
+        if not self.wrong(again := self.look(case, new=True)):
+            # one search is enough: what is kept between calls is kept in all cases
+            before = [one for one in self.ran if one.world == case.world and self.cause != diagnose.EARLIER]
+            while len(before) > 1:  # halves, of which one is enough
+                half = before[len(before) // 2 :]
+                before = half if self.after(half, case) else before[: len(before) // 2]
+            culprit = before[0] if before and self.after(before, case) else None
+            self.cause = diagnose.EARLIER if culprit else self.cause
+            for f in found:
+                causes = [self.cause]
+                if culprit and f.evidence:  # is it that case's numbers?
+                    got, wrong, truths, i = f.evidence
+                    told = diagnose.name(case, truths[i], got, wrong, [Truth(culprit, culprit.data())], [], deep=False)
+                    causes = told if told[0].startswith(diagnose.CALLS) else causes
+                f.diagnosis, f.causes, f.evidence = causes[0], causes, None
+            return culprit, case, found
+        self.simplified += 1
+        if self.simplified > SIMPLIFIED:
+            return None, case, again
+        for _ in range(2):  # what could not go at first may go once other things have gone
+            for names in SIMPLER:
+                if (less := case.without(names)) != case and self.wrong(trial := self.look(less)):
+                    case, again = less, trial
+        self.simplest = case
+        return None, case, again
+
+    def known(self, case: Case, found: list[Finding]) -> bool:
+        """Whether causes of earlier findings explain these; if so, they are named."""
+        last = found[-1]
+        if last.evidence:
+            last.causes = self.why(case, *last.evidence, quickly=True) or last.causes
+            if last.causes[0].startswith(diagnose.UNKNOWN):
+                return False
+            last.diagnosis, last.evidence = last.causes[0], None
+            return True
+        return any(last.diagnosis == f.diagnosis for f in self.report.findings)
+
+    def after(self, before: list[Case], case: Case) -> bool:
+        """Whether a case fails after these, in new processes."""
+        for i, one in enumerate(before):
+            self.run(one, new=i == 0)
+        return self.wrong(self.look(case))
+
+    def wrong(self, found: list[Finding] | None) -> bool:
+        return any(f.kind in ("value", "property") for f in found or ())
+
+    def run(self, case: Case, poison: float = math.nan, fresh: float = math.nan, new=False) -> dict[int, dict]:
         """Every rank's results."""
-        common = {"world": case.world, "groups": case.teams, "call": pickled(case.call()), "poison": poison}
-        common |= {"measure": case.plan == "growth", "packed": case.packed, "steps": [], "program": []}
-        jobs = {rank: dict(common) for rank in range(case.world)}
+        common = {"world": case.world, "groups": case.teams, "call": pickled(case.call()), "steps": []}
+        common |= {"poison": poison, "fresh": fresh, "views": case.views, "dout": case.dout, "program": []}
+        jobs = {rank: common | {"measure": case.plan == "growth"} for rank in range(case.world)}
         for team, members in enumerate(case.teams):
             inputs = [data for _, data in case.steps(team)]
-            for rank, mine in zip(members, case.shards, strict=True):
-                steps = [{name: _share(x, mine) for name, x in data.items()} for data in inputs]
-                jobs[rank] |= {"program": case.program, "steps": steps}
-                jobs[rank]["positions"] = mine.clone() if case.positions else None
-        return self.pool.run(self.pickled, jobs, self.deadline)
+            for i, rank in enumerate(members):
+                steps = [{name: x.clone() for name, x in case.mine(data, i).items()} for data in inputs]
+                jobs[rank] |= {"program": case.program, "steps": steps, "told": case.told(i)}
+        return self.pool.run(self.pickled, jobs, self.deadline, new=new)
 
     def refused(self, case: Case, results: dict[int, dict]) -> bool:
         """Whether every rank declined the case by NotImplementedError; any exception may decline heads that p does
-        not divide (as an all-to-all over heads does), and float64.
+        not divide (as an all-to-all over heads does), and a dtype that not everybody has.
         """
-        odd = "odd heads" in case.name and not any("odd heads" in name for name in self.report.passed)
+        odd = bool(case.h % case.p), bool(case.g % case.p)
+        uneven = any(odd) and odd not in self.able
         errors = [results[rank]["error"] for team in case.teams for rank in team]
-        if not all(e and (e["refused"] or odd or case.dtype == "float64") for e in errors):
+        rare = case.dtype in ("float64", "float16")
+        if not all(e and (e["refused"] or uneven or rare) for e in errors):
+            self.able |= set() if any(errors) else {odd}
             return False
         why = (errors[0]["text"].splitlines() or ["NotImplementedError"])[0][:200]
         self.refusals.setdefault(why, []).append(str(case))
@@ -185,6 +279,9 @@ class Judge:
         # an exception on one rank makes its neighbours lose their connection or wait: the first cause is the story
         for rank, e in sorted(errors.items(), key=lambda item: "onnection" in item[1]["text"])[:1]:
             cause, text = diagnose.crash(e)
+            if (case.h % case.p or case.g % case.p) and cause.startswith("it raises"):
+                h = max(4, 2 * case.p)  # is it the heads?
+                cause = diagnose.ODD if self.look(replace(case, h=h, g=h)) == [] else cause
             ours = case.groups and e["type"] not in ("NameError", "ImportError", "ModuleNotFoundError")
             return [tell("crash", diagnose.GROUP if ours else cause, text, rank, e["line"])]
         if died:
@@ -201,7 +298,7 @@ class Judge:
             return []
         truths, shown = [], []
         for i, (_, data) in enumerate(case.steps(team)):
-            mine = [dict(r["steps"][i]) for r in results]
+            mine = [self.unpadded(case, rank, r["steps"][i]) for rank, r in enumerate(results)]
             if not any(m.get("dlse_used") for m in mine):
                 data = data | {"dlse": torch.zeros_like(data["dlse"])}
             truths.append(Truth(case, data))
@@ -210,7 +307,22 @@ class Judge:
             if self.form and "base 2" in self.form[0]:
                 truths[-1] = Truth(case, data | {"dlse": data["dlse"] * math.log2(math.e)})
             shown.append(mine)
-        return next((found for i, mine in enumerate(shown) if (found := self.step(case, mine, truths, i))), [])
+        found = next((found for i, mine in enumerate(shown) if (found := self.step(case, mine, truths, i))), [])
+        if not found and case.plan == "twice":
+            one, two = ([m[name] for m in mine for name in TENSORS if m.get(name) is not None] for mine in shown)
+            if not all(map(torch.equal, one, two)):
+                return [_finding(case, "property", "not deterministic: the same step twice differs in some bits")]
+        return found
+
+    def unpadded(self, case: Case, rank: int, step: dict[str, Any]) -> dict[str, Any]:
+        """A rank's results without the rows that the layout pads."""
+        found = dict(step)
+        for name, slots in ((name, case.slots[rank]) for name in TENSORS if (case.slots[rank] < 0).any()):
+            x, queries = found.get(name), name in ("out", "lse", "dq")
+            if x is not None and name != "dsink" and not (queries and case.queries):
+                dim = 1 + (name == "lse" and x.shape[-1] == len(slots))
+                found[name] = x.index_select(dim, (slots >= 0).nonzero()[:, 0]) if x.shape[dim] == len(slots) else x
+        return found
 
     def natural(self, case: Case, truth: Truth, mine: list[dict]) -> list[Finding]:
         """Put every rank's lse in natural logarithms, b h s. Another form is a convention, two forms are a finding."""
@@ -236,7 +348,7 @@ class Judge:
         return []
 
     def step(self, case: Case, mine: list[dict], truths: list[Truth], index: int) -> list[Finding]:
-        """The first wrong tensor of one step, in the order in which errors spread, with a diagnosis."""
+        """The first wrong tensor of one step, in the order in which errors spread, and what it takes to name it."""
         truth, margin = truths[index], self.report.margin
         got: dict[str, list[Tensor]] = {}
         wrong: dict[str, dict[str, Any]] = {}
@@ -247,14 +359,13 @@ class Judge:
             for rank, m in enumerate(mine):
                 x, want = m[name], truth.part(name, rank)
                 x = torch.zeros_like(want) if x is None and not want.numel() else x
-                if x is None or x.shape != want.shape:
-                    what = (
-                        "is None: nothing reaches it" if x is None else f"has shape {[*x.shape]}, not {[*want.shape]}"
-                    )
-                    why = f"{name} {what}"
+                if why := _misfit(name, x, want, case):
                     return [_finding(case, "value", why, rank=rank, tensor=name, error=math.inf, budget=0.0)]
                 got[name].append(x.double())
-                error, budget = truth.error(name, rank, x.double())
+            if name == "dsink" and any(truth.error(name, i, x)[0] > 1e-2 for i, x in enumerate(got[name])):
+                got[name] = [sum(got[name])] * len(mine)  # each of its own rows, where it is not summed already
+            for rank, x in enumerate(got[name]):
+                error, budget = truth.error(name, rank, x)
                 worst = max(worst, (error / budget, error, budget, rank))
             if worst[0] > 1:
                 wrong[name] = dict(zip(("error", "budget", "rank"), worst[1:], strict=True)) | {"tensor": name}
@@ -263,27 +374,48 @@ class Judge:
         if not wrong:
             return []
         first = next(iter(wrong.values()))
-        if text := PROPERTIES.get(PLANS[case.plan][0][index]):
+        text = PROPERTIES.get(PLANS[case.plan][0][index])
+        if text and first["error"] < math.inf:
             return [_finding(case, "property", text, **first)]
-        causes = self.why(case, got, list(wrong), truths, index)
-        return [_finding(case, "value", causes[0], causes=causes, **first)]
+        return [_finding(case, "value", diagnose.UNKNOWN, evidence=(got, list(wrong), truths, index), **first)]
 
-    def why(self, case: Case, got: dict, wrong: list[str], truths: list[Truth], index: int) -> list[str]:
-        """Causes that explain it, the best first; NaN is asked whether it changes with what the oracle planted."""
-        pairs = [(x, truths[index].part(name, rank)) for name in wrong for rank, x in enumerate(got[name])]
+    def why(self, case: Case, got: dict, wrong: list[str], truths: list, index: int, quickly=False) -> list[str]:
+        """Causes that explain it, the best first; NaN is asked whether it changes with what the oracle planted.
+        `quickly` only asks the causes of earlier findings.
+        """
+        truth, found = truths[index], self.report.findings
+        known = [cause for f in found for cause in f.causes if f.kind == "value"]
+        pairs = [(x, truth.part(name, rank)) for name in wrong for rank, x in enumerate(got[name])]
         if wrong[0] == "lse" and any((x[want == -math.inf].abs() < 1e4).any() for x, want in pairs[: case.p]):
             return [diagnose.BLIND]
         if any((x.isnan() & ~want.isnan()).any() for x, want in pairs):
-            calm = [r["steps"][index] for r in self.run(case, poison=0.0).values() if r["steps"]]
-            now = [step.get(name) for step in calm for name in wrong]
-            early = case.world > 1 and all(x is not None and not x.isnan().any() for x in now)
-            return [diagnose.EARLY if early else diagnose.not_finite(case)]
-        causes = diagnose.name(case, truths[index], got, wrong, truths[:index] + truths[index + 1 :])
+            where = diagnose.not_finite(case, truth, got, wrong)
+            if quickly:
+                return [cause for cause in known if cause in (diagnose.UNWRITTEN, diagnose.EARLY, where)][:1]
+            for cause, planted in ((diagnose.UNWRITTEN, {"fresh": 0.0}), (diagnose.EARLY, {"poison": 0.0})):
+                calm = self.run(case, **planted).values()
+                now = [r["steps"][index].get(name) for r in calm if r["steps"] for name in wrong]
+                spoken = planted.get("fresh") == 0.0 or any(r["ops"] for r in calm)
+                if now and spoken and all(x is not None and not x.isnan().any() for x in now):
+                    return [cause]
+            return [where]
+        others = truths[:index] + truths[index + 1 :]
+        unknown = sum(f.causes[0].startswith(diagnose.UNKNOWN) for f in found)
+        causes = diagnose.name(case, truth, got, wrong, others, known, self.way, unknown < DEEP, quickly)
+        if quickly and not causes:
+            return []
         if causes[0].startswith(diagnose.UNKNOWN) and any((x.isinf() & ~want.isinf()).any() for x, want in pairs):
-            causes = [diagnose.not_finite(case)]
+            causes = [diagnose.not_finite(case, truth, got, wrong)]
         vague = causes[0].startswith(diagnose.VAGUE) or causes[0] == "out is zero"
-        if case.shift and vague and not any(f.causes[0].startswith(diagnose.UNKNOWN) for f in self.report.findings):
-            return [diagnose.LARGE]
+        if case is self.simplest and causes[0].startswith(diagnose.UNKNOWN) and case.dtype in LOW:
+            return [diagnose.PRECISE]
+        # a case that fails no more without its large scores fails by them, whatever else would look the same
+        large = (case is self.simplest or (vague and not unknown)) and not causes[0].startswith(diagnose.NOT_LARGE)
+        if (case.shift or case.spread) and large:
+            return [diagnose.LARGE if case.shift else diagnose.SPREAD]
+        if case is self.simplest and causes[0].startswith(diagnose.UNKNOWN) and "+" in case.name:
+            needs = next((text for (field, x), text in diagnose.TAKES.items() if getattr(case, field) == x), None)
+            causes = [needs or f"{causes[0]}; it takes {case.name.partition(' + ')[2]}"]
         # the same case in the whole world passed before this one came
         plain = {f"{word}-p{case.p}" for word in ("causal", "full")}
         return [diagnose.GROUP] if case.groups and plain & set(self.report.passed) else causes
@@ -303,3 +435,13 @@ class Judge:
             text = f"claims a ring, holds O(n): with n/p fixed the peak grows as p^{slope:.2f}"
             told = {"tensor": "bytes", "error": slope, "budget": 0.4}
             self.report.findings.append(_finding(Case("growth", 8), "growth", text, **told))
+
+
+def _misfit(name: str, x: Tensor | None, want: Tensor, case: Case) -> str | None:
+    """Why a result cannot be compared."""
+    if x is None:
+        return f"{name} is None: nothing reaches it"
+    if x.shape != want.shape:
+        return f"{name} has shape {[*x.shape]}, not {[*want.shape]}"
+    dtype = str(x.dtype).removeprefix("torch.")
+    return f"out is {dtype} where q, k and v are {case.dtype}" if name == "out" and dtype != case.dtype else None

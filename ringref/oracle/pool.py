@@ -12,7 +12,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from multiprocessing import connection
 from types import ModuleType
 from typing import Any
@@ -31,6 +31,7 @@ SILENT = Ledger().dump() | {"steps": [], "error": None, "written": [], "line": N
 def serve(rank: int, world: int, backend: str, store: tuple[str, int], door: tuple[str, int], key: bytes) -> None:
     """A worker's life: run the cases that come; a second thread tells how they stand."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.setsid()  # what a candidate forks is in this group, and ends with it
     for stream in (1, 2):
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
     torch.set_num_threads(1)
@@ -56,7 +57,7 @@ def _answer(line: connection.Connection, respond: Callable) -> None:
         while True:
             line.send_bytes(pickle.dumps(respond(pickle.loads(line.recv_bytes()))))
     except (EOFError, OSError):
-        os._exit(0)  # the parent is gone
+        os.killpg(0, signal.SIGKILL)  # the parent is gone
 
 
 def _hire(rank: int, *told: Any, method: str = "forkserver") -> Any:
@@ -89,7 +90,8 @@ class Crew:
         for line in self.lines.values():
             line.close()
         for process in self.processes:
-            process.kill()
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
 
     def ask(self, rank: int) -> dict[str, Any]:
         """How a rank stands, from the thread that is not busy with the case."""
@@ -106,6 +108,7 @@ class Crew:
             self.lines["work", rank].send_bytes(pickle.dumps(job))
         results: dict[int, dict] = {}
         before: dict[int, dict] = {}
+        first: dict[int, float] = {}
         began = time.monotonic()
         while len(results) < len(jobs):
             working = {self.lines["work", rank]: rank for rank in jobs if rank not in results}
@@ -117,7 +120,10 @@ class Crew:
                     results[working[line]] = SILENT | {"crash": True}
             if not ready:
                 now, seconds = {rank: self.ask(rank) for rank in working.values()}, time.monotonic() - began
-                if seconds > deadline or stuck(now, before, results):
+                first = {rank: facts["cpu"] for rank, facts in now.items()} | first
+                # on a machine that is busy with something else a case may take its time
+                busy = max(facts["cpu"] - first[rank] for rank, facts in now.items()) > deadline / 4
+                if seconds > (1 if busy else 3) * deadline or stuck(now, before, results):
                     results |= {rank: SILENT | facts | {"hang": seconds} for rank, facts in now.items()}
                 before = now
         return dict(sorted(results.items()))
@@ -134,6 +140,9 @@ def stuck(now: dict[int, dict], before: dict[int, dict], done: dict[int, dict]) 
 def clean(results: dict[int, dict]) -> bool:
     """Whether a crew can go on to another case: it answered, and no message of this one can be left over."""
     if not results or any("hang" in result or "crash" in result for result in results.values()):
+        return False
+    # a message that was refused when it was posted was counted on one side only
+    if any(f["kind"] in ("self-send", "non-contiguous") for result in results.values() for f in result["findings"]):
         return False
     met, ops = meetings(results), [(rank, op) for rank, result in results.items() for op in result["ops"]]
     return all(meeting(rank, op) in met and (op["waited"] or op["kind"] == "send") for rank, op in ops)
@@ -177,12 +186,17 @@ class Pool(AbstractContextManager):
         """Start a process for each rank of a world; returns those that are this process's to end."""
         return [_hire(rank, world, *told) for rank in range(world)]
 
-    def run(self, fn: bytes, jobs: dict[int, dict], deadline: float = 30.0) -> dict[int, dict[str, Any]]:
-        """Run one case on ranks 0 … len(jobs)−1; every rank's result, or what it was waiting for when it hung."""
+    def run(self, fn: bytes, jobs: dict[int, dict], deadline: float = 30.0, new=False) -> dict[int, dict[str, Any]]:
+        """Run one case on ranks 0 … len(jobs)−1; every rank's result, or what it was waiting for when it hung. `new`
+        processes remember nothing of earlier cases.
+        """
         world, results = len(jobs), {}
         if world > self.size:
             raise ValueError(f"jobs: {world} ranks on a pool of {self.size}")
-        crew = self.crews.pop(world, None) or Crew(self, world)
+        crew = self.crews.pop(world, None)
+        if crew and new:
+            crew.close()
+        crew = Crew(self, world) if new or not crew else crew
         try:
             results = crew.run({rank: job | {"fn": fn} for rank, job in jobs.items()}, deadline)
         finally:

@@ -7,6 +7,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
 from typing import Any
 
 from rich.console import Console
@@ -15,6 +16,8 @@ from rich.text import Text
 
 from . import diagnose
 from .cases import Case
+
+SCHEMA = 1  # of the JSON report: it rises when a key changes its meaning or goes, not when one comes
 
 
 @dataclass
@@ -32,6 +35,7 @@ class Finding:
     where: str | None = None
     snippet: str = ""
     causes: list[str] = field(default_factory=list, repr=False)
+    evidence: Any = field(default=None, repr=False)  # what it takes to name a wrong value; gone once it is named
 
 
 @dataclass(repr=False)
@@ -58,11 +62,16 @@ class Report:
         # a NaN that no mask can explain is not a mask's
         vague = (*diagnose.VAGUE, "NaN where") if "NaN or inf" in votes else diagnose.VAGUE
         known = [cause for cause in votes if not cause.startswith(vague)]
-        return max(known or votes, key=votes.__getitem__) if votes else None
+        best = max(known, key=votes.__getitem__, default=None)
+        unnamed = [f.diagnosis for f in self.findings if f.causes[0].startswith(vague)]
+        # a cause that explains one finding in four is not the cause
+        return best if best and votes[best] * 4 > len(unnamed) else unnamed[0] if unnamed else best
 
     def to_json(self) -> str:
         """Everything in the report, for machines."""
-        return json.dumps({"ok": bool(self), "diagnosis": self.diagnosis} | asdict(self), indent=1)
+        findings = [{name: x for name, x in asdict(f).items() if name != "evidence"} for f in self.findings]
+        told = {"schema": SCHEMA, "version": version("ringref"), "ok": bool(self), "diagnosis": self.diagnosis}
+        return json.dumps(told | asdict(self) | {"findings": findings}, indent=1)
 
     def __rich_console__(self, console: Console, _: Any) -> Iterator[Any]:
         verdict = "passes" if self else "is wrong" if self.findings else "was not judged"

@@ -22,10 +22,11 @@ import os
 import pickle
 import sys
 import threading
+import time
 import traceback
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from datetime import timedelta
 from types import FrameType
 from typing import Any
@@ -33,7 +34,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ..lab.memory import measured
@@ -129,6 +130,7 @@ class Ledger:
             "findings": list(self.findings),
             "waiting": self.waiting,
             "ticks": self.ticks,
+            "cpu": time.process_time(),
             "line": candidate_line(stack),
             "sent": sum(op["sent"] for op in list(self.ops)),
         }
@@ -397,21 +399,51 @@ def run(job: dict[str, Any], rank: int, device: str) -> dict[str, Any]:
         group = next((team for ranks, team in teams if rank in ranks), None)
         if group is not None:
             torch.manual_seed(0)
-            fn, told = _loaded(job["fn"]), pickle.loads(job["call"])
-            if job.get("positions") is not None:
-                told["positions"] = job["positions"]
-            with measured(device) if job.get("measure") else nullcontext() as usage:
+            fn, told = _loaded(job["fn"]), pickle.loads(job["call"]) | job.get("told", {})
+            with measured(device) if job.get("measure") else fresh(job.get("fresh", torch.nan), device) as usage:
                 _passes(functools.partial(fn, group=group, **told), job, told.get("mask_mod"), device, result)
             result["peak"] = usage and usage.peak
     except BaseException as error:
         result["error"] = {
             "type": type(error).__name__,
-            "text": str(error)[:600],
+            "text": _text(error)[:600],
             "line": candidate_line(reversed(list(traceback.walk_tb(error.__traceback__)))),
             "refused": isinstance(error, NotImplementedError),
         }
     LEDGER.finish()
     return result | LEDGER.dump()
+
+
+def _text(error: BaseException) -> str:
+    try:
+        return str(error)
+    except Exception:  # somebody's own exception may do anything
+        return "its text cannot be printed"
+
+
+@contextmanager
+def fresh(value: float, device: str) -> Iterator[None]:
+    """Memory that nobody has written holds NaN, so that reading it shows; or 0, which it may have held by luck.
+
+    NaN comes from torch's deterministic mode, which higher-order operators and compiled code bear; on a GPU that mode
+    would change the kernels.
+    """
+    if value == 0.0:
+        with _Zeroed():
+            yield
+        return
+    before = torch.are_deterministic_algorithms_enabled()
+    try:
+        torch.use_deterministic_algorithms(device == "cpu", warn_only=True)
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+class _Zeroed(TorchDispatchMode):
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        return result.zero_() if "empty" in func.__name__ and isinstance(result, Tensor) else result
 
 
 @functools.cache
@@ -428,35 +460,61 @@ def _loaded(fn: bytes) -> Callable:
 
 def _passes(fn: Callable, job: dict, mask: Any, device: str, result: dict) -> None:
     """Forward and backward passes in the order that the case asks for; were inputs written to?"""
-    before, live = _versions(mask), {}
+    live: dict[int, tuple] = {}
     for phase, i in job["program"]:
         given, done = job["steps"][i], result["steps"][i]
         LEDGER.enter(phase)
         if phase == "backward":
-            done |= _backward(given, *live[i])
+            done |= _backward(given | {"do": given["do"].to(device)}, job.get("dout", ""), *live[i])
         else:
-            leaves = [given[name].to(device, copy=True).requires_grad_(phase == "forward") for name in "qkv"]
+            names = [name for name in ("q", "k", "v", "sink") if name in given]
+            leaves = {name: given[name].to(device, copy=True).requires_grad_(phase == "forward") for name in names}
             with torch.set_grad_enabled(phase == "forward"):
-                heads = [x.shape[2] for x in leaves]
-                returned = fn(*(torch.cat(leaves, 2).split(heads, 2) if job.get("packed") else leaves))
-            pair = returned if isinstance(returned, (tuple, list)) else (returned, None)
-            if len(pair) != 2 or not isinstance(pair[0], Tensor):
-                what = f"{type(returned).__name__} of {len(pair)}" if pair is returned else type(returned).__name__
-                raise TypeError(f"the candidate returned {what}, not a tensor or (out, lse)")
-            out, lse = pair
-            live[i] = leaves, out, lse
-            done |= {"out": _plain(out), "lse": _plain(lse)}
-        for name, x in zip("qkv", live[i][0], strict=True):
+                qkv = _laid([leaves[name] for name in "qkv"], job.get("views", ""))
+                returned = fn(*qkv, **{name: leaves[name] for name in names[3:]})
+            live[i] = leaves, *_result(returned, device)
+            done |= {"out": _plain(live[i][1]), "lse": _plain(live[i][2])}
+        for name, x in live[i][0].items():
             if not torch.equal(as_bytes(x.cpu()), as_bytes(given[name])) and name not in result["written"]:
                 result["written"].append(name)
-    # a tensor that the mask made during the call is new: any write to it came from outside
-    if any(x._version != before.get(key, (x, 0))[1] for key, (x, _) in _versions(mask).items()):
+    # what a mask keeps is an input too: it holds a copy of each tensor that it gave away
+    cells = [cell.cell_contents for cell in getattr(mask, "__closure__", None) or ()]
+    kept = [pair for cell in cells if isinstance(cell, dict) for pair in cell.values()]
+    if not all(torch.equal(*pair) for pair in kept):
         result["written"].append("mask")
 
 
-def _backward(given: dict, leaves: list[Tensor], out: Tensor, lse: Any) -> dict[str, Any]:
+def _laid(x: list[Tensor], how: str) -> list[Tensor]:
+    """b s h d tensors as they may lie in memory: views of one packed tensor, or heads before tokens."""
+    if how == "packed" and len({(y.shape[1], y.shape[3]) for y in x}) == 1:
+        return list(torch.cat(x, 2).split([y.shape[2] for y in x], 2))
+    if how == "expanded":
+        return [y.flatten()[:1].expand(y.shape) if y.numel() else y for y in x]
+    return [y.transpose(1, 2).contiguous().transpose(1, 2) for y in x] if how == "heads first" else x
+
+
+def _result(returned: Any, device: str) -> tuple[Tensor, Tensor | None]:
+    """What a candidate may return: out, or (out, lse), as real, dense tensors with data."""
+    pair = returned if isinstance(returned, (tuple, list)) else (returned, None)
+    if len(pair) != 2:
+        raise TypeError(f"the candidate returned {type(returned).__name__} of {len(pair)}, not a tensor or (out, lse)")
+    for name, x in zip(("out", "lse"), pair, strict=True):
+        if name == "lse" and x is None:
+            continue
+        what = type(x).__name__
+        if isinstance(x, Tensor):
+            plain = x.layout == torch.strided and not x.is_nested
+            kind = str(x.layout).removeprefix("torch.") if not plain else "meta" if x.is_meta else str(x.dtype)[6:]
+            if plain and not x.is_meta and x.is_floating_point():
+                continue
+            what = f"a {kind} tensor"
+        raise TypeError(f"the candidate returned {what} for {name}, not a floating point tensor")
+    return pair[0], pair[1]
+
+
+def _backward(given: dict, how: str, leaves: dict[str, Tensor], out: Tensor, lse: Any) -> dict[str, Any]:
     """Backward through out, and through lse too where it is differentiable and its shape is known."""
-    roots, grads, dlse = [out], [given["do"].to(out)], given["dlse"]
+    roots, grads, dlse = [out], _laid([given["do"].to(out)], how), given["dlse"]
     if isinstance(lse, Tensor) and lse.requires_grad:
         dlse = dlse if dlse.shape == lse.shape else dlse.transpose(1, 2)
         if dlse.shape == lse.shape:
@@ -464,15 +522,9 @@ def _backward(given: dict, leaves: list[Tensor], out: Tensor, lse: Any) -> dict[
             grads.append(dlse.to(lse))
     if out.requires_grad:
         torch.autograd.backward(roots, grads)
-    found = {f"d{name}": _plain(x.grad) for name, x in zip("qkv", leaves, strict=True)}
+    found = {f"d{name}": _plain(x.grad) for name, x in leaves.items()}
     return found | {"dlse_used": len(roots) > 1}
 
 
 def _plain(x: Any) -> Any:
     return x.detach().to("cpu", copy=True) if isinstance(x, Tensor) else None
-
-
-def _versions(mask: Any) -> dict[int, tuple[Tensor, int]]:
-    """Tensors that a mask function holds, and how often each was written: inputs too, so nobody may."""
-    cells = [cell.cell_contents for cell in getattr(mask, "__closure__", None) or ()]
-    return {id(x): (x, x._version) for x in _tensors([cells, list(getattr(mask, "args", ()))])}

@@ -7,10 +7,10 @@ import math
 import torch
 from torch import Tensor
 
-from .cases import Case
+from .cases import SCORE_MODS, Case, index
 
-MULTIPLE = {"float64": 4.0, "float32": 4.0, "bfloat16": 2.0}
-FLOOR = {"float64": 8.0, "float32": 8.0, "bfloat16": 0.2}
+MULTIPLE = {"float64": 4.0, "float32": 4.0, "bfloat16": 2.0, "float16": 2.0}
+FLOOR = {"float64": 8.0, "float32": 8.0, "bfloat16": 0.2, "float16": 0.2}
 
 
 class Truth:
@@ -18,14 +18,17 @@ class Truth:
 
     def __init__(self, case: Case, data: dict[str, Tensor]):
         self.case, self.data, self.whole = case, data, case.reference(data)
-        yard = torch.bfloat16 if case.dtype == "bfloat16" else torch.float32
-        rough, whole = {name: x.to(yard) for name, x in data.items()}, [torch.arange(case.n)]
-        self.plain = [plain(case, rough, yard, whole), plain(case, rough, torch.float32, case.shards)]
+        yard = torch.float32 if case.dtype == "float64" else getattr(torch, case.dtype)
+        rough, whole = {name: x.to(yard) for name, x in data.items()}, ([torch.arange(case.m)], [torch.arange(case.n)])
+        cuts = [(yard, *whole), (torch.float32, case.asks[: 1 if case.replicated else None], case.shards)]
+        self.plain = [plain(case, rough, *cut) for cut in cuts]
         self.eps = torch.finfo(yard).eps
 
     def part(self, name: str, rank: int, whole: dict | None = None) -> Tensor:
         """One rank's share of a tensor."""
-        return _share((whole or self.whole)[name], self.case.shards[rank])
+        x = (whole or self.whole)[name]
+        mine = (self.case.shards if name in ("dk", "dv") else self.case.asks)[rank]
+        return x if x.ndim == 1 else x[..., mine] if x.ndim == 3 else x[:, mine]
 
     def error(self, name: str, rank: int, got: Tensor) -> tuple[float, float]:
         """The candidate's error on one rank, and its budget."""
@@ -40,12 +43,10 @@ class Truth:
         # where each query sees one key, dq and dk cancel everywhere: what rounding leaves of terms as large as dv
         typical = max(0.05 * total if total > 1e-9 * terms else terms, 1e-30) / math.sqrt(self.case.p)
         error, *rough = (_distance(*(y.masked_fill(blind, 0.0) for y in (x, want)), typical) for x in (got, *roughs))
-        return error, MULTIPLE[self.case.dtype] * max(*rough, FLOOR[self.case.dtype] * self.eps)
-
-
-def _share(x: Tensor, mine: Tensor) -> Tensor:
-    """The positions `mine` of a tensor b s h d, or b h s."""
-    return x[..., mine] if x.ndim == 3 else x[:, mine]
+        # exp(score − lse) can be no better than a float32 lse, which is coarse where it is large
+        largest = self.whole["lse"].nan_to_num(neginf=0.0).abs().max().item()
+        coarse = 0.5 * torch.finfo(torch.float32).eps * largest * (name != "lse")
+        return error, MULTIPLE[self.case.dtype] * max(*rough, FLOOR[self.case.dtype] * self.eps, coarse)
 
 
 def _distance(got: Tensor, want: Tensor, norm: float = 1e-30) -> float:
@@ -54,10 +55,20 @@ def _distance(got: Tensor, want: Tensor, norm: float = 1e-30) -> float:
     return math.inf if math.isnan(error) else error
 
 
+def modified(case: Case, scores: Tensor) -> tuple[Tensor, Tensor | float]:
+    """What the case's score_mod makes of scores, and its derivative."""
+    if not case.score_mod:
+        return scores, 1.0
+    with torch.enable_grad():
+        leaf = scores.detach().requires_grad_()
+        new = SCORE_MODS[case.score_mod](leaf, *index(case))
+        return new.detach(), torch.autograd.grad(new.sum(), leaf)[0]
+
+
 @torch.no_grad()
-def plain(case: Case, data: dict[str, Tensor], work: torch.dtype, cut: list[Tensor]) -> dict[str, Tensor]:
-    """softmax(q kᵀ/√d) v and its backward in the dtype `work`; the parts of each rank in `cut` are rounded to the dtype
-    of `data` once and then added in float32.
+def plain(case: Case, data: dict[str, Tensor], work: torch.dtype, asks: list[Tensor], cut: list[Tensor]) -> dict:
+    """softmax(q kᵀ/√d) v and its backward in the dtype `work`; the parts of each rank in `asks` and `cut` are rounded
+    to the dtype of `data` once and then added in float32.
 
     Every fused or distributed attention recomputes exp(score − lse) and rounds its parts; what that costs, with large
     scores or large parts that cancel, is nobody's mistake. Adding the parts in the dtype costs more, and is one.
@@ -65,25 +76,32 @@ def plain(case: Case, data: dict[str, Tensor], work: torch.dtype, cut: list[Tens
     q, k, v, do, dlse = (data[name].to(work) for name in ("q", "k", "v", "do", "dlse"))
     wide_k, wide_v = (x.repeat_interleave(case.h // case.g, 2) for x in (k, v))
     # a key that counts m times has log m added
-    scores = torch.einsum("bqhd,bkhd->bhqk", q, wide_k) * case.d**-0.5 + case.times.to(work).log()
-    lse = scores.float().logsumexp(-1, keepdim=True).nan_to_num(neginf=math.inf)
-    P = (scores - lse).exp().to(work)
+    scores, slope = modified(case, torch.einsum("bqhd,bkhd->bhqk", q, wide_k) * case.factor)
+    scores = scores + case.times.to(work).log()
+    lse = scores.float().logsumexp(-1, keepdim=True)
+    if case.sink:
+        lse = torch.logaddexp(lse, data["sink"].float()[:, None, None])
+    bound = lse.nan_to_num(neginf=math.inf)
+    P = (scores - bound).exp().to(work)
     out = torch.einsum("bhqk,bkhd->bqhd", P, wide_v)
-    D = (do.float() * out).sum(-1).transpose(1, 2) - dlse.masked_fill(lse[..., 0] == math.inf, 0.0)
-    dS = (P * (torch.einsum("bqhd,bkhd->bhqk", do, wide_v) - D[..., None])).to(work) * case.d**-0.5
+    D = (do.float() * out).sum(-1).transpose(1, 2) - dlse.masked_fill(lse[..., 0] == -math.inf, 0.0)
+    dS = (P * (torch.einsum("bqhd,bkhd->bhqk", do, wide_v) - D[..., None])).to(work) * slope * case.factor
 
     def rounded(x: Tensor) -> Tensor:
         return x.to(data["q"].dtype).float()
 
-    parts = {
-        name: torch.zeros_like(x, dtype=torch.float32) for name, x in (("out", q), ("dq", q), ("dk", k), ("dv", v))
-    }
+    shapes = {"out": do, "dq": q, "dk": k, "dv": v}
+    parts = {name: torch.zeros_like(x, dtype=torch.float32) for name, x in shapes.items()}
     for mine in cut:
         weight = P[..., mine].float().sum(-1).transpose(1, 2)[..., None].clamp_min(1e-30)
         part = torch.einsum("bhqk,bkhd->bqhd", P[..., mine], wide_v[:, mine])
         parts["out"] += weight * rounded(part / weight)
         parts["dq"] += rounded(torch.einsum("bhqk,bkhd->bqhd", dS[..., mine], wide_k[:, mine]))
+    for mine in asks:
         for name, pairs, x in (("dk", dS, q), ("dv", P, do)):
             part = torch.einsum("bhqk,bqhd->bkhd", pairs[:, :, mine], x[:, mine])
             parts[name] += rounded(part.unflatten(2, (case.g, -1)).sum(3))
-    return {name: rounded(x) for name, x in parts.items()} | {"lse": scores.logsumexp(-1)}
+    found = {name: rounded(x) for name, x in parts.items()} | {"lse": lse[..., 0]}
+    if case.sink:
+        found["dsink"] = -((data["sink"].float()[:, None] - lse[..., 0]).exp() * D).sum((0, 2))
+    return found

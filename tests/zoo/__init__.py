@@ -44,6 +44,11 @@ CORRECT = {
         _source("gathering", "contiguous", "causal gqa mask window uneven empty lse subgroup", "ring"),
         _source("collective", "zigzag", "causal gqa mask subgroup", "collective"),
         _source("ulysses", "contiguous", "causal gqa window lse subgroup", "ulysses"),
+        _source(
+            "serving", "contiguous", "causal gqa window cu_seqlens kv sink score_mod scale value_dim lse", "serving"
+        ),
+        _source("tiled", "contiguous", "causal gqa scale value_dim lse subgroup", "tiles"),
+        _source("tree", "contiguous", "causal gqa uneven kv lse subgroup", "tree"),
         _source("dilated_local", "contiguous", "causal gqa dilation lse", "dilated", ranks=1),
         _source("dilated_ring", "contiguous", "causal gqa dilation lse subgroup", "dilated"),
         _source("dilated_collective", "contiguous", "causal gqa dilation lse subgroup", "dilated"),
