@@ -177,11 +177,19 @@ class Simulated(torch.autograd.Function):
         return *(torch.cat([x[i] for x in ends], 1) for i in (2, 3, 4)), None
 
 
+def softcap_and_bias(score, b, h, q_idx, kv_idx):
+    return 1.5 * torch.tanh(score / 1.5) - 0.3 * (h + 1) * (q_idx - kv_idx).abs()
+
+
 GRADCHECKS = {
     "causal": {"causal": True},
     "dilated": {"causal": True, "dilation": Dilation([3, 6], [2, 3])},
     "grouped, chunked": {"dilation": Dilation([2, 5], [1, 2], heads="grouped"), "q_chunk": 2},
-}
+    "softcap, a bias by head and distance": {"causal": True, "score_mod": softcap_and_bias},
+    "softcap in a window in documents": {
+        "window": (2, 1), "cu_seqlens": torch.tensor([0, 4, 6]), "score_mod": softcap_and_bias
+    },
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("method", METHODS)
