@@ -25,8 +25,8 @@ def ran(monkeypatch):
     """thread -> (kind, kernel) of each block that it computed."""
     seen, kernel_of = {}, kernels._kernel
 
-    def spy(q, k, v, what, *rest):
-        kernel = kernel_of(q, k, v, what, *rest)
+    def spy(q, v, what, *rest):
+        kernel = kernel_of(q, v, what, *rest)
         seen.setdefault(threading.get_ident(), set()).add((what.kind, kernel.name if kernel else "math"))
         return kernel
 
