@@ -108,6 +108,18 @@ def test_decoding_through_many_segments(method, calls):
     assert calls
 
 
+@pytest.mark.parametrize("count", [2, 5, 9])
+@pytest.mark.parametrize("window", [(1, 0), (3, 2), (7, 0), (12, 1)])
+def test_a_chunk_of_prefill_through_many_segments(window, count, calls):
+    """More keys than queries, and queries that follow them or lie among them."""
+    n = 29
+    for last in (n, n - 4):
+        for p in (1, 3):
+            queries, keys = torch.arange(last - count, last).tensor_split(p), torch.arange(n).tensor_split(p)
+            swap(inputs(count, n), Split(list(zip(queries, keys))), {"ring": OTHERS["ring"]}, window=window)
+    assert calls
+
+
 def test_what_cannot_be_ragged_is_not(calls):
     """Masks, chunks and a backend's name."""
     split, cu_seqlens = Split(layout("zigzag", 29, 2)), documents(29, 1)

@@ -387,7 +387,8 @@ def _uneven(
     for pair in sees[even].unique(dim=0):
         mine = even & (sees == pair).all(1)
         lengths = count[mine]
-        free = [int(x) >= int(lengths[:, i].max()) for i, x in enumerate(pair)]
+        # the left bounds nothing if the last query sees the first key, the right if the first sees the last
+        free = [int(x) >= int(lengths[:, 1 - i].max()) - 1 for i, x in enumerate(pair)]
         if not any(free) or len(lengths.unique(dim=0)) > _SHAPES:
             found.append(
                 (begin[mine], Ragged(lengths, *(None if no else int(x) for no, x in zip(free, pair, strict=True))))
