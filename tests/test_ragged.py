@@ -10,8 +10,9 @@ import pytest
 import torch
 from common import DILATIONS, OTHERS, Split, inputs, layout, swap
 
-from ringref import block, explain, simulate
+from ringref import Dilation, block, explain, simulate
 from ringref.engine import kernels, visits
+from ringref.engine.call import Sight
 from ringref.shard import Positions, counted
 
 
@@ -187,6 +188,50 @@ def test_the_mask_written_out():
         lengths = torch.tensor([[dice.randrange(1, 9), dice.randrange(1, 9)] for _ in range(5)])
         ragged = visits.Ragged(lengths, left, right)
         assert ragged.keep().equal(_mask(ragged, 1))
+
+
+def some_positions(dice, n):
+    """A run, a run with a gap, every so many, or anything, in any order."""
+    a, b = sorted(dice.sample(range(n + 1), 2))
+    found = list(range(a, b))
+    found = dice.choice([found, found[: dice.randrange(b - a + 1)] + found[dice.randrange(b - a + 1) :]])
+    found = dice.choice([found, found, found[:: dice.randrange(1, 5)], dice.sample(range(n), dice.randrange(n))])
+    found = sorted(set(found))
+    dice.random() < 0.1 and dice.shuffle(found)
+    return Positions(torch.tensor(found, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("shapes", [0, 2])
+@pytest.mark.parametrize("ragged", [True, False])
+def test_a_plan_meets_whoever_sees_each_other_once(ragged, shapes, monkeypatch):
+    """Any positions, bounds and documents: visits, written out, are the mask."""
+    monkeypatch.setattr(visits, "_SHAPES", shapes)
+    visits._visits.cache_clear()
+    dice, kinds = random.Random(shapes), set()
+    for _ in range(400):
+        n = dice.choice((8, 20, 150))
+        queries, keys, ends = some_positions(dice, n), some_positions(dice, n), [0, n]
+        for _ in range(dice.choice((0, 0, 3, 9))):
+            ends.append(dice.randrange(n))
+        ends = Positions(torch.tensor(sorted(set(ends))))
+        bounds = tuple(dice.choice((None, 0, 1, 3, dice.randrange(n))) for _ in range(2))
+        dilation = dice.choice((None, None, Dilation([5, 40], [2, 3])))
+        sight = Sight(*bounds, ends)
+        for strand in visits.strands(dilation, 3, ends):
+            met = torch.zeros(len(queries), len(keys), dtype=torch.int64)
+            for visit in visits.visits(strand, queries, keys, False, False, None, bounds, ragged):
+                kinds.add(visit.kind)
+                for rows, others in zip(visit.queries.index, visit.keys.index):
+                    seen = torch.ones(len(rows), len(others), dtype=torch.bool)
+                    at = queries.index[rows][:, None], keys.index[others]
+                    seen = seen.tril() if visit.kind == "causal" else seen
+                    seen = sight.keeps(*at) if visit.kind == "mask" else seen
+                    seen = visit.ragged.keep() if visit.kind == "ragged" else seen
+                    met[rows[:, None], others] += seen
+            at = queries.index[:, None], keys.index
+            kept = strand.keeps(at[0]) & strand.keeps(at[1]) & (strand.segment(at[0]) == strand.segment(at[1]))
+            assert met.equal((kept & sight.keeps(*at)).long()), (strand, queries.index, keys.index, bounds, ends.index)
+    assert kinds == {"full", "causal", "mask", *(["ragged"] if ragged else [])}
 
 
 def test_a_kernel_that_is_wrong_about_segments_is_passed_over(calls, monkeypatch):

@@ -131,8 +131,9 @@ def _flash_ragged_forward(q, k, v, ragged, scale):
     (q, k, v), (b, _, s, _) = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v)), q.shape
     how = {"scale": scale, "window_size_left": ragged.left, "window_size_right": ragged.right}
     causal = (ragged.left, ragged.right) == (None, 0)
-    ends = ragged.ends(b, q.device)
-    out, lse, *_ = aten._flash_attention_forward(q, k, v, *ends, *ragged.longest, 0.0, causal, False, **how)
+    # where the longest has one query, the kernel would fold heads into rows
+    told = *ragged.ends(b, q.device), max(2, ragged.longest[0]), ragged.longest[1], 0.0, causal, False
+    out, lse, *_ = aten._flash_attention_forward(q, k, v, *told, **how)
     return out.unflatten(0, (b, s)).transpose(1, 2), lse.unflatten(1, (b, s)).transpose(0, 1)
 
 
