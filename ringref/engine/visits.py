@@ -2,7 +2,8 @@
 
 A *strand* is a set of heads that keep the same positions and attend within the same segments. Dense attention is one
 strand; LongNet (2307.02486, eq. 8–10) is a strand per branch and offset; packed documents are segments with lengths of
-their own. A *visit* is a strand on one block of keys, cut so that each piece is full, causal or masked.
+their own. A *visit* is a strand on one block of keys, cut so that each piece is full, causal or masked; for a kernel
+that takes them, segments of many lengths, and windows, are one ragged visit instead.
 
 `bounds` are the pair (left, right): a query at position i sees the keys at i − left … i + right of its segment, None
 is no bound. Causal attention is (None, 0).
