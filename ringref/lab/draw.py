@@ -193,15 +193,19 @@ def ring(hands, ax=None, title=""):
     at = [(sin(2 * pi * r / p), cos(2 * pi * r / p)) for r in range(p)]
     for r, (x, y) in enumerate(at):
         if p > 1:
-            bend = {"connectionstyle": f"arc3,rad={-0.12 if p > 2 else -0.3}", "shrinkA": 17, "shrinkB": 17}
+            bend = {
+                "connectionstyle": f"arc3,rad={-0.12 if p > 2 else -0.3}",
+                "shrinkA": 17,
+                "shrinkB": 17,
+                "color": "black",
+            }
             ax.add_patch(FancyArrowPatch((x, y), at[(r + 1) % p], arrowstyle="-|>", mutation_scale=11, **bend))
         ax.text(x, y, f"rank\n{r}", ha="center", va="center", fontsize=8, bbox=_box("white", "circle"), zorder=3)
         for i, (text, owner) in enumerate(hands[r]):
-            dark = owner % 8 in (0, 2)
-            ax.text(
-                1.62 * x, 1.48 * y - 0.3 * (i - (len(hands[r]) - 1) / 2), text, ha="center", va="center", fontsize=8,
-                color="white" if dark else "black", bbox=_box(COLOURS[owner % 8], "round"),
-            )  # fmt: skip
+            outward = 0.34 * (i if y > 0.1 else -i if y < -0.1 else (len(hands[r]) - 1) / 2 - i)
+            ink = "white" if owner % 8 in (0, 2) else "black"
+            middle = {"ha": "center", "va": "center", "fontsize": 8, "color": ink, "zorder": 4}
+            ax.text(1.72 * x, 1.48 * y + outward, text, bbox=_box(COLOURS[owner % 8], "round"), **middle)
     ax.set(xlim=(-2.1, 2.1), ylim=(-1.9, 1.9), title=title, aspect="equal")
     ax.set_axis_off()
     return ax
