@@ -21,7 +21,7 @@ GUARD = """if True:
 
 
 class Engines:
-    """p engines: `with Engines(2) as ranks:`, or `ranks = Engines(2).start()` in one cell and `ranks.stop()` in the last.
+    """p engines: `with Engines(2) as ranks:`, or `ranks = Engines(2).start()` in one cell, `ranks.stop()` in the last.
 
     `view` sends to all of them and blocks; `client[i]` to one. Every engine knows `me`, its number, `p`, and `store`,
     the `file://` address of a meeting point for `init_process_group`: a file, so that no port can be taken.
