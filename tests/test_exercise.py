@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ringref.lab.exercise import check
+from ringref.lab.exercise import check, side_by_side
 
 
 def test_an_answer_is_missing_right_or_wrong(capsys, monkeypatch):
@@ -23,3 +23,9 @@ def test_an_answer_is_missing_right_or_wrong(capsys, monkeypatch):
     monkeypatch.setenv("RINGREF_EXERCISES", "1")
     with pytest.raises(AssertionError, match="no answer"):
         check(None, truth)
+
+
+def test_sources_stand_side_by_side():
+    shown = side_by_side(check, test_sources_stand_side_by_side)
+    assert shown._repr_html_().count("<pre") == 2 and "def check(answer" in repr(shown)
+    assert "&lt;= within" in shown._repr_html_()

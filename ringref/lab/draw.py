@@ -225,7 +225,11 @@ def timeline(bars, ax=None, title="", unit="ms"):
     bars = list(bars)
     lanes = list(dict.fromkeys(lane for lane, *_ in bars))
     kinds = list(dict.fromkeys(kind for *_, kind in bars))
-    looks = {kind: _fill(kind, i) for i, kind in enumerate(kinds)}
+    looks = {}
+    for i, kind in enumerate(kinds):
+        look = _fill(kind, i)
+        again = any(look["facecolor"] == other["facecolor"] for other in looks.values())
+        looks[kind] = {**look, "hatch": "//"} if again else look
     ax = figure(6.4, 0.9 + 0.38 * len(lanes))[1] if ax is None else ax
     for lane, start, end, kind in bars:
         if end > start:

@@ -1,5 +1,7 @@
-"""The notebooks' exercises: an answer is judged by its numbers, on every tensor."""
+"""The notebooks' exercises, judged by their numbers, and the reader's code beside the library's."""
 
+import html
+import inspect
 import os
 
 
@@ -26,3 +28,20 @@ def check(answer, truth, within=1e-9):
         error = float((x - true).norm() / true.norm().clamp_min(1e-300))
         assert error <= within, f"result {i}: relative error {error:.3g}, not yet right"
     print(f"right: every relative error is below {within:g}")
+
+
+class side_by_side:
+    """The sources of some functions in columns: `side_by_side(mine, theirs)` as the last line of a cell."""
+
+    def __init__(self, *functions):
+        self.sources = {f.__name__: inspect.cleandoc(inspect.getsource(f)) for f in functions}
+
+    def __repr__(self):
+        return "\n\n".join(self.sources.values())
+
+    def _repr_html_(self):
+        style = "vertical-align:top;text-align:left;padding:0 1em 0 0"
+        pre = "font-size:11px;line-height:1.35;white-space:pre-wrap"
+        columns = (f'<pre style="{pre}">{html.escape(x)}</pre>' for x in self.sources.values())
+        row = "".join(f'<td style="{style}">{x}</td>' for x in columns)
+        return f'<table style="table-layout:fixed;width:100%"><tr>{row}</tr></table>'
