@@ -17,6 +17,7 @@ OPTIONAL = {
     "engine.kernels": {"xformers"},
     "lab.bench": {"dilated_attention_pytorch"},
     "lab.engines": {"ipyparallel", "psutil"},
+    "lab.zero": {"deepspeed", "fairscale"},
     "oracle.plugin": {"pytest"},
 }
 
@@ -32,7 +33,7 @@ FLOORS = (  # from the ground up: a room imports from floors below its own, and 
     {"collective", "dilated", "ring", "engine.explain"},
     {"ringref"},
     {"lab.draw", "lab.engines", "lab.exercise", "lab.memory", "lab.model", "oracle.cases"},
-    {"lab.bench", "lab.main_job", "oracle.diagnose", "oracle.sanitizer", "oracle.truth"},
+    {"lab.bench", "lab.main_job", "lab.zero", "oracle.diagnose", "oracle.sanitizer", "oracle.truth"},
     {"oracle.adapt", "oracle.pool", "oracle.report"},
     {"oracle.judge"},
     {"oracle"},

@@ -36,7 +36,7 @@ def train(ring, engine: str, tokens: int = 64, steps: int = 3, **how) -> list[fl
 
     Args:
         ring: a ring of processes that is the whole world.
-        engine: "torch" (one rank, or a sum by hand), "deepspeed" (`stage` 0 … 3) or "fairscale" (`broadcast_fp16`).
+        engine: "torch" (one rank, or a sum by hand), "deepspeed" (`stage` 0 … 3) or "fairscale" (`set_to_none`).
     """
     shard = partition(tokens, ring, "zigzag")
     attend = partial(ring_attention, causal=True, shard=shard)
@@ -79,15 +79,18 @@ def _deepspeed(model, ring, stage: int):
     return engine, engine.backward, engine.step
 
 
-def _fairscale(model, ring, broadcast_fp16: bool = False):
+def _fairscale(model, ring, set_to_none: bool = False):
+    """FairScale collects small gradients in buckets and leaves views of them in `grad`. `zero_grad()` of torch 2 drops
+    the views, so from the second step on the buckets are sent with the first step's gradients: set_to_none=True.
+    """
     from fairscale.nn.data_parallel import ShardedDataParallel
     from fairscale.optim.oss import OSS
 
-    optimiser = OSS(model.parameters(), torch.optim.SGD, lr=0.1, broadcast_fp16=broadcast_fp16)
+    optimiser = OSS(model.parameters(), torch.optim.SGD, lr=0.1)
     wrapped = ShardedDataParallel(model, optimiser)
 
     def backward(value):
-        optimiser.zero_grad()
+        optimiser.zero_grad(set_to_none=set_to_none)
         value.backward()
 
     return wrapped, backward, optimiser.step
@@ -98,6 +101,7 @@ def compare(steps: int = 3) -> dict:
     (dense,) = launch(partial(train, engine="torch", steps=steps), 1)
     hows = {f"DeepSpeed, ZeRO stage {stage}": {"engine": "deepspeed", "stage": stage} for stage in range(4)}
     hows["FairScale, OSS"] = {"engine": "fairscale"}
+    hows["FairScale, torch 2's zero_grad()"] = {"engine": "fairscale", "set_to_none": True}
     rows = []
     for name, how in {"a sum by hand": {"engine": "torch"}, **hows}.items():
         losses = [sum(x) for x in zip(*launch(partial(train, steps=steps, **how), 2), strict=True)]
