@@ -10,7 +10,7 @@ import os
 import subprocess
 
 project, author, copyright = "ringref", "the ringref maintainers", "the ringref maintainers, MIT licence"
-extensions = ["myst_nb"]
+extensions = ["myst_nb", "sphinx-mathjax-offline"]  # formulas are read without a network too
 nb_execution_mode = "off"  # what is published is what was saved, and what pytest --nbval compares
 nb_merge_streams = True
 myst_enable_extensions = ["dollarmath"]

@@ -23,6 +23,7 @@ def test_deepspeed_and_fairscale_train_the_dense_curve():
     found = zero.compare()
     worst = {row["engine"]: row["worst"] for row in found["rows"]}
     stale = worst.pop("FairScale, torch 2's zero_grad()")
-    assert max(worst.values()) < 1e-6 < 1e-4 < stale
+    clipped = worst.pop("DeepSpeed, default clipping")
+    assert max(worst.values()) < 1e-6 < 1e-4 < min(stale, clipped)
     began, arrived = (float(line.split(" after ")[1].split(" ms")[0]) for line in found["asynchronous"][:2])
-    assert began < 250 < 450 < arrived and "refuses" in found["asynchronous"][2]
+    assert began < arrived - 200 and "refuses" in found["asynchronous"][2]
