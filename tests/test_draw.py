@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from matplotlib import colors
 from matplotlib import pyplot as plt
-from matplotlib.patches import Rectangle
+from matplotlib.path import Path
 
+from ringref import partition, simulate
 from ringref.lab import draw
 
 
@@ -33,21 +34,33 @@ def test_the_same_figure_gives_the_same_bytes(tmp_path):
 def test_a_square_covers_every_pair_once_and_marks_what_is_hidden():
     owner, ax = example()
     drawn, faint = np.full((6, 6), -1), np.zeros((6, 6), bool)
+    middles = np.stack(np.meshgrid(np.arange(6) + 0.5, np.arange(6) + 0.5), -1).reshape(-1, 2)
     for patch in ax.patches:
-        assert isinstance(patch, Rectangle)
-        x, y, w = int(patch.get_x()), int(patch.get_y()), int(patch.get_width())
-        assert (drawn[y, x : x + w] == -1).all()
+        inside = patch.get_path().contains_points(middles).reshape(6, 6)
+        assert inside.any() and (drawn[inside] == -1).all()
         rgb = colors.to_hex(patch.get_facecolor()).upper()
-        drawn[y, x : x + w], faint[y, x : x + w] = draw.COLOURS.index(rgb), patch.get_alpha()
+        drawn[inside], faint[inside] = draw.COLOURS.index(rgb), patch.get_alpha() is not None
     assert (drawn == owner).all() and (faint == np.triu(np.ones((6, 6), bool), 1)).all()
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_an_outline_encloses_its_area_holes_and_islands_included(seed):
+    area = np.random.default_rng(seed).random((7, 9)) < 0.6
+    middles = np.stack(np.meshgrid(np.arange(9) + 0.5, np.arange(7) + 0.5), -1).reshape(-1, 2)
+    loops = [Path(loop).contains_points(middles) for loop in draw._outline(area).to_polygons()]
+    assert (np.logical_xor.reduce(loops).reshape(7, 9) == area).all()  # a point in a hole is in two loops
 
 
 def test_neighbours_differ_without_colour():
     looks = [draw.colour(i) for i in range(8)]
-    grey = [np.dot(colors.to_rgb(look["facecolor"]), (0.299, 0.587, 0.114)) for look in looks]
     for a, b in zip(range(8), [*range(1, 8), 0], strict=True):
-        assert abs(grey[a] - grey[b]) > 0.1 or looks[a]["hatch"] != looks[b]["hatch"]
-    assert abs(np.diff(grey[:5])).min() > 0.15  # up to five ranks even without the hatch
+        assert abs(grey(looks[a]) - grey(looks[b])) > 0.1 or looks[a]["hatch"] != looks[b]["hatch"]
+    assert abs(np.diff([grey(look) for look in looks[:5]])).min() > 0.15  # up to five ranks even without the hatch
+    assert max(np.diff([grey(draw.colour(hop, "hops")) for hop in range(8)])) < -0.05  # later hops are darker
+
+
+def grey(look):
+    return np.dot(colors.to_rgb(look["facecolor"]), (0.299, 0.587, 0.114))
 
 
 def test_curves_put_points_on_their_own_line():
@@ -58,12 +71,46 @@ def test_curves_put_points_on_their_own_line():
     assert [t.get_text() for t in ax.get_legend().get_texts()] == ["ring", "dense"]
 
 
+def test_a_method_has_one_colour_in_every_figure():
+    ax = draw.curves({"collective: 2·n·d": ([1, 2], [1, 2]), "ring, forward": ([1, 2], [1, 2])})
+    bar = draw.bars({"ring": {"a": 1}, "collective": {"a": 2}}).patches
+    assert [x.get_color() for x in ax.lines] == [colors.to_hex(x.get_facecolor()).upper() for x in bar[::-1]]
+    assert ax.lines[1].get_color() == draw.METHODS["ring"][0]
+
+
+def test_without_a_folder_nothing_is_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("RINGREF_FIGURES", raising=False)
+    assert draw.save(example()[1].figure, "x") is None and list(tmp_path.iterdir()) == []
+    monkeypatch.setenv("RINGREF_FIGURES", str(tmp_path / "there"))
+    assert draw.save(example()[1].figure, "x") == tmp_path / "there" / "x.svg"
+
+
+def test_the_pieces_that_are_drawn_are_all_pairs_that_a_mask_lets_through():
+    mine = simulate(lambda ring: partition(12, ring, "zigzag"), 3)
+    times = np.zeros((12, 12), int)
+    for a in mine:
+        for b in mine:
+            for _, kind, q_at, k_at in draw.met(a, b, causal=True):
+                seen = np.tril(np.ones((q_at.shape[1], k_at.shape[1]), int)) if kind == "causal" else 1
+                times[q_at[0][:, None], k_at[0]] += seen
+    assert (times == np.tril(np.ones((12, 12), int))).all()
+
+
 def test_timeline_and_bars_draw_what_they_are_given():
     ax = draw.timeline([("rank 0", 0, 2, "block"), ("rank 1", 1, 4, "wait")])
     assert [(p.get_x(), p.get_width()) for p in ax.patches] == [(0, 2), (1, 3)]
     assert [t.get_text() for t in ax.get_yticklabels()] == ["rank 0", "rank 1"]
     ax = draw.bars({"fwd": {"dense": 1, "ring": 2}, "bwd": {"dense": 3, "ring": 4}})
     assert [p.get_height() for p in ax.patches] == [1, 2, 3, 4]
+    ax = draw.bars({"fwd": {"dense": 1, "ring": 2}}, log=True)
+    assert not ax.patches and [x.get_ydata().tolist() for x in ax.lines] == [[1, 2]]
+
+
+def test_a_ring_has_an_arrow_from_every_rank_to_the_next():
+    ax = draw.ring([[("K0", 0)], [("K1", 1), ("dK2", 2)], []])
+    assert len(ax.patches) == 3
+    assert [t.get_text() for t in ax.texts] == ["rank\n0", "K0", "rank\n1", "K1", "dK2", "rank\n2"]
 
 
 def test_sizes_read_as_people_say_them():

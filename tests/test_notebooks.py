@@ -1,6 +1,9 @@
-"""What nbval lets pass: cells that never ran, pictures, layout; and that a changed output fails."""
+"""What nbval lets pass: cells that never ran, pictures, layout; that a changed output fails; and that a notebook lives
+when a reader changes its numbers and writes its answers.
+"""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -17,6 +20,21 @@ if not NOTEBOOKS:
 LONGEST_CELL = 18  # lines of code
 LONGEST_PROSE = 100  # words between two cells of code, formulas and folded answers aside
 IGNORED = "# NBVAL_IGNORE_OUTPUT"
+SETTINGS = {  # other numbers that the first cells say may be chosen: one for every run, one more for the slow ones
+    "00_one_block": ("cut, n, h, d = 2, 31, 3, 8", "cut, n, h, d = 7, 12, 1, 4"),
+    "01_ring": ("p, n, h, d = 3, 17, 1, 4", "p, n, h, d = 6, 12, 2, 8"),
+    "02_who_holds_what": ("p, n = 3, 25", "p, n = 6, 48"),
+    "03_collective": ("p, n, h, d = 2, 13, 2, 4", "p, n, h, d = 3, 20, 6, 8"),
+    "04_memory": ("d, longest = 8, 2048", "d, longest = 32, 2048"),
+    "05_multi_gpu": ("p, n, h, d = 3, 36, 1, 8", "p, n, h, d = 4, 64, 2, 16"),
+    "06_dilated": ("n, h, d = 24, 2, 4", "n, h, d = 12, 8, 8"),
+    "07_documents_and_windows": (
+        "p, h, d, left, ends = 3, 1, 4, 3, [0, 7, 7, 20]",
+        "p, h, d, left, ends = 2, 2, 8, 40, [0, 1, 18]",
+    ),
+    "08_oracle": ("n, h, d = 34, 2, 8", "n, h, d = 12, 1, 32"),
+    "09_training": ("n, steps = 50, 5", "n, steps = 130, 8"),
+}
 MACHINE = re.compile(
     r"0x[0-9a-f]{6,}|/home/|/root/|/tmp/|PosixPath"  # addresses and paths
     r"|\b\d+(\.\d+)? ?(ms|µs|seconds|MiB|GiB|MB|GB)\b"  # timings and memory
@@ -32,6 +50,10 @@ def printed(cell):
     for output in cell["outputs"]:
         yield text(output.get("text", ""))
         yield text(output.get("data", {}).get("text/plain", ""))
+
+
+def tagged(cell):
+    return " ".join(cell["metadata"].get("tags", []))
 
 
 def faults(notebook):
@@ -56,9 +78,18 @@ def faults(notebook):
         yield "the first cell does not say what the notebook needs and uses"
     if not any("assert" in text(cell["source"]) for cell in code):
         yield "nothing is asserted"
+    if [tagged(cell) for cell in code].count("parameters") != 1:
+        yield "no cell, or more than one, says what may vary"
+    if [tagged(cell) for cell in code].count("exercise") < 2:
+        yield "fewer than two exercises"
     prose = [text(x["source"]) for x in notebook["cells"] if x["cell_type"] == "markdown"]
     if not any("<details>" in x for x in prose):
         yield "no question has a folded answer"
+    for said in ("**You will know**", "**Takes**", "**Needs**"):
+        if said not in prose[0]:
+            yield f"the opening does not say {said}"
+    if not prose[-1].startswith("## Takeaways") or ".ipynb)" not in prose[-1]:
+        yield "the end has no takeaways, or does not lead on"
     if any(x.count("<details>") != x.count("</details>") for x in prose):
         yield "a folded answer is not closed"
     for x in prose:
@@ -124,11 +155,57 @@ def test_a_changed_output_fails(tmp_path, changed):
     assert ("outputs differ" in run.stdout) == changed
 
 
+def with_numbers(notebook, setting):
+    """The notebook with other numbers, in the one cell that says which may be chosen."""
+    (cell,) = [cell for cell in notebook["cells"] if tagged(cell) == "parameters"]
+    given = re.match(r"(.+?) = ", text(cell["source"]))[1]
+    assert setting.startswith(f"{given} = "), f"the cell sets {given}"
+    cell["source"] = setting
+
+
+def with_answers(notebook):
+    """Every exercise with its folded answer; without one that is checked, no exercise."""
+    cells = notebook["cells"]
+    for i, cell in enumerate(cells):
+        if tagged(cell) == "exercise":
+            folded = next(text(x["source"]) for x in cells[i:] if x["cell_type"] == "markdown")
+            assert "<b>Answer</b>" in folded
+            cell["source"] = text(cell["source"]) + "\n\n" + re.search(r"```python\n(.+?)```", folded, re.S)[1]
+
+
+TWICE = [
+    pytest.param(name, setting, id=f"{name}-{i}", marks=pytest.mark.slow if i else ())
+    for name, settings in SETTINGS.items()
+    for i, setting in enumerate(settings)
+]
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(("name", "setting"), TWICE)
+def test_a_notebook_lives_with_other_numbers_and_its_answers_are_right(tmp_path, name, setting):
+    notebook = json.loads((ROOT / "notebooks" / f"{name}.ipynb").read_text())
+    with_numbers(notebook, setting)
+    with_answers(notebook)
+    for beside in ("figures", "tests", "ringref"):
+        (tmp_path / beside).symlink_to(ROOT / beside)
+    copy = tmp_path / "notebooks" / f"{name}.ipynb"
+    copy.parent.mkdir()
+    copy.write_text(json.dumps(notebook))
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--nbval-lax", str(copy)]
+    env = {name: value for name, value in os.environ.items() if name != "RINGREF_FIGURES"}
+    run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env={**env, "RINGREF_EXERCISES": "1"})
+    assert run.returncode == 0, run.stdout[-6000:]
+
+
+def test_every_notebook_has_other_numbers():
+    assert list(SETTINGS) == [path.stem for path in NOTEBOOKS]
+
+
 @pytest.mark.parametrize("path", FIGURES, ids=lambda path: path.stem)
 def test_a_figure_has_no_date_and_comes_from_a_cell_that_saves_it(path):
     svg = path.read_text()
     assert "<dc:date>" not in svg and "Matplotlib v" not in svg
-    savers = [*NOTEBOOKS, NOTEBOOKS[0].parents[1] / "ringref" / "__main__.py"]
+    savers = [*NOTEBOOKS, NOTEBOOKS[0].parents[1] / "ringref" / "lab" / "main_job.py"]
     sources = "".join(saver.read_text() for saver in savers)
     assert path.stem in sources or (path.parent / "data" / f"{path.stem}.json").exists()
 

@@ -1,4 +1,4 @@
-"""What the field ships, judged without a GPU; the outcome is recorded for notebook 07.
+"""What the field ships, judged without a GPU; the outcome is recorded for notebook 08.
 
     pip install -e '.[test,peers]'
     pip install --no-deps dilated-attention-pytorch==0.2.0 xformers==0.0.35  # it pins an older einops

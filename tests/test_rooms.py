@@ -13,7 +13,13 @@ import ringref
 SOURCE = Path(ringref.__file__).parent
 STANDARD = set(sys.stdlib_module_names)
 PACKAGES = {"cloudpickle", "einops", "matplotlib", "numpy", "rich", "torch"}
-OPTIONAL = {"engine.kernels": {"xformers"}, "lab.bench": {"dilated_attention_pytorch"}, "oracle.plugin": {"pytest"}}
+OPTIONAL = {
+    "engine.kernels": {"xformers"},
+    "lab.bench": {"dilated_attention_pytorch"},
+    "lab.engines": {"ipyparallel", "psutil"},
+    "lab.zero": {"deepspeed", "fairscale"},
+    "oracle.plugin": {"pytest"},
+}
 
 FLOORS = (  # from the ground up: a room imports from floors below its own, and from nobody beside it
     {"comm.ring"},
@@ -26,8 +32,8 @@ FLOORS = (  # from the ground up: a room imports from floors below its own, and 
     {"engine.attend"},
     {"collective", "dilated", "ring", "engine.explain"},
     {"ringref"},
-    {"lab.draw", "lab.memory", "lab.model", "oracle.cases"},
-    {"lab.bench", "lab.main_job", "oracle.diagnose", "oracle.sanitizer", "oracle.truth"},
+    {"lab.draw", "lab.engines", "lab.exercise", "lab.memory", "lab.model", "oracle.cases"},
+    {"lab.bench", "lab.main_job", "lab.zero", "oracle.diagnose", "oracle.sanitizer", "oracle.truth"},
     {"oracle.adapt", "oracle.pool", "oracle.report"},
     {"oracle.judge"},
     {"oracle"},

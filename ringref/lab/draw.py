@@ -1,21 +1,40 @@
 """One figure style: legible in greyscale, to colour-blind readers, and as a diff.
 
-Ranks and series differ in hue (Okabe and Ito's palette, reordered so that neighbours also differ in
-lightness), in hatch, in line style and in marker. `save` writes SVGs that are equal byte for byte
-when the data are.
+A colour means one thing in all figures: `METHODS` names one per method, ranks have Okabe and Ito's palette (reordered
+so that neighbours also differ in lightness) with a hatch, hops grow darker in one hue. `save` writes SVGs that are
+equal byte for byte when the data are. `met` is the one window through which pictures look into the engine.
 """
 
+import os
+import re
+from collections import defaultdict
 from functools import wraps
+from math import cos, pi, sin
 from pathlib import Path
 
 import numpy as np
+from matplotlib import colormaps, colors
+from matplotlib import path as paths
 from matplotlib import pyplot as plt
-from matplotlib.patches import Patch, Rectangle
+from matplotlib.patches import FancyArrowPatch, Patch, PathPatch
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+from ..engine import visits as engine
 
 COLOURS = ("#0072B2", "#F0E442", "#000000", "#56B4E9", "#D55E00", "#E69F00", "#009E73", "#CC79A7")
 HATCHES = ("", "//", "", "..", "xx", "\\\\", "oo", "++")
-INKS = ("#0072B2", "#D55E00", "#000000", "#56B4E9", "#009E73", "#E69F00", "#CC79A7", "#7F7F7F")  # lines: no yellow
+INKS = ("#7F7F7F", "#882255", "#999933", "#44AA99", "#AA4499", "#661100", "#6699CC", "#332288")  # for what has no name
+METHODS = {  # a method's colour, marker and dash, by the first word of a label
+    "dense": ("#000000", "D", ":"),
+    "dilated": ("#009E73", "^", "-."),
+    "collective": ("#E69F00", "s", "--"),
+    "ring": ("#0072B2", "o", "-"),
+    "ulysses": ("#CC79A7", "v", (0, (5, 1))),
+    "ring×ulysses": ("#D55E00", "P", (0, (3, 1, 1, 1))),
+    "compute": ("#BBBBBB", "s", "-"),
+    "message": ("#D55E00", "o", "-"),
+}
+ALIASES = {"longnet": "dilated", "gather": "collective"}
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 DASHES = ("-", "--", ":", "-.", (0, (5, 1)), (0, (1, 1)), (0, (3, 1, 1, 1)), (0, (8, 3)))
 STYLE = {
@@ -45,11 +64,45 @@ def _styled(draw):
     return styled
 
 
-def colour(i):
-    """Fill for rank or series i: keyword arguments of a patch. They repeat after eight."""
+def met(queries, keys, *, causal=False, dilation=None, h=1):
+    """What the engine computes where a rank's queries meet a rank's keys: its own pieces, not what should happen.
+
+    Args:
+        queries, keys: shards, of which the one's queries meet the other's keys.
+        h: heads; each piece names those that it serves.
+
+    Yields:
+        `(heads, kind, q_at, k_at)`: kind is "full", "causal" or "mask"; the global positions of the queries and the
+        keys of m segments, `m c` and `m k`.
+    """
+    for strand in engine.strands(dilation, h):
+        for visit in engine.visits(strand, queries.queries, keys.keys, causal, False, None):
+            yield strand.heads, visit.kind, visit.q_positions, visit.k_positions
+
+
+def colour(i, palette="ranks"):
+    """Fill for rank or hop i: keyword arguments of a patch. Ranks repeat after eight, hops darken up to eight."""
+    if palette == "hops":
+        shade = colors.to_hex(colormaps["magma_r"](0.08 + 0.84 * min(i, 7) / 7))
+        return {"facecolor": shade, "hatch": "", "edgecolor": "black", "linewidth": 0.4}
     i %= len(COLOURS)
     edge = "white" if COLOURS[i] == "#000000" else "black"
     return {"facecolor": COLOURS[i], "hatch": HATCHES[i], "edgecolor": edge, "linewidth": 0.4}
+
+
+def named(label):
+    """The colour, marker and dash of the method that a label begins with, or None."""
+    word = re.split(r"[ ,:(_]", label.strip().lower())[0]
+    return METHODS.get(ALIASES.get(word, word))
+
+
+def _fill(label, i):
+    """A patch's look: the rank's, the hop's or the method's that the label names, else one of its own."""
+    numbered = re.match(r"(rank|hop) (\d+)", label)
+    if numbered:
+        return colour(int(numbered[2]), f"{numbered[1]}s")
+    known = named(label)
+    return {**colour(0), "facecolor": known[0] if known else INKS[i % 8], "hatch": "" if known else HATCHES[i % 8]}
 
 
 @_styled
@@ -59,8 +112,15 @@ def figure(width=6.4, height=3.6, columns=1, rows=1, **kwargs):
 
 
 @_styled
-def save(fig, name, folder="figures"):
-    """Write `folder`/`name`.svg; the same figure gives the same bytes. Returns the path."""
+def save(fig, name, folder=None):
+    """Write `folder`/`name`.svg; the same figure gives the same bytes. Returns the path.
+
+    Without a folder it goes where the environment variable RINGREF_FIGURES says, and nowhere (None) where that is
+    not set: an experiment in a notebook does not overwrite the published picture.
+    """
+    folder = folder or os.environ.get("RINGREF_FIGURES")
+    if not folder:
+        return None
     path = Path(folder, f"{name}.svg")
     path.parent.mkdir(parents=True, exist_ok=True)
     fig.savefig(path, metadata={"Date": None, "Creator": None})
@@ -68,27 +128,28 @@ def save(fig, name, folder="figures"):
 
 
 @_styled
-def square(owner, labels=None, ax=None, title="", visible=None):
+def square(owner, labels=None, ax=None, title="", visible=None, palette="ranks"):
     """The attention square: row = query, column = key, coloured by rank or by hop.
 
     owner: (queries, keys) integers, who computes this pair; −1 is nobody and stays white.
     labels: legend text per owner. visible: (queries, keys) bool, pairs that the mask lets through;
-    the others are drawn faintly: work that is done for nothing, or skipped.
+    the others are drawn faintly: work that is done for nothing, or skipped. palette: "ranks" or "hops".
     """
     owner = np.asarray(owner)
     visible = np.ones(owner.shape, bool) if visible is None else np.asarray(visible, bool)
     ax = figure(4.4, 3.6)[1] if ax is None else ax
-    plain = {"linewidth": 0, "antialiased": False}  # no seams between rectangles of one owner
+    plain = {"linewidth": 0, "antialiased": False}  # areas that touch leave no seam
     for who in np.unique(owner[owner >= 0]):
         for faint in (False, True):
-            style = {**colour(who), **plain, **({"alpha": 0.18, "hatch": ""} if faint else {})}
-            for row, first, length in _runs((owner == who) & (visible != faint)):
-                ax.add_patch(Rectangle((first, row), length, 1, **style))
+            area = (owner == who) & (visible != faint)
+            if area.any():
+                style = {**colour(int(who), palette), **plain, **({"alpha": 0.18, "hatch": ""} if faint else {})}
+                ax.add_patch(PathPatch(_outline(area), **style))
     ax.set(xlim=(0, owner.shape[1]), ylim=(owner.shape[0], 0), aspect="equal")
     ax.set(xlabel="key position", ylabel="query position", title=title)
     ax.spines[["top", "right"]].set_visible(True)
     if labels is not None:
-        _legend(ax, handles=[Patch(label=text, **colour(i)) for i, text in enumerate(labels)])
+        _legend(ax, handles=[Patch(label=text, **colour(i, palette)) for i, text in enumerate(labels)])
     return ax
 
 
@@ -96,13 +157,62 @@ def _legend(ax, **kwargs):
     ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), handleheight=1.2, **kwargs)
 
 
-def _runs(where):
-    """Horizontal runs of True as (row, first, length)."""
-    padded = np.pad(where.astype(np.int8), ((0, 0), (1, 1)))
-    edges = np.diff(padded, axis=1)
-    rows, starts = np.nonzero(edges == 1)
-    _, ends = np.nonzero(edges == -1)
-    return zip(rows.tolist(), starts.tolist(), (ends - starts).tolist(), strict=True)
+def _outline(area):
+    """The border of the True cells as one path: along each edge with True on one side only, inside to the right."""
+    padded, edges = np.pad(area, 1).astype(np.int8), defaultdict(list)
+    for y, x in np.argwhere(np.diff(padded, axis=0)[:, 1:-1]):  # between rows y − 1 and y
+        ends = ((x, y), (x + 1, y)) if y < len(area) and area[y, x] else ((x + 1, y), (x, y))
+        edges[ends[0]].append(ends[1])
+    for y, x in np.argwhere(np.diff(padded, axis=1)[1:-1]):  # between columns x − 1 and x
+        ends = ((x, y + 1), (x, y)) if x < area.shape[1] and area[y, x] else ((x, y), (x, y + 1))
+        edges[ends[0]].append(ends[1])
+    points, codes = [], []
+    while edges:
+        start = point = next(iter(edges))
+        loop = [start]
+        while not (len(loop) > 1 and point == start):
+            after = edges[point].pop()
+            if not edges[point]:
+                del edges[point]
+            point = after
+            loop.append(point)
+        points += loop
+        codes += [paths.Path.MOVETO, *[paths.Path.LINETO] * (len(loop) - 2), paths.Path.CLOSEPOLY]
+    return paths.Path(points, codes)
+
+
+@_styled
+def ring(hands, ax=None, title=""):
+    """Ranks on a circle, what each has in hand, and arrows from each rank to the next.
+
+    hands: for each rank, a list of `(text, owner)`: parcels in its hands, each in the colour of the rank that owns it.
+    """
+    ax = figure(3.2, 3.2)[1] if ax is None else ax
+    p = len(hands)
+    # clockwise from the top
+    at = [(sin(2 * pi * r / p), cos(2 * pi * r / p)) for r in range(p)]
+    for r, (x, y) in enumerate(at):
+        if p > 1:
+            bend = {
+                "connectionstyle": f"arc3,rad={-0.12 if p > 2 else -0.3}",
+                "shrinkA": 17,
+                "shrinkB": 17,
+                "color": "black",
+            }
+            ax.add_patch(FancyArrowPatch((x, y), at[(r + 1) % p], arrowstyle="-|>", mutation_scale=11, **bend))
+        ax.text(x, y, f"rank\n{r}", ha="center", va="center", fontsize=8, bbox=_box("white", "circle"), zorder=3)
+        for i, (text, owner) in enumerate(hands[r]):
+            outward = 0.34 * (i if y > 0.1 else -i if y < -0.1 else (len(hands[r]) - 1) / 2 - i)
+            ink = "white" if owner % 8 in (0, 2) else "black"
+            middle = {"ha": "center", "va": "center", "fontsize": 8, "color": ink, "zorder": 4}
+            ax.text(1.72 * x, 1.48 * y + outward, text, bbox=_box(COLOURS[owner % 8], "round"), **middle)
+    ax.set(xlim=(-2.1, 2.1), ylim=(-1.9, 1.9), title=title, aspect="equal")
+    ax.set_axis_off()
+    return ax
+
+
+def _box(fill, shape):
+    return {"boxstyle": f"{shape},pad=0.3", "facecolor": fill, "edgecolor": "black", "linewidth": 0.6}
 
 
 @_styled
@@ -115,14 +225,18 @@ def timeline(bars, ax=None, title="", unit="ms"):
     bars = list(bars)
     lanes = list(dict.fromkeys(lane for lane, *_ in bars))
     kinds = list(dict.fromkeys(kind for *_, kind in bars))
+    looks = {}
+    for i, kind in enumerate(kinds):
+        look = _fill(kind, i)
+        again = any(look["facecolor"] == other["facecolor"] for other in looks.values())
+        looks[kind] = {**look, "hatch": "//"} if again else look
     ax = figure(6.4, 0.9 + 0.38 * len(lanes))[1] if ax is None else ax
     for lane, start, end, kind in bars:
         if end > start:
-            style = colour(kinds.index(kind))
-            ax.barh(lanes.index(lane), end - start, left=start, height=0.7, **style)
+            ax.barh(lanes.index(lane), end - start, left=start, height=0.7, **looks[kind])
     ax.set(xlabel=unit, title=title, yticks=range(len(lanes)), yticklabels=lanes)
     ax.set_ylim(len(lanes) - 0.4, -0.6)
-    _legend(ax, handles=[Patch(label=kind, **colour(i)) for i, kind in enumerate(kinds)])
+    _legend(ax, handles=[Patch(label=kind, **look) for kind, look in looks.items()])
     return ax
 
 
@@ -130,18 +244,23 @@ def timeline(bars, ax=None, title="", unit="ms"):
 def curves(lines, points=None, ax=None, title="", x="", y="", log=True):
     """Predictions as lines, measurements as points of the same colour, on log₂ axes.
 
-    lines, points: {label: (xs, ys)}. A label in both is one series and one legend entry.
+    lines, points: {label: (xs, ys)}. A label in both is one series and one legend entry; a label that begins with a
+    method's name has the method's colour.
     """
     points = points or {}
     ax = figure()[1] if ax is None else ax
+    used = set()
     for i, label in enumerate(dict.fromkeys([*lines, *points])):
-        look = {"color": INKS[i % 8], "zorder": 2}
-        marker = {"marker": MARKERS[i % 8], "markeredgecolor": "black", "markersize": 5}
+        ink, shape, dash = named(label) or (INKS[i % 8], MARKERS[i % 8], DASHES[i % 8])
+        if (ink, dash) in used:  # a second series of one method
+            shape, dash = MARKERS[(i + 3) % 8], DASHES[(i + 4) % 8]
+        used.add((ink, dash))
+        marker = {"marker": shape, "markeredgecolor": "black", "markersize": 5}
         if label in lines:
-            ax.plot(*lines[label], linestyle=DASHES[i % 8], label=label, linewidth=1.6, **look)
+            ax.plot(*lines[label], linestyle=dash, label=label, linewidth=1.6, color=ink, zorder=2)
         if label in points:
             shown = "_nolegend_" if label in lines else label
-            ax.plot(*points[label], linestyle="", label=shown, **{**look, "zorder": 3}, **marker)
+            ax.plot(*points[label], linestyle="", label=shown, color=ink, zorder=3, **marker)
     if log:
         ax.set_xscale("log", base=2)
         ax.set_yscale("log", base=2)
@@ -157,15 +276,23 @@ def curves(lines, points=None, ax=None, title="", x="", y="", log=True):
 
 @_styled
 def bars(groups, ax=None, title="", y="", log=False):
-    """Grouped bars. groups: {series: {label: value}}; every series has a bar at every label."""
+    """Grouped bars. groups: {series: {label: value}}; every series has a bar at every label.
+
+    On a logarithmic axis they are points, because a bar's length would depend on where the axis happens to begin.
+    """
     ax = figure()[1] if ax is None else ax
     labels = list(dict.fromkeys(label for values in groups.values() for label in values))
     width = 0.8 / len(groups)
     for i, (series, values) in enumerate(groups.items()):
-        at = [labels.index(label) - 0.4 + (i + 0.5) * width for label in values]
-        ax.bar(at, list(values.values()), width, label=series, **colour(i))
+        at, look = [labels.index(label) - 0.4 + (i + 0.5) * width for label in values], _fill(series, i)
+        if log:
+            fill = {"color": look["facecolor"], "markeredgecolor": "black"}
+            ax.plot(at, list(values.values()), MARKERS[i % 8], label=series, **fill)
+        else:
+            ax.bar(at, list(values.values()), width, label=series, **look)
     if log:
         ax.set_yscale("log")
+        ax.grid(axis="y", alpha=0.25, linewidth=0.5)
     ax.set(xticks=range(len(labels)), xticklabels=labels, ylabel=y, title=title)
     _legend(ax)
     return ax
