@@ -224,6 +224,8 @@ def test_double_backward_raises(method, sharded):
         q, k, v = (x.requires_grad_() for x in given[:3])
         out, _ = METHODS[method](q, k, v, shard=shard)
         (dq,) = torch.autograd.grad((out**2).sum(), q, create_graph=True)
+        if method == "dense" and not sharded:  # plain autograd: test_errors shows that its second derivative is right
+            return dq.requires_grad
         with pytest.raises(RuntimeError, match="once_differentiable|differentiate twice"):
             dq.sum().backward()
         return True
