@@ -86,7 +86,9 @@ class _Once(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *_):
-        raise RuntimeError("this gradient cannot be differentiated again; to differentiate twice, use dense_attention on one rank")
+        raise RuntimeError(
+            "this gradient cannot be differentiated again; to differentiate twice, use dense_attention on one rank"
+        )
 
 
 def once(backward: Callable) -> Callable:

@@ -25,8 +25,9 @@ def package(requirement):
 
 def drift(project, conda):
     """How environment.yml differs from what pyproject.toml says, as a list of sentences."""
-    # peers are other people's packages, which pin old versions of much: a user's set-up must not need them
-    extras = {name: asked for name, asked in project["optional-dependencies"].items() if name != "peers"}
+    # peers and engines are other people's packages, of which each wants a version of its own: no user's set-up needs them
+    others = ("peers", "engines")
+    extras = {name: asked for name, asked in project["optional-dependencies"].items() if name not in others}
     install = re.search(r"^ +- -e \.\[([\w,-]+)\]$", conda, re.M)
     asked = set(install[1].split(",")) if install else set()
     wrong = [f"extra {name} is not installed" for name in sorted(set(extras) - asked)]
