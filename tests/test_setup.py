@@ -25,7 +25,7 @@ def package(requirement):
 
 def drift(project, conda):
     """How environment.yml differs from what pyproject.toml says, as a list of sentences."""
-    # peers and engines are other people's packages, of which each wants a version of its own: no user's set-up needs them
+    # other people's packages, of which each wants versions of its own: no user's set-up needs them
     others = ("peers", "engines")
     extras = {name: asked for name, asked in project["optional-dependencies"].items() if name not in others}
     install = re.search(r"^ +- -e \.\[([\w,-]+)\]$", conda, re.M)
