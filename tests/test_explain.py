@@ -79,6 +79,15 @@ def test_explain_gives_reasons():
     assert simulate(nothing, 4)[3] == "all keys: keys stay; none are seen here"
 
 
+def test_the_transport_between_gpus_is_said():
+    def on(ring):
+        ring.transport, ring.unreachable = "nccl", "rank 1 (accept): no peer access"
+        shard = ringref.partition(8, ring)
+        return explain(torch.zeros(1, 4, 4, 16), shard=shard)
+
+    assert "keys travel among ranks [0, 1] by nccl (not peer: rank 1 (accept): no peer access)" in simulate(on, 2)[0]
+
+
 def broken(out=1.0, dq=1.0):
     """CPU flash with results that are off by factors."""
     good = next(x for x in kernels.KERNELS if x.name == "cpu_flash")

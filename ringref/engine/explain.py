@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ..comm.ring import Ring
 from ..shard import EVERYTHING
 from .attend import meet, plan
 from .call import agree
@@ -47,6 +48,14 @@ def _why_not(kernel: Kernel, task: Task, backend: str) -> str:
     return kernel.why_not(task) or excluded or failed or "is slower"
 
 
+def _by(ring: Ring) -> str:
+    """How messages travel where there is a choice: between GPUs."""
+    if ring.transport not in ("peer", "nccl"):
+        return ""
+    why_not = getattr(ring, "unreachable", None)
+    return f" by {ring.transport}" + (f" (not peer: {why_not})" if why_not else "")
+
+
 def paths(q: Tensor, k: Tensor, v: Tensor, **arguments) -> tuple[set[tuple[str, bool]], list[str]]:
     """What a call would do: the kinds of its visits and whether any is of one query; and
     how its keys travel and its rows are read, a line per strand or set of strands. Every rank must ask.
@@ -59,7 +68,8 @@ def paths(q: Tensor, k: Tensor, v: Tensor, **arguments) -> tuple[set[tuple[str, 
             named = ", ".join("all keys" if w == EVERYTHING else f"w={w} r={r}" for w, r in branches)
             trip = Trip(call.ring, route, q.shape[2] // k.shape[2], *(x[:, :, heads_of(part.kv_heads)] for x in (k, v)))
             loads = [trip.load(r) for r in range(trip.ring.size)]
-            where = f"travel among ranks {list(route.members)}" if any(map(len, loads)) else "stay"
+            way = f"travel among ranks {list(route.members)}{_by(call.ring)}"
+            where = way if any(map(len, loads)) else "stay"
             others = loads[: trip.ring.rank] + loads[trip.ring.rank + 1 :]
             blocks = [*trip.own, *(block for load in others for block in trip.blocks(load, trip.space(load)))]
             met = [x.visit for block in blocks for x in meet(call, part, block, q)]
