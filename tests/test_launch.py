@@ -1,9 +1,11 @@
 """`launch`: real processes behave like a function call, also when one of them does not behave."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 import threading
 import time
@@ -189,7 +191,7 @@ def test_a_signal_that_the_caller_ignores_or_handles_is_no_end():
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_a_signal_that_ends_the_caller_ends_the_ranks(number, tmp_path):
+def test_a_signal_that_ends_the_caller_ends_the_ranks(number, tmp_path, request):
     """And their folder: before the caller goes, or soon after it where it cannot handle the signal."""
     script = """
         import os, time
@@ -202,15 +204,16 @@ def test_a_signal_that_ends_the_caller_ends_the_ranks(number, tmp_path):
         launch(fn, 2)
     """
     (tmp_path / "job.py").write_text(textwrap.dedent(script))
-    (tmp_path / "folders").mkdir()
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "TMPDIR": str(tmp_path / "folders")}
+    inside = tempfile.mkdtemp(dir="/tmp")  # a short name: a fork server's socket lies in it
+    request.addfinalizer(lambda: shutil.rmtree(inside, ignore_errors=True))
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "TMPDIR": inside}
     job = subprocess.Popen([sys.executable, "job.py"], cwd=tmp_path, env=env)
     while len(ranks := [x for x in os.listdir(tmp_path) if x.isdigit()]) < 2:
         assert job.poll() is None
         time.sleep(0.1)
 
     def left():
-        folders = [x for x in os.listdir(tmp_path / "folders") if x.startswith("ringref_")]
+        folders = [x for x in os.listdir(inside) if x.startswith("ringref_")]
         return folders + list(filter(running, ranks))
 
     assert len(left()) == 3
