@@ -173,8 +173,8 @@ def with_answers(notebook):
             cell["source"] = text(cell["source"]) + "\n\n" + re.search(r"```python\n(.+?)```", folded, re.S)[1]
 
 
-TWICE = [
-    pytest.param(name, setting, id=f"{name}-{i}", marks=pytest.mark.slow if i else ())
+TWICE = [  # the one on memory measures for minutes
+    pytest.param(name, setting, id=f"{name}-{i}", marks=pytest.mark.slow if i or name == "04_memory" else ())
     for name, settings in SETTINGS.items()
     for i, setting in enumerate(settings)
 ]
