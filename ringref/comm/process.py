@@ -42,7 +42,7 @@ class ProcessRing(Ring):
             if group_or_mesh.ndim != 1:
                 raise ValueError(f"group_or_mesh: a ring is one-dimensional, this mesh has {group_or_mesh.ndim}")
             group_or_mesh = group_or_mesh.get_group()
-        self.group = group_or_mesh if group_or_mesh is not None else dist.group.WORLD
+        self._group = group_or_mesh
         if self.group == dist.GroupMember.NON_GROUP_MEMBER:
             raise ValueError("group_or_mesh: this process is not a member of the group")
         self.rank, self.size = dist.get_rank(self.group), dist.get_world_size(self.group)
@@ -50,6 +50,11 @@ class ProcessRing(Ring):
         self._world_ranks = dist.get_process_group_ranks(self.group)
         self._calls, self._peers, self.unreachable = 0, None, None
         self.transport = self._connect(transport)
+
+    @property
+    def group(self) -> Any:
+        """The process group. The world's is not held here: leaving it must end its threads, or they abort the exit."""
+        return dist.group.WORLD if self._group is None else self._group
 
     def _connect(self, transport):
         """Find out, together with the other ranks, how CUDA tensors travel."""
