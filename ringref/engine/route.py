@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..comm.ring import Message, Ring
 from ..shard import Positions, Table, unseen, wide
-from .visits import Bounds, Rows, Strand, serving
+from .visits import Bounds, Rows, Strand, ascending, serving
 
 
 class Load:
@@ -48,16 +48,20 @@ class Block(NamedTuple):
 @lru_cache(maxsize=256)
 def _held(strand: Strand, positions: Positions) -> tuple[Tensor, Tensor, Tensor]:
     """A strand's rows among these, in the tensors' order; the segment of each; and every segment once."""
-    rows = strand.rows(positions).sort().values
+    rows = strand.rows(positions)
+    rows = rows if ascending(rows) else rows.sort().values
     segment = strand.segment(positions.index[rows])
-    return rows, segment, segment.unique()
+    return rows, segment, segment.unique_consecutive().unique()
 
 
 def _needed(strand: Strand, keys: Positions, queries: Positions, bounds: Bounds) -> Tensor:
     """Which of the strand's rows of these keys any of these queries sees."""
-    rows, segment, _ = _held(strand, keys)
+    rows, segment, segments = _held(strand, keys)
     if bounds == (None, None):
-        seen = torch.isin(segment, _held(strand, queries)[2])
+        shared = _held(strand, queries)[2]
+        if bool(torch.isin(segments, shared).all()):
+            return rows
+        seen = torch.isin(segment, shared)
     else:
         (left, right), at, q_at = bounds, keys.index[rows], queries.index[strand.rows(queries)]
         first = segment if right is None else torch.maximum(segment, at - right)

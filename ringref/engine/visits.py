@@ -70,9 +70,14 @@ class Strand(NamedTuple):
 @lru_cache(maxsize=256)  # of n rows each; what is kept for long is plans, which are small
 def _kept(strand: Strand, positions: Positions) -> Tensor:
     index = positions.index
-    order = index.argsort(stable=True) if len(index) > 1 and bool((index.diff() < 0).any()) else None
+    order = None if ascending(index) else index.argsort(stable=True)
     rows = strand.keeps(index if order is None else index[order]).nonzero()[:, 0]
     return rows if order is None else order[rows]
+
+
+def ascending(x: Tensor) -> bool:
+    """Whether each is at least as large as the one before; sorting what is sorted takes ten times as long."""
+    return bool((x[1:] >= x[:-1]).all())
 
 
 def strands(dilation: Dilation | None, h: int, documents: Positions | None = None) -> list[Strand]:
@@ -242,13 +247,13 @@ def staircase(q_positions: Tensor, k_positions: Tensor) -> list[tuple[slice, sli
     First the keys that nobody sees are dropped and the queries that see nobody, so a zigzag ring's
     off-diagonal hops are full rectangles. Returns [] when nothing is left.
     """
-    seen = torch.searchsorted(k_positions, q_positions, right=True)
-    blind, most = int((seen == 0).sum()), int(seen[-1]) if len(seen) else 0
-    seen = seen[blind:]
-    if not len(seen):
+    blind = int(torch.searchsorted(q_positions, k_positions[:1])) if len(k_positions) else len(q_positions)
+    if blind == len(q_positions):
         return []
-    if int(seen[0]) == most:
-        return [(slice(blind, blind + len(seen)), slice(0, most), "full")]
+    least, most = torch.searchsorted(k_positions, q_positions[[blind, -1]], right=True).tolist()
+    if least == most:  # known without a look at the rows between
+        return [(slice(blind, len(q_positions)), slice(0, most), "full")]
+    seen = torch.searchsorted(k_positions, q_positions[blind:], right=True)
     rise = seen.diff()
     cuts = [0, *((rise[1:] != rise[:-1]).nonzero()[:, 0] + 1).tolist()] if len(rise) else [0]
     pieces, a = [], 0
@@ -337,13 +342,20 @@ def _visits(
         own, others = torch.arange(c, device="cpu"), torch.arange(kc, device="cpu")
         q_index, k_index = firsts[:, :1] + own, firsts[:, 1:] + others
         while len(q_index):
-            origin = q_at[q_index[:, :1]]
-            pattern = torch.cat([q_at[q_index] - origin, k_at[k_index] - origin], 1)
-            alike = (pattern == pattern[0]).all(1)
+            alike = _like_the_first(q_at, k_at, q_index, k_index)
             pieces = _alike(q_at, k_at, q_index[alike], k_index[alike], bounds, masked, q_chunk)
             found += (Visit(Rows(q_rows[x]), Rows(k_rows[y]), kind, (queries, keys)) for x, y, kind in pieces)
             q_index, k_index = q_index[~alike], k_index[~alike]
     return found
+
+
+def _like_the_first(q_at: Tensor, k_at: Tensor, q_index: Tensor, k_index: Tensor) -> Tensor:
+    """Which segments have the first one's positions, counted from a segment's first query."""
+    if len(q_index) == 1:
+        return torch.ones(1, dtype=torch.bool, device="cpu")
+    origin = q_at[q_index[:, :1]]
+    pattern = torch.cat([q_at[q_index] - origin, k_at[k_index] - origin], 1)
+    return (pattern == pattern[0]).all(1)
 
 
 def _segments(strand: Strand, q_at: Tensor, k_at: Tensor) -> tuple[Tensor, Tensor]:
