@@ -117,6 +117,14 @@ def test_a_long_prediction_takes_moments_and_grows_as_the_tokens_do():
     assert 4 < large / (2**18 * 16 * 128 * 2) < 10  # q shards
 
 
+def test_a_rings_step_holds_at_most_twelve_shards_however_many_ranks_share_it():
+    for s in (2**13, 2**14, 2**15):
+        held = [
+            predicted("ring", s * p, p, 16, 128, dtype=torch.bfloat16, kernel="cudnn", layout="zigzag") for p in (4, 8)
+        ]
+        assert all(8 < x / (s * 16 * 128 * 2) < 10 for x in held), (s, held)  # 12 is the promise
+
+
 def test_a_window_is_predicted_through_the_kernel_that_has_windows():
     """As many bytes as causal attention, for it is one call; where nobody has windows, pieces that are added up."""
     how = {"g": 4, "dtype": torch.bfloat16, "kernel": "flash"}

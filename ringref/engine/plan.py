@@ -13,8 +13,9 @@ from ..shard import Dilation, Positions, Table
 from .route import Route, most_linked, routes
 from .visits import Bounds, Strand, Visit, regular, serving, strands, visits
 
-# of q, that a part has: where three ranks or more share keys, their sums are in flight beside the shares of one
-_PART_BYTES_OF_TWO, _PART_BYTES, _MOST_PARTS = 2**30, 20 * 2**20, 4
+# of q, that a part has: where three ranks or more share keys, their sums are in flight beside the shares of one, and
+# a ring's step at 8k tokens of 16 heads holds 21 times q in one part, 9.4 in three
+_PART_BYTES_OF_TWO, _PART_BYTES, _MOST_PARTS = 2**30, 10 * 2**20, 4
 
 
 class Part(NamedTuple):
@@ -25,13 +26,6 @@ class Part(NamedTuple):
     heads: range
     kv_heads: range
     routes: tuple[Route, ...]
-
-
-def part_count(q_bytes: int, g: int, linked: int, dilated: bool, forward: bool) -> int:
-    """In how many parts ranks work that have so many bytes of q, and so many of whom share keys."""
-    if not dilated and (linked == 1 or forward):
-        return 1
-    return max(1, min(q_bytes // (_PART_BYTES if linked > 2 else _PART_BYTES_OF_TWO), g, _MOST_PARTS))
 
 
 @lru_cache(maxsize=64)
@@ -46,8 +40,10 @@ def parts(
     first, *narrow = strands(dilation, h, documents)
     order, group = [first, *sorted(narrow, key=lambda x: -x.r)], h // g
     rows = max(map(len, (*table.queries, *table.keys)))
-    linked = max(most_linked(strand, table) for strand in order)
-    count = part_count(rows * row_bytes, g, linked, dilation is not None, forward)
+    linked, count = max(most_linked(strand, table) for strand in order), 1
+    if dilation is not None or (linked > 1 and not forward):
+        share = _PART_BYTES if linked > 2 else _PART_BYTES_OF_TWO
+        count = max(1, min(rows * row_bytes // share, g, _MOST_PARTS))
 
     def serves(kv_head: int) -> list[tuple[int, int]]:
         heads = range(kv_head * group, (kv_head + 1) * group)
