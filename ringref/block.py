@@ -132,11 +132,17 @@ def forward(
         leaf.copy_(made)
         del leaf, made
     _mask(scores, q, keep, -math.inf)
+    v, reached = rearrange(v.to(dtype), "b m k g d -> b m g k d"), None
+    if type(v) is Tensor and v.is_cpu and not v.isfinite().all():  # 0 · NaN is NaN, and what is masked must not count
+        reached = (scores != -math.inf).to(dtype) @ (~v.isfinite()).to(dtype) > 0
+        v = v.nan_to_num(0.0, 0.0, 0.0)
     top = scores.amax(-1, keepdim=True)
     weights = scores.sub_(top.masked_fill_(top == -math.inf, 0.0)).exp_()
     total = weights.sum(-1, keepdim=True)
-    out = weights @ rearrange(v.to(dtype), "b m k g d -> b m g k d")
+    out = weights @ v
     out /= total.masked_fill(total == 0, 1.0)
+    if reached is not None:
+        out.masked_fill_(reached, math.nan)
     return Attended(_by_head(out, q), _by_head(top + total.log(), q)[..., 0])
 
 

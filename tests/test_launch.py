@@ -262,8 +262,40 @@ def test_a_timeout_says_who_did_not_come():
     with pytest.raises(RankError, match=r"of ranks \[1\] nothing was heard: they did not come") as caught:
         launch(fn, 3, timeout=3.0)
     assert caught.value.rank in (0, 2)
-    assert "rank 1, hop 2: the exchange with ranks [0, 2] is done" in str(caught.value)  # its last
-    assert f"rank {2 - caught.value.rank}, hop 2" in str(caught.value) and "broke off too" in str(caught.value)
+    # its last: a number ahead, and two hops
+    assert "rank 1, hop 3: the exchange with ranks [0, 2] is done" in str(caught.value)
+    assert f"rank {2 - caught.value.rank}, hop 3" in str(caught.value) and "broke off too" in str(caught.value)
+
+
+def test_a_rank_without_a_shard_is_named():
+    def fn(ring):
+        shard, x = partition(4, ring), torch.randn(1, 2, 1, 4)
+        for _ in range(2):
+            ring_attention(x, x, x, shard=shard if ring.rank else None)
+        time.sleep(60 * (ring.rank == 0))  # at work elsewhere
+
+    with pytest.raises(RankError, match=r"they did not come; rank 0 of 2 has attended without a shard"):
+        launch(fn, 2, timeout=3.0)
+
+
+def test_ranks_in_different_passes():
+    """All are told, also the one that only waits for those that noticed; and gloo, which ends a process that is sent
+    more than it expects, is not tried.
+    """
+
+    def fn(ring):
+        outs = []
+        for n in (6, 12):
+            x = torch.randn(1, n // 3, 1, 4, requires_grad=True)
+            outs.append(ring_attention(x, x, x, shard=partition(n, ring)).out)
+        try:
+            for out in outs if ring.rank else outs[::-1]:
+                out.sum().backward()
+        except RuntimeError as error:
+            return str(error)
+
+    for text in launch(fn, 3, timeout=4.0):
+        assert "of another pass than mine; all ranks must run backward of the same calls" in text
 
 
 def test_the_timeout_of_from_env(monkeypatch):

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..comm.process import world_size
+from ..comm.process import forgot, world_size
 from ..comm.ring import Ring
 from ..shard import EVERYTHING, Dilation, Positions, Shard, Table, alone, counted, meet, wide
 
@@ -288,6 +288,7 @@ def _warn_that_nobody_shares(ranks: int) -> None:
             "sequence. Pass shard=partition(n, ring), or shard=Shard(positions, None) if this is what you mean",
             stacklevel=5,
         )
+        forgot(ranks)
 
 
 def _window(window: Any) -> tuple[int | None, int | None]:
