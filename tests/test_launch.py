@@ -190,12 +190,14 @@ def test_a_signal_that_the_caller_ignores_or_handles_is_no_end():
     assert came == [signal.SIGTERM]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_a_signal_that_ends_the_caller_ends_the_ranks(number, tmp_path, request):
-    """And their folder: before the caller goes, or soon after it where it cannot handle the signal."""
+    """And their folder: before the caller goes, or soon after it where it cannot handle the signal; and quietly."""
     script = """
-        import os, time
+        import os, signal, time
         from ringref.comm.launch import launch
+
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 
         def fn(ring):
             with open(str(os.getpid()), "w"):
@@ -207,7 +209,8 @@ def test_a_signal_that_ends_the_caller_ends_the_ranks(number, tmp_path, request)
     inside = tempfile.mkdtemp(dir="/tmp")  # a short name: a fork server's socket lies in it
     request.addfinalizer(lambda: shutil.rmtree(inside, ignore_errors=True))
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "TMPDIR": inside}
-    job = subprocess.Popen([sys.executable, "job.py"], cwd=tmp_path, env=env)
+    said = (tmp_path / "said").open("w+")
+    job = subprocess.Popen([sys.executable, "job.py"], cwd=tmp_path, env=env, stderr=said)
     while len(ranks := [x for x in os.listdir(tmp_path) if x.isdigit()]) < 2:
         assert job.poll() is None
         time.sleep(0.1)
@@ -223,6 +226,8 @@ def test_a_signal_that_ends_the_caller_ends_the_ranks(number, tmp_path, request)
     while left() and time.monotonic() < end:
         time.sleep(0.1)
     assert left() == []
+    text = (tmp_path / "said").read_text()
+    assert "Logging error" not in text and ("KeyboardInterrupt" in text) == (number == signal.SIGINT), text
 
 
 @pytest.mark.parametrize("all_of_them", [False, True])

@@ -170,7 +170,8 @@ class Ring:
         carries it, and the first from each must, or the two ranks are in different passes and the exchange raises.
 
         On the CPU the number goes ahead, a hop of its own, for gloo ends a process that is sent more than it expects;
-        on a GPU it rides along, costs no wait of the host, and is compared by the device, whose error then ends the process.
+        on a GPU it rides along, costs no wait of the host, and is compared by the device, whose error then ends the
+        process.
         """
         return NumberedRing(self, number)
 
