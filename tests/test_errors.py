@@ -84,6 +84,8 @@ BAD_ARGUMENTS = {
         torch.tensor([1, N]),
         torch.tensor([0, 5, 4, N]),
         torch.tensor([0, N]).to("meta"),
+        torch.tensor([0, N]).to_sparse(),
+        torch.nested.nested_tensor([torch.tensor([0, N])] * 2, layout=torch.jagged),
     ],
     "dilation": [(4, 2), [[4], [2]], 4],
     "mask_mod": [3, torch.ones(9, 9)],
@@ -623,6 +625,20 @@ def test_merge():
     for bad in (Attended(good.out[:, :3], good.lse[..., :3]), Attended(good.out, good.lse.transpose(1, 2))):
         with pytest.raises(ValueError, match="a and b must be results for the same queries"):
             merge(good, bad)
+    for bad in (None, 3, {}, good.out, (1, 2), (good.out,), (good.out, None)):
+        for call, name in ((merge, "a"), (lambda x, _: merge(good, x), "b"), (sink, "attended")):
+            with pytest.raises(TypeError, match=f"{name} must be Attended"):
+                call(bad, torch.zeros(2))
+    with pytest.raises(TypeError, match="logits must be .*sparse"):
+        sink(good, torch.zeros(2).to_sparse())
+
+
+@pytest.mark.parametrize("bad", [None, 3, 1j, "ab", (torch.zeros(2), torch.zeros(2)), len])
+def test_rotate_and_among(bad):
+    with pytest.raises(TypeError, match="x must be a tensor"):
+        simulate(lambda ring: ring.rotate(bad), 2)
+    with pytest.raises((TypeError, ValueError), match="members must be"):
+        simulate(lambda ring: ring.among(bad), 2)
 
 
 @pytest.mark.parametrize("p", [0, -1, 2.0, None, True, 10**9, 10**400])

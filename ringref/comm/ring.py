@@ -9,6 +9,7 @@ to oneself never leaves. A transport is one `_post`: threads of one process (sim
 from __future__ import annotations
 
 import logging
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -131,6 +132,8 @@ class Ring:
         if into is not None:
             posted = self.exchange({after: x}, {before: into})
             return Pending(posted.wait, into)
+        if not isinstance(x, Tensor):
+            raise TypeError(f"x must be a tensor (several want buffers, `into`), got {type(x).__name__}")
         arriving = x.new_empty(self._shapes(x)[before])
         return Pending(self.exchange({after: (x,)}, {before: (arriving,)}).wait, arriving)
 
@@ -189,11 +192,13 @@ class Ring:
 
     def among(self, members: Sequence[int]) -> Ring:
         """The smaller ring of these ranks, in this order; I must be one of them."""
+        try:
+            members = [operator.index(r) for r in members]
+        except TypeError:
+            raise TypeError(f"members must be a list of ranks, got {type(members).__name__}") from None
         if self.rank not in members or sorted(set(members) & set(range(self.size))) != sorted(members):
-            raise ValueError(
-                f"members must be different ranks of {self.size}, {self.rank} among them, got {list(members)}"
-            )
-        return self if list(members) == list(range(self.size)) else SubRing(self, members)
+            raise ValueError(f"members must be different ranks of {self.size}, {self.rank} among them, got {members}")
+        return self if members == list(range(self.size)) else SubRing(self, members)
 
 
 class SubRing(Ring):

@@ -319,6 +319,8 @@ def _documents(cu_seqlens: Any) -> Positions | None:
         raise TypeError(f"{wanted}, got {type(cu_seqlens).__name__}")
     if cu_seqlens.dtype not in (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8):
         raise TypeError(f"{wanted}, got {cu_seqlens.dtype}")
+    if cu_seqlens.is_nested or cu_seqlens.layout != torch.strided:
+        raise TypeError(f"{wanted}, got a nested or sparse one")
     if cu_seqlens.dim() != 1 or not len(cu_seqlens) or cu_seqlens.is_meta:
         raise ValueError(f"{wanted}, got shape {tuple(cu_seqlens.shape)} on {cu_seqlens.device}")
     begins = cu_seqlens.detach().to("cpu", torch.int64)
