@@ -39,6 +39,7 @@ def merge(a: Attended, b: Attended) -> Attended:
         `out` and `lse`, both in float32 or wider so that chains of merges do not lose bits;
         differentiable.
     """
+    a, b = _attended("a", a), _attended("b", b)
     if a.out.shape != b.out.shape or a.lse.shape != b.lse.shape:
         shapes = [tuple(x.shape) for x in (*a, *b)]
         raise ValueError(f"a and b must be results for the same queries, got shapes {shapes}")
@@ -51,6 +52,12 @@ def merge(a: Attended, b: Attended) -> Attended:
     # not by a weight of 0, which makes NaN of NaN
     one, other = (x.out.masked_fill(rearrange(x.lse == -math.inf, "b h s -> b s h 1"), 0.0) for x in (a, b))
     return Attended(first * one + second * other, lse.masked_fill(blind, -math.inf))
+
+
+def _attended(name: str, x: Attended) -> Attended:
+    if isinstance(x, tuple) and len(x) == 2 and all(isinstance(y, Tensor) for y in x):
+        return Attended(*x)
+    raise TypeError(f"{name} must be Attended(out, lse), what a method returns, got {type(x).__name__}")
 
 
 def sink(attended: Attended, logits: Tensor) -> Attended:
@@ -73,9 +80,9 @@ def sink(attended: Attended, logits: Tensor) -> Attended:
     Raises:
         TypeError, ValueError: logits is not one floating-point number per head on the device of lse.
     """
-    out, lse = attended
-    if not isinstance(logits, Tensor) or not logits.is_floating_point():
-        got = logits.dtype if isinstance(logits, Tensor) else type(logits).__name__
+    attended = out, lse = _attended("attended", attended)
+    if not isinstance(logits, Tensor) or not logits.is_floating_point() or logits.layout != torch.strided:
+        got = f"{logits.dtype}, {logits.layout}" if isinstance(logits, Tensor) else type(logits).__name__
         raise TypeError(f"logits must be a floating-point tensor, one number per head, got {got}")
     if logits.shape != lse.shape[1:2] or logits.device != lse.device:
         got = f"{tuple(logits.shape)} on {logits.device}"
@@ -132,11 +139,17 @@ def forward(
         leaf.copy_(made)
         del leaf, made
     _mask(scores, q, keep, -math.inf)
+    v, reached = rearrange(v.to(dtype), "b m k g d -> b m g k d"), None
+    if type(v) is Tensor and v.is_cpu and not v.isfinite().all():  # 0 · NaN is NaN, and what is masked must not count
+        reached = (scores != -math.inf).to(dtype) @ (~v.isfinite()).to(dtype) > 0
+        v = v.nan_to_num(0.0, 0.0, 0.0)
     top = scores.amax(-1, keepdim=True)
     weights = scores.sub_(top.masked_fill_(top == -math.inf, 0.0)).exp_()
     total = weights.sum(-1, keepdim=True)
-    out = weights @ rearrange(v.to(dtype), "b m k g d -> b m g k d")
+    out = weights @ v
     out /= total.masked_fill(total == 0, 1.0)
+    if reached is not None:
+        out.masked_fill_(reached, math.nan)
     return Attended(_by_head(out, q), _by_head(top + total.log(), q)[..., 0])
 
 

@@ -60,7 +60,11 @@ def dense_attention(
 
     Returns:
         `Attended(out, lse)`: out b s h d_v in q's dtype, lse b h s in natural log, float32 (float64
-        for float64). A query that sees no key has out 0, lse −inf and zero gradients.
+        for float64). A query that sees no key has out 0, lse −inf and zero gradients. A NaN counts where it is seen: in
+        q or k it makes out and lse of the queries that see it NaN, in v its feature of their out; an infinity leaves
+        there what is not finite, but for a score of −inf, which is a key not seen. What is not seen changes nothing, on
+        the CPU; on a GPU, and in gradients, it may reach other rows of its block. out and lse may be changed in place:
+        the backward then runs the forward again (the other three methods keep no copy), so on all ranks or on none.
 
     `torch.autocast` changes nothing: the precision is that of q, k and v as they are given, and what `score_mod` and
     `mask_mod` compute is left alone too; the backward belongs outside it, as everywhere in PyTorch. `torch.compile`
@@ -109,12 +113,21 @@ def _define(q: Tensor, k: Tensor, v: Tensor, q_idx: Tensor, kv_idx: Tensor, call
         # what a masked score becomes is nobody's concern: neither the value nor the derivative reaches q and k
         made = call.score(scores.masked_fill(times == 0, 0.0), *indices)
         scores = torch.where(times == 0, scores, made)
-    scores = scores + times.log()
-    blind = (scores == -math.inf).all(-1, keepdim=True)
+    scores = torch.where(times == 0, -math.inf, scores + times.log())  # also where a score is NaN
+    seen = scores != -math.inf
+    blind = ~seen.any(-1, keepdim=True)
     # before the softmax, whose gradient on a row of −inf is NaN
     scores = scores.masked_fill(blind, 0.0)
     weights = rearrange(scores.softmax(-1).masked_fill(blind, 0.0), "b (g e) q k -> b g e q k", g=g)
-    out = rearrange(torch.einsum("bgeqk,bkgd->bqged", weights, v), "b q g e d -> b q (g e) d")
+    number = v.isfinite()
+    if v.is_cpu and not number.all():  # 0 · NaN is NaN, and what is not seen must not count; what is seen is NaN
+        reached = rearrange(seen, "b (g e) q k -> b g e q k", g=g).to(v.dtype)
+        reached = torch.einsum("bgeqk,bkgd->bqged", reached, (~number).to(v.dtype)) > 0
+        out = torch.einsum("bgeqk,bkgd->bqged", weights, v.masked_fill(~number, 0.0))
+        out = out * torch.where(reached, math.nan, 1.0).to(v.dtype)
+    else:
+        out = torch.einsum("bgeqk,bkgd->bqged", weights, v)
+    out = rearrange(out, "b q g e d -> b q (g e) d")
     lse = scores.logsumexp(-1) if k.shape[1] else scores.sum(-1)
     return Attended(out, lse.masked_fill(blind[..., 0], -math.inf))
 

@@ -14,6 +14,7 @@ from common import METHODS, OTHERS, Inputs, Split, both_ways, inputs, layout
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ringref import Dilation, partition, ring_attention, simulate
+from ringref.comm.ring import MixedUp
 from ringref.comm.simulate import Deadlock
 from ringref.engine.visits import strands, visits
 from ringref.shard import counted
@@ -400,7 +401,7 @@ def test_ctrl_c_ends_every_rank(nested):
 @both_networks
 @pytest.mark.parametrize("p", RANKS)
 def test_numbered(p, adversarial):
-    """The number rides with the first message to each rank and from each, and is not counted."""
+    """The number goes with the first message to each rank and from each, and is not counted."""
 
     def on(ring):
         one = ring.numbered(7)
@@ -435,28 +436,30 @@ def test_messages_of_another_pass(adversarial):
     simulate(on, 3, adversarial)
 
 
-def backwards_in_another_order(call, adversarial):
-    """What each rank raises when rank 1 goes backward through the second of two calls first."""
+def backwards_in_another_order(call, adversarial, p=3, lengths=(6, 6)):
+    """Every rank is told when rank 1 goes backward through the second of two calls first."""
 
     def on(ring):
-        shard = partition(6, ring, "zigzag")
-        leaves = [[shard.take(x).requires_grad_() for x in inputs(6, seed=i)[:3]] for i in range(2)]
-        first, second = (call(shard, *x) for x in leaves)
+        shards = [partition(n, ring, "zigzag") for n in lengths]
+        leaves = [[shard.take(x).requires_grad_() for x in inputs(n)[:3]] for shard, n in zip(shards, lengths)]
+        first, second = (call(shard, *x) for shard, x in zip(shards, leaves))
         try:
             for out in (second, first) if ring.rank == 1 else (first, second):
                 out.sum().backward()
         except RuntimeError as error:
             return error
 
-    found = simulate(on, 3, adversarial)
-    assert all(isinstance(error, RuntimeError) for error in found), found
-    assert sum("of another pass" in str(error) for error in found) >= 2, found
+    found = simulate(on, p, adversarial)
+    assert all(isinstance(error, MixedUp) and "of another pass" in str(error) for error in found), found
 
 
 @both_networks
+@pytest.mark.parametrize("lengths", [(6, 6), (6, 12), (12, 6)])
+@pytest.mark.parametrize("p", [2, 3, 5])
 @pytest.mark.parametrize("method", METHODS)
-def test_backwards_in_another_order(method, adversarial):
-    backwards_in_another_order(lambda shard, q, k, v: METHODS[method](q, k, v, shard=shard).out, adversarial)
+def test_backwards_in_another_order(method, p, lengths, adversarial):
+    call = lambda shard, q, k, v: METHODS[method](q, k, v, shard=shard).out
+    backwards_in_another_order(call, adversarial, p, lengths)
 
 
 @both_networks

@@ -330,11 +330,21 @@ def test_an_assertion_that_the_host_does_not_wait_for():
 
 
 def test_a_change_in_place_is_a_new_version():
-    """engine/call.py tells by x._version, and a module's _buffers, that what a mask uses has changed."""
+    """engine/call.py tells by x._version, and a module's _buffers, that what a mask uses has changed; engine/attend.py
+    that a result has: a detached tensor shares its versions, also with other data, and what x.data gives does not.
+    """
     module = torch.nn.BatchNorm1d(2)
     version = module._buffers["running_mean"]._version
     module.running_mean[0].add_(1)
     assert module._buffers["running_mean"]._version == version + 1
+    for device in ("cpu", "meta"):
+        x = torch.zeros(3, device=device)
+        mark, own = x.detach(), x.data
+        mark.data = x.new_empty(0)
+        before, alone = mark._version, own._version
+        x[:1].add_(1)
+        x.detach().add_(1)
+        assert mark._version == before + 2 and own._version == alone and not mark.numel()
 
 
 def test_tensors_that_a_transform_wraps_are_told_from_others():
@@ -380,7 +390,8 @@ def test_the_launcher_logs_where_it_can_be_silenced():
 
 def test_a_rank_finds_its_place_and_the_launchers_store():
     """comm/launch.py: RANK is set, dist.rendezvous("env://") yields store, rank and size, and the store can be checked;
-    comm/process.py: get_backend_config names the devices, and get_group_store has what ranks that wait in vain tell.
+    comm/process.py: get_backend_config names the devices, and get_group_store has what ranks that wait in vain tell,
+    the whole world's what a rank notes of itself.
     """
 
     def fn(ring):
@@ -388,7 +399,8 @@ def test_a_rank_finds_its_place_and_the_launchers_store():
 
         store, rank, size = next(dist.rendezvous("env://"))
         ring.group.get_group_store().set("told", "")
-        known = [store.check(["never set"]), ring.group.get_group_store().check(["told"])]
+        whole = dist.group.WORLD.get_group_store()
+        known = [store.check(["never set"]), whole.check(["told"])]
         return int(os.environ["RANK"]), rank, size, *known, dist.get_backend_config(ring.group)
 
     ((*found, config),) = launch(fn, 1)

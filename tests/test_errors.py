@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import torch
 from common import METHODS, documents, inputs
+from torch.utils.checkpoint import checkpoint
 
-from ringref import Attended, Dilation, Shard, dense_attention, merge, partition, ring_attention, simulate
+from ringref import Attended, Dilation, Shard, dense_attention, merge, partition, ring_attention, simulate, sink
 from ringref.comm.ring import Elsewhere
 from ringref.comm.simulate import Deadlock
 
@@ -83,6 +84,8 @@ BAD_ARGUMENTS = {
         torch.tensor([1, N]),
         torch.tensor([0, 5, 4, N]),
         torch.tensor([0, N]).to("meta"),
+        torch.tensor([0, N]).to_sparse(),
+        torch.nested.nested_tensor([torch.tensor([0, N])] * 2, layout=torch.jagged),
     ],
     "dilation": [(4, 2), [[4], [2]], 4],
     "mask_mod": [3, torch.ones(9, 9)],
@@ -521,6 +524,22 @@ def test_dilation(arguments, word):
         Dilation(*arguments)
 
 
+@pytest.mark.parametrize("h", [1, 2, 4])
+@pytest.mark.parametrize("w, r", [(2**62 - 1, 2**62 - 1), (2**62 - 1, 2**61), (2**40, 7)])
+def test_the_largest_dilations(h, w, r):
+    """Work as any other: position 0 of head 0 is kept, and nothing else of so few tokens by so large a rate."""
+
+    def on(ring):
+        shard, given = partition(5, ring), inputs(5, h=h, g=1)[:3]
+        mine = [shard.take(x) for x in given]
+        for method in METHODS.values():
+            out, lse = method(*mine, dilation=Dilation([w], [r]), shard=shard)
+            true = dense_attention(*given, dilation=Dilation([8], [min(r, 8)]))
+            assert torch.allclose(out, shard.take(true.out)) and torch.allclose(lse, shard.take(true.lse, 2))
+
+    simulate(on, 2)
+
+
 def test_dilation_of_lists_and_tuples_is_alike():
     assert Dilation([4, 8], (1, 2)) == Dilation((4, 8), [1, 2]) == Dilation(torch.tensor([4, 8]).unbind(), [1, 2])
     assert hash(Dilation([4, 8], [1, 2])) == hash(Dilation((4, 8), (1, 2)))
@@ -606,6 +625,20 @@ def test_merge():
     for bad in (Attended(good.out[:, :3], good.lse[..., :3]), Attended(good.out, good.lse.transpose(1, 2))):
         with pytest.raises(ValueError, match="a and b must be results for the same queries"):
             merge(good, bad)
+    for bad in (None, 3, {}, good.out, (1, 2), (good.out,), (good.out, None)):
+        for call, name in ((merge, "a"), (lambda x, _: merge(good, x), "b"), (sink, "attended")):
+            with pytest.raises(TypeError, match=f"{name} must be Attended"):
+                call(bad, torch.zeros(2))
+    with pytest.raises(TypeError, match="logits must be .*sparse"):
+        sink(good, torch.zeros(2).to_sparse())
+
+
+@pytest.mark.parametrize("bad", [None, 3, 1j, "ab", (torch.zeros(2), torch.zeros(2)), len])
+def test_rotate_and_among(bad):
+    with pytest.raises(TypeError, match="x must be a tensor"):
+        simulate(lambda ring: ring.rotate(bad), 2)
+    with pytest.raises((TypeError, ValueError), match="members must be"):
+        simulate(lambda ring: ring.among(bad), 2)
 
 
 @pytest.mark.parametrize("p", [0, -1, 2.0, None, True, 10**9, 10**400])
@@ -673,26 +706,75 @@ def test_results_of_one_head_can_be_changed_in_place(method):
 
 
 def change_results(method, heads):
+    """The gradients are those of what is not changed in place, on every rank, for out, lse and a part of one."""
+
+    def through(attend, leaves, in_place):
+        out, lse = attend(*leaves)
+        weight = torch.arange(out.numel(), dtype=out.dtype).view_as(out).sin()
+        if in_place:
+            out *= weight
+            out[:, :1] += 1
+            lse -= 1
+        else:
+            out = out * weight
+            out = torch.cat([out[:, :1] + 1, out[:, 1:]], 1)
+            lse = lse - 1
+        (out.square().sum() + lse.sin().sum()).backward()
+        return [x.grad for x in leaves]
+
+    def compare(attend, given):
+        ways = []
+        for in_place in (False, True):
+            leaves = [x.clone().requires_grad_() for x in given]
+            ways.append(through(attend, leaves, in_place))
+        assert all(map(torch.allclose, *ways))
 
     def on(ring):
-        shard, given = partition(N, ring), inputs(N, h=heads[0], g=heads[1])
-        out, lse = METHODS[method](*(shard.take(x).requires_grad_() for x in given[:3]), shard=shard)
-        out += 1
-        lse -= 1
-        whole = shard.gather(out)
+        shard, given = partition(N, ring), inputs(N, h=heads[0], g=heads[1])[:3]
+        attend = partial(METHODS[method], shard=shard)
+        mine = [shard.take(x) for x in given]
+        compare(attend, mine)
+        compare(partial(checkpoint, attend, use_reentrant=False), mine)
+        compare(lambda *x: sink(attend(*x), torch.zeros(heads[0])), mine)
+        whole = shard.gather(attend(*mine).out)
         whole *= 2
+        with torch.inference_mode():
+            for x in attend(*mine):
+                x += 1
 
     simulate(on, P)
-    q, k, v = (x.requires_grad_() for x in inputs(N, h=heads[0], g=heads[1])[:3])
-    for x in METHODS[method](q, k, v):
-        x += 1
+    compare(METHODS[method], inputs(N, h=heads[0], g=heads[1])[:3])
+
+
+@pytest.mark.parametrize("method", ["dilated", "collective", "ring"])
+def test_results_changed_in_place_on_one_rank_only(method):
+    """Its backward is another pass than its neighbours', and all are told."""
+
+    def on(ring):
+        shard, leaves = shards(ring)
+        out = METHODS[method](*leaves, shard=shard).out
+        if ring.rank == 1:
+            out += 1
+        out.sum().backward()
+
+    for error in errors(on):
+        assert "of another pass" in str(error) and "in place on all of them or on none" in str(error), error
+
+
+def test_what_tells_of_a_change_in_place_holds_nothing():
+    """After the caller has let go of out, what the backward needs of it is all that is left of it, once."""
+    q, k, v = (x.requires_grad_() for x in inputs(N)[:3])
+    out, lse = ring_attention(q, k, v)
+    kept = [x.untyped_storage().data_ptr() for x in out.grad_fn.saved_tensors]
+    assert kept[3:] == [out.untyped_storage().data_ptr(), lse.untyped_storage().data_ptr()]
+    assert not any(mark.untyped_storage().nbytes() for mark, _ in out.grad_fn.marks)
 
 
 @pytest.mark.parametrize("n", [1, 3, 7, 9, 17, 40])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-def test_a_nan_is_never_lost(n, dtype):
-    """A query that sees a NaN, in q, k or v, has one in its result, by every method, kernel and number of ranks; in q
-    or k then in every feature and in lse.
+def test_a_nan_counts_where_it_is_seen(n, dtype):
+    """A query that sees a NaN, in q, k or v, has one in its result, by every method, kernel and number of ranks, in q
+    or k in every feature and in lse; and no other query has.
     """
     for which, causal, p in itertools.product(range(3), (False, True), (1, 2)):
         given, at = inputs(n, b=1, h=2, g=2, d=4, dtype=dtype), n // 2
@@ -701,13 +783,55 @@ def test_a_nan_is_never_lost(n, dtype):
 
         def on(ring, given=given, sees=sees, causal=causal, which=which):
             shard = partition(n, ring)
-            mine = shard.positions[sees[shard.positions]] - (shard.positions[0] if len(shard.positions) else 0)
+            mine = sees[shard.positions]
             for method in METHODS.values():
                 out, lse = method(*(shard.take(x) for x in given[:3]), shard=shard, causal=causal)
-                nan = out[0, mine, 0].isnan()
-                assert nan[:, 0].all() and (which == 2 or nan.all() and lse[0, 0, mine].isnan().all()), (method, which)
+                assert out[0, :, 0, 0].isnan().equal(mine) and out[0, :, 1].isfinite().all(), (method, which)
+                assert out[0, :, 0, 1:].isnan().equal((mine & (which < 2))[:, None].expand(-1, 3)), (method, which)
+                assert lse[0, 0].isnan().equal(mine & (which < 2)) and lse[0, 1].isfinite().all(), (method, which)
 
         simulate(on, p)
+
+
+ODD_FEATURES = {
+    "plain": {},
+    "causal": {"causal": True},
+    "causal in chunks": {"causal": True, "q_chunk": 3},
+    "window": {"window": (3, 1)},
+    "documents": {"cu_seqlens": torch.tensor([0, 5, 17])},
+    "dilation": {"dilation": Dilation([4, 17], [1, 2])},
+    "mask_mod": {"mask_mod": lambda b, h, q, k: (q + k) % 3 != 0},
+    "score_mod": {"causal": True, "score_mod": lambda s, b, h, q, k: s - (q - k)},
+}
+
+
+@pytest.mark.parametrize("feature", ODD_FEATURES)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_a_nan_or_an_infinity_means_the_same_to_all(feature, value, dtype):
+    """What is not finite, but for an lse of −inf, is so in all four methods on every rank, and all else is alike."""
+    arguments = ODD_FEATURES[feature]
+
+    def odd(x):
+        return ~x.isfinite() & ~((x == -float("inf")) & (torch.arange(5) == 4))
+
+    for which, p in itertools.product(range(3), (1, 3)):
+        given = inputs(17, b=1, h=2, g=1, d=4, dtype=dtype)
+        given[which][0, 11, 0, 1] = value
+
+        def on(ring, given=given):
+            shard, found = partition(17, ring, "zigzag"), []
+            for method in METHODS.values():
+                out, lse = method(*(shard.take(x) for x in given[:3]), shard=shard, **arguments)
+                found.append(torch.cat([out.transpose(1, 2), lse[..., None]], 3))  # b h s (d and lse)
+            dense = found[0]
+            for other in found[1:]:
+                assert odd(other).equal(odd(dense))
+                assert torch.allclose(other[~odd(dense)], dense[~odd(dense)], rtol=2e-2, atol=2e-2)
+            return odd(dense)
+
+        whole = torch.cat(simulate(on, p, adversarial=True), 2)
+        assert whole.any() and not (feature == "causal" and whole.all(3).all(2).any())
 
 
 def test_arguments_are_keywords():

@@ -190,12 +190,14 @@ def test_a_signal_that_the_caller_ignores_or_handles_is_no_end():
     assert came == [signal.SIGTERM]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_a_signal_that_ends_the_caller_ends_the_ranks(number, tmp_path, request):
-    """And their folder: before the caller goes, or soon after it where it cannot handle the signal."""
+    """And their folder: before the caller goes, or soon after it where it cannot handle the signal; and quietly."""
     script = """
-        import os, time
+        import os, signal, time
         from ringref.comm.launch import launch
+
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 
         def fn(ring):
             with open(str(os.getpid()), "w"):
@@ -207,7 +209,8 @@ def test_a_signal_that_ends_the_caller_ends_the_ranks(number, tmp_path, request)
     inside = tempfile.mkdtemp(dir="/tmp")  # a short name: a fork server's socket lies in it
     request.addfinalizer(lambda: shutil.rmtree(inside, ignore_errors=True))
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "TMPDIR": inside}
-    job = subprocess.Popen([sys.executable, "job.py"], cwd=tmp_path, env=env)
+    said = (tmp_path / "said").open("w+")
+    job = subprocess.Popen([sys.executable, "job.py"], cwd=tmp_path, env=env, stderr=said)
     while len(ranks := [x for x in os.listdir(tmp_path) if x.isdigit()]) < 2:
         assert job.poll() is None
         time.sleep(0.1)
@@ -223,6 +226,8 @@ def test_a_signal_that_ends_the_caller_ends_the_ranks(number, tmp_path, request)
     while left() and time.monotonic() < end:
         time.sleep(0.1)
     assert left() == []
+    text = (tmp_path / "said").read_text()
+    assert "Logging error" not in text and ("KeyboardInterrupt" in text) == (number == signal.SIGINT), text
 
 
 @pytest.mark.parametrize("all_of_them", [False, True])
@@ -262,8 +267,40 @@ def test_a_timeout_says_who_did_not_come():
     with pytest.raises(RankError, match=r"of ranks \[1\] nothing was heard: they did not come") as caught:
         launch(fn, 3, timeout=3.0)
     assert caught.value.rank in (0, 2)
-    assert "rank 1, hop 2: the exchange with ranks [0, 2] is done" in str(caught.value)  # its last
-    assert f"rank {2 - caught.value.rank}, hop 2" in str(caught.value) and "broke off too" in str(caught.value)
+    # its last: a number ahead, and two hops
+    assert "rank 1, hop 3: the exchange with ranks [0, 2] is done" in str(caught.value)
+    assert f"rank {2 - caught.value.rank}, hop 3" in str(caught.value) and "broke off too" in str(caught.value)
+
+
+def test_a_rank_without_a_shard_is_named():
+    def fn(ring):
+        shard, x = partition(4, ring), torch.randn(1, 2, 1, 4)
+        for _ in range(2):
+            ring_attention(x, x, x, shard=shard if ring.rank else None)
+        time.sleep(60 * (ring.rank == 0))  # at work elsewhere
+
+    with pytest.raises(RankError, match=r"they did not come; rank 0 of 2 has attended without a shard"):
+        launch(fn, 2, timeout=3.0)
+
+
+def test_ranks_in_different_passes():
+    """All are told, also the one that only waits for those that noticed; and gloo, which ends a process that is sent
+    more than it expects, is not tried.
+    """
+
+    def fn(ring):
+        outs = []
+        for n in (6, 12):
+            x = torch.randn(1, n // 3, 1, 4, requires_grad=True)
+            outs.append(ring_attention(x, x, x, shard=partition(n, ring)).out)
+        try:
+            for out in outs if ring.rank else outs[::-1]:
+                out.sum().backward()
+        except RuntimeError as error:
+            return str(error)
+
+    for text in launch(fn, 3, timeout=4.0):
+        assert "of another pass than mine; all ranks must run backward of the same calls" in text
 
 
 def test_the_timeout_of_from_env(monkeypatch):

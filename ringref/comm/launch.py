@@ -231,30 +231,31 @@ def _watched(work, p, folder):
     """What `work`, the elastic launcher, returns or raises, in a thread of its own: so signals stay the caller's, and
     somebody sees that a rank has ended without a result and without an error, for which elastic waits for ever.
     """
-    outcome = {}
+    outcome, done = {}, threading.Event()  # a join that Ctrl-C breaks into takes the thread for ended, before 3.13
 
     def run():
         try:
             outcome["result"] = work()
         except BaseException as error:
             outcome["error"] = error
+        finally:
+            done.set()
 
     thread, silent = threading.Thread(target=run, daemon=True, name="ringref launch"), 0
     try:
         thread.start()
-        while thread.is_alive():
-            thread.join(0.1)
+        while not done.wait(0.1):
             states = [_state(rank, folder) for rank in range(p)]
             silent = silent + 1 if "gone" in states and not {"alive", None} & set(states) else 0
             if silent == 10:  # a second: elastic has had its time to see it
                 rank = states.index("gone")
                 raise RankError(rank, f"rank {rank} of {p} ended without returning (exit code 0){_hops(folder)}")
     finally:
-        if thread.is_alive():
+        if thread.ident and not done.is_set():
             notes = [file.open("r+") for file in Path(folder).glob("hop.*")]
             shutil.rmtree(folder, ignore_errors=True)  # which every rank watches
             ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(SystemExit))
-            thread.join(2 * GRACE)
+            done.wait(2 * GRACE)
             end = time.monotonic() + GRACE
             while any(map(_held, notes)) and time.monotonic() < end:  # one that elastic did not know yet
                 time.sleep(0.02)

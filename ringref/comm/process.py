@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 import torch
@@ -142,7 +142,11 @@ class ProcessRing(Ring):
         except (RuntimeError, OSError) as error:
             _tell(f"{where} broke off")
             late = self._late(where) if "timed out" in str(error).lower() else ""
-            raise BrokenOff(f"{where} broke off: {error}{late}") from error
+            told = "".join(f"; {word}" for word in _notes(self._world_ranks))
+            raise BrokenOff(f"{where} broke off: {error}{late}{told}") from error
+
+    def _report(self, words):
+        _leave_note(words)
 
     def _late(self, where: str) -> str:
         """Of the other ranks, who tells within two seconds that it waited in vain as well, and who does not."""
@@ -158,14 +162,48 @@ class ProcessRing(Ring):
                         heard[r] = store.get(f"ringref broke off {r}").decode()
                 time.sleep(0.05)
 
-        asking = threading.Thread(target=ask, daemon=True)  # the store may be behind the same cut link
-        asking.start()
-        asking.join(4.0)
+        _at_most(4.0, ask)
         silent = [r for r in range(self.size) if r not in heard and r != self.rank]
         told = "".join(f"; {text} broke off too" for r, text in sorted(heard.items()) if r != self.rank)
         return f"{told}; of ranks {silent} nothing was heard: they did not come" if silent else told
 
 
+def _at_most(seconds: float, ask: Callable[[], None]) -> None:
+    """Let `ask` speak with the store, which may be behind the same cut link, or gone with its rank."""
+
+    def run():
+        with suppress(RuntimeError):
+            ask()
+
+    asking = threading.Thread(target=run, daemon=True)
+    asking.start()
+    asking.join(seconds)
+
+
+def _leave_note(words: str) -> None:
+    """Tell, of this process, what the errors of ranks that wait for it in vain are to say."""
+    _at_most(1.0, lambda: dist.group.WORLD.get_group_store().set(f"ringref note {dist.get_rank()}", words))
+
+
+def _notes(ranks: list[int]) -> list[str]:
+    """The notes that these global ranks have left."""
+    found: list[str] = []
+
+    def ask():
+        store = dist.group.WORLD.get_group_store()
+        for name in (f"ringref note {r}" for r in ranks):
+            if store.check([name]):
+                found.append(store.get(name).decode())
+
+    _at_most(1.0, ask)
+    return found
+
+
 def world_size() -> int:
     """How many ranks this process is one of; 1 where nobody has initialised a process group."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def forgot(size: int) -> None:
+    """Note that this process, one of `size`, has attended by itself, where others may wait for it."""
+    _leave_note(f"rank {dist.get_rank()} of {size} has attended without a shard")

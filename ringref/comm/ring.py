@@ -9,6 +9,7 @@ to oneself never leaves. A transport is one `_post`: threads of one process (sim
 from __future__ import annotations
 
 import logging
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -131,6 +132,8 @@ class Ring:
         if into is not None:
             posted = self.exchange({after: x}, {before: into})
             return Pending(posted.wait, into)
+        if not isinstance(x, Tensor):
+            raise TypeError(f"x must be a tensor (several want buffers, `into`), got {type(x).__name__}")
         arriving = x.new_empty(self._shapes(x)[before])
         return Pending(self.exchange({after: (x,)}, {before: (arriving,)}).wait, arriving)
 
@@ -167,11 +170,16 @@ class Ring:
 
     def numbered(self, number: int) -> Ring:
         """This ring for one pass of one call, which `number` stands for on all ranks: the first message to each rank
-        carries it, and the first from each must, or the two ranks are in different passes and the wait raises.
+        carries it, and the first from each must, or the two ranks are in different passes and the exchange raises.
 
-        Costs no wait of the host: on a GPU the numbers are compared by the device, whose error then ends the process.
+        On the CPU the number goes ahead, a hop of its own, for gloo ends a process that is sent more than it expects;
+        on a GPU it rides along, costs no wait of the host, and is compared by the device, whose error then ends the
+        process.
         """
         return NumberedRing(self, number)
+
+    def _report(self, words: str) -> None:
+        """Have the errors of ranks that wait in vain say this as well."""
 
     def __deepcopy__(self, memo: dict) -> Ring:
         return self  # a place among the ranks, of which there is one
@@ -184,11 +192,13 @@ class Ring:
 
     def among(self, members: Sequence[int]) -> Ring:
         """The smaller ring of these ranks, in this order; I must be one of them."""
+        try:
+            members = [operator.index(r) for r in members]
+        except TypeError:
+            raise TypeError(f"members must be a list of ranks, got {type(members).__name__}") from None
         if self.rank not in members or sorted(set(members) & set(range(self.size))) != sorted(members):
-            raise ValueError(
-                f"members must be different ranks of {self.size}, {self.rank} among them, got {list(members)}"
-            )
-        return self if list(members) == list(range(self.size)) else SubRing(self, members)
+            raise ValueError(f"members must be different ranks of {self.size}, {self.rank} among them, got {members}")
+        return self if members == list(range(self.size)) else SubRing(self, members)
 
 
 class SubRing(Ring):
@@ -201,6 +211,9 @@ class SubRing(Ring):
 
     def _post(self, outgoing, into):
         return self.whole._post(*({self.members[r]: m for r, m in x.items()} for x in (outgoing, into)))
+
+    def _report(self, words):
+        self.whole._report(words)
 
 
 class NumberedRing(Ring):
@@ -222,26 +235,31 @@ class NumberedRing(Ring):
         mine = like.new_full((1,), self.number, dtype=torch.int64)
         came = like.new_empty(len(first_from), dtype=torch.int64)
         marks = dict(zip(first_from, came.split(1), strict=False))
+        if type(came) is Tensor and came.is_cpu:
+            self.whole._post(dict.fromkeys(first_to, (mine,)), {r: (mark,) for r, mark in marks.items()})()
+            wrong = [r for r, number in zip(first_from, came.tolist(), strict=True) if number != self.number]
+            if wrong:
+                words = _WORDS.format(rank=self.rank, messages=f"the messages of rank {wrong[0]}")
+                self.whole._report(words)
+                raise MixedUp(words)
+            return self.whole._post(outgoing, into)
         outgoing = {r: (*m, mine) if r in first_to else m for r, m in outgoing.items()}
         into = {r: (*m, marks[r]) if r in marks else m for r, m in into.items()}
         finish = self.whole._post(outgoing, into)
 
         def checked():
             finish()
-            if first_from:
-                self._compare(first_from, came)
+            if came.is_cuda and first_from:  # else it is one without data, which predicts memory
+                words = _WORDS.format(rank=self.rank, messages="these messages")
+                torch._assert_async((came == self.number).all(), words)
 
         return checked
 
-    def _compare(self, ranks: Sequence[int], came: Tensor) -> None:
-        words = f"rank {self.rank}: these messages are of another pass than mine; all ranks must run backward of the "
-        words += "same calls in the same order"
-        if came.is_cuda:
-            torch._assert_async((came == self.number).all(), words)
-        elif type(came) is Tensor and came.is_cpu:  # not one without data, which predicts memory
-            wrong = [r for r, number in zip(ranks, came.tolist(), strict=True) if number != self.number]
-            if wrong:
-                raise RuntimeError(words.replace("these messages", f"the messages of rank {wrong[0]}"))
+
+_WORDS = (
+    "rank {rank}: {messages} are of another pass than mine; all ranks must run backward of the same calls in the same "
+    "order, and change what a call returned in place on all of them or on none"
+)
 
 
 def _solid(messages: dict[int, Message]) -> dict[int, Message]:
@@ -262,6 +280,10 @@ class Elsewhere(ValueError):
     def __init__(self, rank: int, message: str):
         super().__init__(message)
         self.rank = rank
+
+
+class MixedUp(RuntimeError):
+    """Ranks are in different passes; the words are those of a rank that noticed."""
 
 
 class BrokenOff(RuntimeError):

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
-from .ring import Elsewhere, Message, Ring, Traffic
+from .ring import Elsewhere, Message, MixedUp, Ring, Traffic
 
 MOST = 4096  # ranks: each is a thread
 
@@ -44,7 +44,7 @@ class _World:
         self.parcels: dict[tuple[int, int, int], _Parcel] = {}
         self.live, self.errors, self.done = set(range(size)), {}, threading.Event()
         self.ranks: dict[int, int] = {}  # of the threads that are running
-        self.stopped = False
+        self.stopped, self.reported = False, ""
 
     def check(self, rank: int) -> None:
         """Raise unless it is this rank that speaks: nobody would ever wake another thread."""
@@ -96,7 +96,7 @@ class _World:
             raise _Stopped
         del self.waiting[rank]
         if not ready():
-            raise Deadlock(what)
+            raise MixedUp(f"{what}; {self.reported}") if self.reported else Deadlock(what)
 
     def parcel(self, edge: tuple[int, int, int]) -> _Parcel:
         return self.parcels.setdefault(edge, _Parcel(None))
@@ -129,6 +129,9 @@ class ThreadRing(Ring):
     def _edge(self, source: int, to: int) -> tuple[int, int, int]:
         self._counts[source, to] = self._counts.get((source, to), -1) + 1
         return source, to, self._counts[source, to]
+
+    def _report(self, words):
+        self._world.reported = self._world.reported or words
 
     def _post(self, outgoing, into):
         world, rank = self._world, self.rank

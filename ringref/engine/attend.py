@@ -40,13 +40,11 @@ class _Attend(torch.autograd.Function):
     @staticmethod
     @exactly
     def forward(ctx, q, k, v, anchor, call: Call, conduct: Conductor):
-        ctx.call, ctx.conduct, found = call, conduct, []
-        call = call.during(backward=False)
-        for part in plan(call, q, k, forward=True):
-            found.append(_forward(call, conduct, part, *_cut(part.heads, q), *_cut(part.kv_heads, k, v)))
-        out, lse = (_joined([some.pop(0) for some in found]) for _ in range(2))
-        out, lse = _owned(out), _owned(lse.transpose(1, 2).contiguous())
-        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.call, ctx.conduct = call, conduct
+        out, lse = _results(call, conduct, q, k, v)
+        # `out += x` is the caller's right, which autograd would refuse in the backward if it knew what is kept here
+        ctx.save_for_backward(q, k, v, out.data, lse.data)
+        ctx.marks = [] if out.is_inference() else [_mark(out), _mark(lse)]
         ctx.set_materialize_grads(False)
         return out, lse
 
@@ -55,6 +53,9 @@ class _Attend(torch.autograd.Function):
     @exactly
     def backward(ctx, dout, dlse):
         (q, k, v, out, lse), call = ctx.saved_tensors, ctx.call.during(backward=True)
+        if any(mark._version != version for mark, version in ctx.marks):
+            out = lse = None
+            out, lse = _results(ctx.call, ctx.conduct, q, k, v)
         dout = torch.zeros_like(out) if dout is None else dout
         # exp(score − inf) is the 0 of a query that saw nothing
         lse = lse.masked_fill(lse == -torch.inf, torch.inf).transpose(1, 2)
@@ -64,6 +65,15 @@ class _Attend(torch.autograd.Function):
             some = _cut(part.heads, q, dout, dlse, out, lse), _cut(part.kv_heads, k, v)
             found.append(_backward(call, ctx.conduct, part, *some))
         return *(_joined([some.pop(0) for some in found]) for _ in range(3)), None, None, None
+
+
+def _results(call: Call, conduct: Conductor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """out b s h d and lse b h s of the whole call."""
+    call, found = call.during(backward=False), []
+    for part in plan(call, q, k, forward=True):
+        found.append(_forward(call, conduct, part, *_cut(part.heads, q), *_cut(part.kv_heads, k, v)))
+    out, lse = (_joined([some.pop(0) for some in found]) for _ in range(2))
+    return _owned(out), _owned(lse.transpose(1, 2).contiguous())
 
 
 @unseen
@@ -173,3 +183,12 @@ def _joined(some: list[Tensor]) -> Tensor:
 def _owned(x: Tensor) -> Tensor:
     """The same memory, but no view of another tensor, so that the caller may write to it."""
     return x.new_empty(0).set_(x) if x._is_view() else x
+
+
+def _mark(x: Tensor) -> tuple[Tensor, int]:
+    """A tensor without data that counts x's versions, and the count now: it tells whether x has been changed in place
+    and holds nothing of it. What then happens costs time and no memory: the backward runs the forward again.
+    """
+    mark = x.detach()
+    mark.data = x.new_empty(0)
+    return mark, mark._version

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..comm.process import world_size
+from ..comm.process import forgot, world_size
 from ..comm.ring import Ring
 from ..shard import EVERYTHING, Dilation, Positions, Shard, Table, alone, counted, meet, wide
 
@@ -288,6 +288,7 @@ def _warn_that_nobody_shares(ranks: int) -> None:
             "sequence. Pass shard=partition(n, ring), or shard=Shard(positions, None) if this is what you mean",
             stacklevel=5,
         )
+        forgot(ranks)
 
 
 def _window(window: Any) -> tuple[int | None, int | None]:
@@ -318,6 +319,8 @@ def _documents(cu_seqlens: Any) -> Positions | None:
         raise TypeError(f"{wanted}, got {type(cu_seqlens).__name__}")
     if cu_seqlens.dtype not in (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8):
         raise TypeError(f"{wanted}, got {cu_seqlens.dtype}")
+    if cu_seqlens.is_nested or cu_seqlens.layout != torch.strided:
+        raise TypeError(f"{wanted}, got a nested or sparse one")
     if cu_seqlens.dim() != 1 or not len(cu_seqlens) or cu_seqlens.is_meta:
         raise ValueError(f"{wanted}, got shape {tuple(cu_seqlens.shape)} on {cu_seqlens.device}")
     begins = cu_seqlens.detach().to("cpu", torch.int64)

@@ -393,7 +393,7 @@ def _awkward(c: int, n: int, task: Task) -> tuple[Tensor, ...]:
 def forward(q: Tensor, k: Tensor, v: Tensor, seen: Seen, call: Call) -> Attended:
     """Attend to one block: q b m c h d, k and v b m k g d → out b m c h d, lse b m c h."""
     kernel = _kernel(q, v, seen, call)
-    if kernel is None or _loses(kernel, q, k):
+    if kernel is None or _loses(kernel, q, k, *(() if seen.kind == "full" else (v,))):
         return block.forward(q, k, v, call.scale, _keep(q, k, seen), seen.modify)
     return _forward(kernel, q, k, v, seen, call.scale)
 
@@ -449,7 +449,9 @@ def _kernel(q: Tensor, v: Tensor, seen: Seen, call: Call, backward=False, lse_gr
 
 
 def _loses(kernel: Kernel, *tensors: Tensor) -> bool:
-    """Whether a NaN or an infinity of these would be lost: the CPU kernel loses it where keys are few."""
+    """Whether a NaN or an infinity of these would be lost or reach too far: the CPU kernel loses it where keys are few,
+    and multiplies what is masked by 0.
+    """
     if kernel.name != "cpu_flash" or any(type(x) is not Tensor or x.is_meta for x in tensors):
         return False
     return not all(bool(x.sum(dtype=wide(x.dtype)).isfinite()) for x in tensors)

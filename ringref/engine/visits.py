@@ -91,7 +91,7 @@ def strands(dilation: Dilation | None, h: int, documents: Positions | None = Non
         groups = [range(x[0], x[-1] + 1) if len(x := part.tolist()) else range(0) for part in _runs(h, len(branches))]
         found = [Strand(w, r, i % r, heads) for i, ((w, r), heads) in enumerate(zip(branches, groups, strict=True))]
     else:
-        found = [Strand(w, r, offset, range(offset, h, r)) for w, r in branches for offset in range(min(r, h))]
+        found = [Strand(w, r, i, range(i, h, min(r, h))) for w, r in branches for i in range(min(r, h))]
     return [strand._replace(documents=documents) for strand in found if strand.heads]
 
 
