@@ -20,6 +20,7 @@ if not NOTEBOOKS:
 LONGEST_CELL = 18  # lines of code
 LONGEST_PROSE = 100  # words between two cells of code, formulas and folded answers aside
 IGNORED = "# NBVAL_IGNORE_OUTPUT"
+QUIETLY = ("-q", "-p", "no:cacheprovider", "-p", "no:ringref")  # our plugin would import torch, as the kernel does
 SETTINGS = {  # other numbers that the first cells say may be chosen: one for every run, one more for the slow ones
     "00_one_block": ("cut, n, h, d = 2, 31, 3, 8", "cut, n, h, d = 7, 12, 1, 4"),
     "01_ring": ("p, n, h, d = 3, 17, 1, 4", "p, n, h, d = 6, 12, 2, 8"),
@@ -149,7 +150,7 @@ def test_a_changed_output_fails(tmp_path, changed):
         change(notebook["cells"][-1]["outputs"][0])
     copy = tmp_path / "copy.ipynb"
     copy.write_text(json.dumps(notebook))
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--nbval", str(copy)]
+    command = [sys.executable, "-m", "pytest", *QUIETLY, "--nbval", str(copy)]
     run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert run.returncode == int(changed), run.stdout
     assert ("outputs differ" in run.stdout) == changed
@@ -191,7 +192,7 @@ def test_a_notebook_lives_with_other_numbers_and_its_answers_are_right(tmp_path,
     copy = tmp_path / "notebooks" / f"{name}.ipynb"
     copy.parent.mkdir()
     copy.write_text(json.dumps(notebook))
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--nbval-lax", str(copy)]
+    command = [sys.executable, "-m", "pytest", *QUIETLY, "--nbval-lax", str(copy)]
     env = {name: value for name, value in os.environ.items() if name != "RINGREF_FIGURES"}
     run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env={**env, "RINGREF_EXERCISES": "1"})
     assert run.returncode == 0, run.stdout[-6000:]

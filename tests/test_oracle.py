@@ -251,7 +251,7 @@ def test_our_methods_pass(method, pool):
     assert (report := check(fn, layout="zigzag", features={"causal", "gqa", "lse"}, quick=True, pool=pool)), str(report)
 
 
-@pytest.mark.parametrize("case", cases(features={"causal"}, ranks=2, quick=True), ids=str)
+@pytest.mark.parametrize("case", cases(features={"causal"}, ranks=2, quick=True)[::9], ids=str)
 def test_one_line_makes_a_pytest_test(case):
     assert check(ring, only=[case])
 
@@ -595,7 +595,7 @@ MIXED = {
 def test_another_form_of_lse_is_a_convention_told_once(form, pool):
     change, says = FORMS[form]
     features = {"causal"} if form == "b h s 1" else {"causal", "lse"}
-    report = check(functools.partial(with_lse, form=change), features=features, ranks=3, pool=pool)
+    report = check(functools.partial(with_lse, form=change), features=features, ranks=3, quick=True, pool=pool)
     assert report, str(report)
     assert report.conventions == ([says] if says else [])
     assert not says or str(report).count(says) == 1
@@ -696,8 +696,15 @@ def test_the_first_cause_is_told(fn, p, text, pool):
     assert not report and text in " ".join(str(report).replace("│", " ").split())
 
 
-@pytest.mark.parametrize("launcher", [("-m",), TORCHRUN], ids=["python", "torchrun"])
-@pytest.mark.parametrize("name, code", [("gathering", 0), ("sliced", 1)])
+@pytest.mark.parametrize(
+    "name, code, launcher",
+    [
+        pytest.param("gathering", 0, ("-m",), id="python-0"),
+        pytest.param("sliced", 1, ("-m",), id="python-1"),
+        pytest.param("gathering", 0, TORCHRUN, id="torchrun-0", marks=pytest.mark.slow),
+        pytest.param("sliced", 1, TORCHRUN, id="torchrun-1"),
+    ],
+)
 def test_the_exit_code_is_the_verdict(name, code, launcher):
     done = shell(f"test_oracle:{name}", *WORDS, launcher=launcher)
     assert done.returncode == code, done.stdout + done.stderr
@@ -724,8 +731,3 @@ def test_bad_arguments_are_named_without_a_traceback(words, names, capsys):
         main(list(words))
     told = capsys.readouterr().err
     assert left.value.code == 2 and names in told.splitlines()[-1], told
-
-
-def test_bad_arguments_exit_with_2():
-    done = shell("test_oracle:gathering", "--features", "cuasal")
-    assert done.returncode == 2 and "features: cuasal unknown" in done.stderr and "Traceback" not in done.stderr

@@ -10,11 +10,11 @@ import gc
 import weakref
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from unittest import mock
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.weak import WeakIdKeyDictionary
 
 import ringref
 
@@ -131,24 +131,63 @@ def measured(device="cpu"):
 class _LiveStorage(TorchDispatchMode):
     def __init__(self, usage, device):
         super().__init__()
-        self.usage, self.device, self.live, self.seen = usage, device, 0, WeakIdKeyDictionary()
+        self.usage, self.device, self.live, self.seen = usage, device, 0, {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         for x in _tensors((args, kwargs)):  # what arrives without having been made here is older
-            self.seen.setdefault(x.untyped_storage(), True)
-        result = func(*args, **kwargs)
+            self._see(x.untyped_storage())
+        result = _without_data(func, args, kwargs) if self.device == "meta" else func(*args, **kwargs)
         for x in _tensors(result):
             storage = x.untyped_storage()
-            if storage not in self.seen and x.device.type == self.device:
-                self.seen[storage] = True
+            if x.device.type == self.device and self._see(storage, storage.nbytes()):
                 self.live += storage.nbytes()
-                weakref.finalize(storage, self._free, storage.nbytes()).atexit = False
         self.usage.peak = max(self.usage.peak, self.live)
         return result
 
-    def _free(self, nbytes):
-        self.live -= nbytes
+    def _see(self, storage, nbytes=0):
+        """Whether it is new; from now on it is known, and its bytes are live until it is freed."""
+        key = id(storage)
+        if key in self.seen:
+            return False
+
+        def freed(_):
+            del self.seen[key]
+            self.live -= nbytes
+
+        self.seen[key] = weakref.ref(storage, freed)
+        return True
+
+
+def _without_data(func, args, kwargs):
+    """What an operator gives on tensors without data, asked once for each form of its arguments: torch takes long."""
+    given = list(_tensors((args, kwargs)))
+    if not given or any(x.device.type != "meta" for x in given) or not _makes_new(func):
+        return func(*args, **kwargs)
+    key = func, _form(args), _form(tuple(kwargs.items()))
+    if key not in _forms:
+        result = func(*args, **kwargs)
+        storages = [x.untyped_storage() for x in given]  # _unsafe_view does not say that it is a view
+        if len(_forms) < 10_000 and isinstance(result, torch.Tensor) and result.untyped_storage() not in storages:
+            _forms[key] = result.shape, result.stride(), result.dtype
+        return result
+    shape, stride, dtype = _forms[key]
+    return torch.empty_strided(shape, stride, dtype=dtype, device="meta")
+
+
+_forms = {}
+
+
+@cache
+def _makes_new(func):
+    """Neither a view nor a write."""
+    return not func._schema.is_mutable and not any(x.alias_info for x in func._schema.returns)
+
+
+def _form(x):
+    if isinstance(x, torch.Tensor):
+        return x.shape, x.stride(), x.dtype
+    return tuple(map(_form, x)) if isinstance(x, (list, tuple)) else (type(x), x)
 
 
 def _tensors(tree):
