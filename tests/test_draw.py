@@ -115,3 +115,11 @@ def test_a_ring_has_an_arrow_from_every_rank_to_the_next():
 
 def test_sizes_read_as_people_say_them():
     assert [draw.short(x) for x in (8, 1536, 2**20, 3 * 2**30)] == ["8", "1.5k", "1M", "3G"]
+
+
+def test_dots_stand_in_their_rows_and_what_is_infinite_at_the_edge():
+    ax = draw.dots({"a": {"x": 0.1, "y": float("inf")}, "b": {"x": 2000.0}}, title="t")
+    (x, y) = (dict(zip(line.get_ydata(), line.get_xdata())) for line in ax.lines)
+    assert [round(row) for row in x] == [0, 1] and list(x.values()) == [0.1, 2000.0]
+    assert list(y.values()) == [ax.get_xlim()[1]] and [t.get_text() for t in ax.texts] == ["NaN"]
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["a", "b"]

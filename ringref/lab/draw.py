@@ -298,6 +298,31 @@ def bars(groups, ax=None, title="", y="", log=False):
     return ax
 
 
+@_styled
+def dots(rows, ax=None, title="", x="", within=(0, 1)):
+    """Points in rows on a logarithmic axis, what lies `within` two numbers shaded.
+
+    rows: {row: {series: value}}; the first row is at the top. What is infinite stands at the right edge.
+    """
+    ax = figure(6.6, 0.6 + 0.55 * len(rows))[1] if ax is None else ax
+    series = list(dict.fromkeys(name for values in rows.values() for name in values))
+    known = [y for values in rows.values() for y in values.values() if y < float("inf")]
+    edge = 10 ** (len(str(int(max(known)))) + 1)
+    for i, name in enumerate(series):
+        at = [row + 0.8 * ((i + 0.5) / len(series) - 0.5) for row, values in enumerate(rows.values()) if name in values]
+        values = [min(values[name], edge) for values in rows.values() if name in values]
+        look = {"color": INKS[i % 8], "markeredgecolor": "black", "clip_on": False}
+        ax.plot(values, at, MARKERS[i % 8], label=name, linestyle="", **look)
+    ax.set(xscale="log", xlim=(min(known) / 3, edge), xlabel=x, title=title)
+    ax.axvspan(max(within[0], min(known) / 3), within[1], color="0.9", zorder=0)
+    ax.hlines([row + 0.5 for row in range(len(rows) - 1)], *ax.get_xlim(), color="0.8", linewidth=0.5)
+    ax.set(yticks=range(len(rows)), yticklabels=rows, ylim=(len(rows) - 0.5, -0.5))
+    if any(y == float("inf") for values in rows.values() for y in values.values()):
+        ax.annotate("NaN", (1, 1), xycoords="axes fraction", ha="center", va="bottom", fontsize=8)
+    _legend(ax)
+    return ax
+
+
 def short(value):
     """1536 -> 1.5k, 1048576 -> 1M: powers of two as people say them."""
     for power, suffix in ((2**40, "T"), (2**30, "G"), (2**20, "M"), (2**10, "k")):
