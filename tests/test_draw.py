@@ -123,3 +123,11 @@ def test_dots_stand_in_their_rows_and_what_is_infinite_at_the_edge():
     assert [round(row) for row in x] == [0, 1] and list(x.values()) == [0.1, 2000.0]
     assert list(y.values()) == [ax.get_xlim()[1]] and [t.get_text() for t in ax.texts] == ["NaN"]
     assert [t.get_text() for t in ax.get_yticklabels()] == ["a", "b"]
+
+
+def test_series_of_one_method_have_its_colour_and_dashes_of_their_own():
+    names = ["ring", "other", "ring, a", "dilated", "ring, b", "ring, c"]
+    ax = draw.curves({name: ([1, 2], [1, 2]) for name in names})
+    looks = {line.get_label(): (line.get_color(), str(line._dash_pattern)) for line in ax.lines}
+    assert {looks[name][0] for name in names if name.startswith("ring")} == {draw.METHODS["ring"][0]}
+    assert len(set(looks.values())) == len(names)

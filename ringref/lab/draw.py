@@ -253,7 +253,8 @@ def curves(lines, points=None, ax=None, title="", x="", y="", log=True):
     for i, label in enumerate(dict.fromkeys([*lines, *points])):
         ink, shape, dash = named(label) or (INKS[i % 8], MARKERS[i % 8], DASHES[i % 8])
         if (ink, dash) in used:  # a second series of one method
-            shape, dash = MARKERS[(i + 3) % 8], DASHES[(i + 4) % 8]
+            free = [j % 8 for j in range(i + 4, i + 12) if (ink, DASHES[j % 8]) not in used]
+            shape, dash = MARKERS[free[0] - 1], DASHES[free[0]]
         used.add((ink, dash))
         marker = {"marker": shape, "markeredgecolor": "black", "markersize": 5}
         if label in lines:
