@@ -9,7 +9,7 @@ import os
 import re
 from collections import defaultdict
 from functools import wraps
-from math import cos, pi, sin
+from math import ceil, cos, floor, log10, pi, sin
 from pathlib import Path
 
 import numpy as np
@@ -308,18 +308,20 @@ def dots(rows, ax=None, title="", x="", within=(0, 1)):
     ax = figure(6.6, 0.6 + 0.55 * len(rows))[1] if ax is None else ax
     series = list(dict.fromkeys(name for values in rows.values() for name in values))
     known = [y for values in rows.values() for y in values.values() if y < float("inf")]
-    edge = 10 ** (len(str(int(max(known)))) + 1)
+    first, last = floor(log10(min(known)) - 0.5), ceil(log10(max(known)) + 1)  # decades
+    edge, ends = 10.0**last, any(y == float("inf") for values in rows.values() for y in values.values())
     for i, name in enumerate(series):
         at = [row + 0.8 * ((i + 0.5) / len(series) - 0.5) for row, values in enumerate(rows.values()) if name in values]
         values = [min(values[name], edge) for values in rows.values() if name in values]
         look = {"color": INKS[i % 8], "markeredgecolor": "black", "clip_on": False}
         ax.plot(values, at, MARKERS[i % 8], label=name, linestyle="", **look)
-    ax.set(xscale="log", xlim=(min(known) / 3, edge), xlabel=x, title=title)
-    ax.axvspan(max(within[0], min(known) / 3), within[1], color="0.9", zorder=0)
+    ax.set(xscale="log", xlim=(10.0**first, edge), xlabel=x, title=title)
+    ax.set_xticks([10.0**i for i in range(last, first - 1, -2)])
+    ax.set_xticklabels(["NaN" if ends and i == last else f"$10^{{{i}}}$" for i in range(last, first - 1, -2)])
+    ax.minorticks_off()
+    ax.axvspan(max(within[0], 10.0**first), within[1], color="0.9", zorder=0)
     ax.hlines([row + 0.5 for row in range(len(rows) - 1)], *ax.get_xlim(), color="0.8", linewidth=0.5)
     ax.set(yticks=range(len(rows)), yticklabels=rows, ylim=(len(rows) - 0.5, -0.5))
-    if any(y == float("inf") for values in rows.values() for y in values.values()):
-        ax.annotate("NaN", (1, 1), xycoords="axes fraction", ha="center", va="bottom", fontsize=8)
     _legend(ax)
     return ax
 
