@@ -1,12 +1,13 @@
 """The book: these notebooks as a static site, built from their saved outputs without a network.
 
 `sphinx-build -W notebooks build/book` builds it and fails at a broken internal link; `sphinx-build -b linkcheck
-notebooks build/links` asks the web for the others. Colab needs to know where the repository is: the environment
-variable RINGREF_REPOSITORY, else git's remote "origin".
+notebooks build/links` asks the web for the others. Colab needs to know where the repository is: `repository` below is
+the one place that says so.
 """
 
 import json
 import os
+import shutil
 import subprocess
 
 project, author, copyright = "ringref", "the ringref maintainers", "the ringref maintainers, MIT licence"
@@ -24,12 +25,13 @@ linkcheck_timeout = 20
 
 
 def repository():
-    """The repository's address on GitHub, or nothing."""
-    told = os.environ.get("RINGREF_REPOSITORY")
-    if not told:
+    """The address that RINGREF_REPOSITORY names, else that of git's remote "origin"; "" if it is not on GitHub."""
+    told = os.environ.get("RINGREF_REPOSITORY", "")
+    if not told and shutil.which("git"):
         asked = ["git", "remote", "get-url", "origin"]
         told = subprocess.run(asked, cwd=os.path.dirname(__file__), capture_output=True, text=True).stdout
-    return told.strip().removesuffix(".git").replace("git@github.com:", "https://github.com/")
+    address = told.strip().removesuffix(".git").replace("git@github.com:", "https://github.com/")
+    return address if address.startswith("https://github.com/") else ""
 
 
 def badges(app, docname, source):
@@ -37,11 +39,11 @@ def badges(app, docname, source):
     if os.path.splitext(app.env.doc2path(docname))[1] != ".ipynb":
         return
     notebook, line = json.loads(source[0]), f"{{download}}`Download this notebook <{docname}.ipynb>`"
-    address = repository()
-    if "github.com/" in address:
-        path = address.split("github.com/")[1]
+    if address := repository():
+        path = address.removeprefix("https://github.com/")
         url = f"https://colab.research.google.com/github/{path}/blob/main/notebooks/{docname}.ipynb"
-        line = f"[Open in Colab]({url}) (there, first `!pip install git+{address}`) · {line}"
+        first = f"`!git clone {address} ringref && pip install './ringref[notebooks]'`, then `%cd ringref/notebooks`"
+        line = f"[Open in Colab]({url}) (there, first {first}) · {line}"
     cell = notebook["cells"][0]
     title, *rest = "".join(cell["source"]).split("\n")
     cell["source"] = "\n".join([title, "", line, *rest])
@@ -51,4 +53,6 @@ def badges(app, docname, source):
 
 
 def setup(app):
+    if not repository():
+        print("no Colab links: neither RINGREF_REPOSITORY nor git's remote origin names a repository on GitHub")
     app.connect("source-read", badges)

@@ -115,3 +115,19 @@ def test_a_ring_has_an_arrow_from_every_rank_to_the_next():
 
 def test_sizes_read_as_people_say_them():
     assert [draw.short(x) for x in (8, 1536, 2**20, 3 * 2**30)] == ["8", "1.5k", "1M", "3G"]
+
+
+def test_dots_stand_in_their_rows_and_what_is_infinite_at_the_edge():
+    ax = draw.dots({"a": {"x": 0.1, "y": float("inf")}, "b": {"x": 2000.0}}, title="t")
+    (x, y) = (dict(zip(line.get_ydata(), line.get_xdata())) for line in ax.lines)
+    assert [round(row) for row in x] == [0, 1] and list(x.values()) == [0.1, 2000.0]
+    assert list(y.values()) == [ax.get_xlim()[1]] and ax.get_xticklabels()[0].get_text() == "NaN"
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["a", "b"]
+
+
+def test_series_of_one_method_have_its_colour_and_dashes_of_their_own():
+    names = ["ring", "other", "ring, a", "dilated", "ring, b", "ring, c"]
+    ax = draw.curves({name: ([1, 2], [1, 2]) for name in names})
+    looks = {line.get_label(): (line.get_color(), str(line._dash_pattern)) for line in ax.lines}
+    assert {looks[name][0] for name in names if name.startswith("ring")} == {draw.METHODS["ring"][0]}
+    assert len(set(looks.values())) == len(names)

@@ -29,3 +29,4 @@ def test_sources_stand_side_by_side():
     shown = side_by_side(check, test_sources_stand_side_by_side)
     assert shown._repr_html_().count("<pre") == 2 and "def check(answer" in repr(shown)
     assert "&lt;= within" in shown._repr_html_()
+    assert "\n    shown = side_by_side(" in repr(shown) and "\n    answers, truths = " in repr(shown)  # still indented

@@ -5,9 +5,11 @@ when a reader changes its numbers and writes its answers.
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -17,7 +19,8 @@ FIGURES = sorted((ROOT / "figures").glob("*.svg"))
 if not NOTEBOOKS:
     pytest.skip("not in a checkout", allow_module_level=True)
 
-LONGEST_CELL = 18  # lines of code
+LONGEST_CELL = 18  # lines, blank ones too
+LONGEST_LINE = 120  # columns, of code and of what it prints: as many as a laptop shows beside the book's sidebars
 LONGEST_PROSE = 100  # words between two cells of code, formulas and folded answers aside
 IGNORED = "# NBVAL_IGNORE_OUTPUT"
 QUIETLY = ("-q", "-p", "no:cacheprovider", "-p", "no:ringref")  # our plugin would import torch, as the kernel does
@@ -65,9 +68,12 @@ def faults(notebook):
         yield f"not executed from top to bottom: execution counts {counts}"
     for cell in code:
         source, where = text(cell["source"]), f"code cell {cell['execution_count']}"
-        lines = [x for x in source.splitlines() if x.strip() and not x.strip().startswith("#")]
+        lines = source.removeprefix(IGNORED).strip().splitlines()
         if len(lines) > LONGEST_CELL:
             yield f"{where}: {len(lines)} lines of code"
+        for line in [*lines, *"\n".join(printed(cell)).splitlines()]:
+            if len(line) > LONGEST_LINE:
+                yield f"{where}: {len(line)} columns: {line[:40]!r}"
         if any(output["output_type"] == "error" for output in cell["outputs"]):
             yield f"{where}: an error is saved"
         if cell["metadata"].get("execution"):
@@ -130,6 +136,9 @@ def change(output):
     [
         (lambda cells: cells[-1].update(execution_count=None), "not executed from top to bottom"),
         (lambda cells: cells[-1].update(source="x = 1\n" * 19), "19 lines of code"),
+        (lambda cells: cells[-1].update(source="x = 1\n\n" * 9 + "x"), "19 lines of code"),
+        (lambda cells: cells[-1].update(source=f"x = {'1' * 117}"), "121 columns"),
+        (lambda cells: cells[-1]["outputs"][0].update(text="x" * 121), "121 columns"),
         (lambda cells: cells[-1].update(outputs=[{"output_type": "error"}]), "an error is saved"),
         (lambda cells: cells[-1]["outputs"][0].update(text="took 3.1 ms"), "depends on the machine and is not ignored"),
         (lambda cells: cells[-2].update(source="word " * 101), "101 words without code"),
@@ -196,6 +205,29 @@ def test_a_notebook_lives_with_other_numbers_and_its_answers_are_right(tmp_path,
     env = {name: value for name, value in os.environ.items() if name != "RINGREF_FIGURES"}
     run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env={**env, "RINGREF_EXERCISES": "1"})
     assert run.returncode == 0, run.stdout[-6000:]
+
+
+@pytest.mark.parametrize("address", ["https://github.com/us/ours", "git@github.com:us/ours.git", "https://us.org/ours"])
+def test_a_page_leads_to_colab_where_the_repository_is_on_github(monkeypatch, address):
+    monkeypatch.setenv("RINGREF_REPOSITORY", address)
+    app = SimpleNamespace(env=SimpleNamespace(doc2path=lambda name: f"{name}.ipynb"))
+    for path in NOTEBOOKS:
+        source = [path.read_text()]
+        runpy.run_path(str(ROOT / "notebooks" / "conf.py"))["badges"](app, path.stem, source)
+        opening = text(json.loads(source[0])["cells"][0]["source"])
+        assert f"{{download}}`Download this notebook <{path.name}>`" in opening
+        there = f"https://colab.research.google.com/github/us/ours/blob/main/notebooks/{path.name}"
+        assert (there in opening) == ("github" in address) == ("colab" in opening)
+
+
+def test_a_recorded_peak_is_near_what_was_predicted_for_it():
+    found = []
+    for file in sorted((ROOT / "figures" / "data").glob("*.json")):
+        for row in json.loads(file.read_text())["rows"]:
+            for peak, expected in (("peak_both_q", "predicted_q"), ("peak_bytes", "predicted_bytes")):
+                if row.get(peak) is not None and row.get(expected):
+                    found.append((file.name, row[peak] / row[expected]))
+    assert found and [x for x in found if not 0.9 < x[1] < 1.1] == []
 
 
 def test_every_notebook_has_other_numbers():

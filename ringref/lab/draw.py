@@ -9,7 +9,7 @@ import os
 import re
 from collections import defaultdict
 from functools import wraps
-from math import cos, pi, sin
+from math import ceil, cos, floor, log10, pi, sin
 from pathlib import Path
 
 import numpy as np
@@ -253,7 +253,8 @@ def curves(lines, points=None, ax=None, title="", x="", y="", log=True):
     for i, label in enumerate(dict.fromkeys([*lines, *points])):
         ink, shape, dash = named(label) or (INKS[i % 8], MARKERS[i % 8], DASHES[i % 8])
         if (ink, dash) in used:  # a second series of one method
-            shape, dash = MARKERS[(i + 3) % 8], DASHES[(i + 4) % 8]
+            free = [j % 8 for j in range(i + 4, i + 12) if (ink, DASHES[j % 8]) not in used]
+            shape, dash = MARKERS[free[0] - 1], DASHES[free[0]]
         used.add((ink, dash))
         marker = {"marker": shape, "markeredgecolor": "black", "markersize": 5}
         if label in lines:
@@ -294,6 +295,33 @@ def bars(groups, ax=None, title="", y="", log=False):
         ax.set_yscale("log")
         ax.grid(axis="y", alpha=0.25, linewidth=0.5)
     ax.set(xticks=range(len(labels)), xticklabels=labels, ylabel=y, title=title)
+    _legend(ax)
+    return ax
+
+
+@_styled
+def dots(rows, ax=None, title="", x="", within=(0, 1)):
+    """Points in rows on a logarithmic axis, what lies `within` two numbers shaded.
+
+    rows: {row: {series: value}}; the first row is at the top. What is infinite stands at the right edge.
+    """
+    ax = figure(6.6, 0.6 + 0.55 * len(rows))[1] if ax is None else ax
+    series = list(dict.fromkeys(name for values in rows.values() for name in values))
+    known = [y for values in rows.values() for y in values.values() if y < float("inf")]
+    first, last = floor(log10(min(known)) - 0.5), ceil(log10(max(known)) + 1)  # decades
+    edge, ends = 10.0**last, any(y == float("inf") for values in rows.values() for y in values.values())
+    for i, name in enumerate(series):
+        at = [row + 0.8 * ((i + 0.5) / len(series) - 0.5) for row, values in enumerate(rows.values()) if name in values]
+        values = [min(values[name], edge) for values in rows.values() if name in values]
+        look = {"color": INKS[i % 8], "markeredgecolor": "black", "clip_on": False}
+        ax.plot(values, at, MARKERS[i % 8], label=name, linestyle="", **look)
+    ax.set(xscale="log", xlim=(10.0**first, edge), xlabel=x, title=title)
+    ax.set_xticks([10.0**i for i in range(last, first - 1, -2)])
+    ax.set_xticklabels(["NaN" if ends and i == last else f"$10^{{{i}}}$" for i in range(last, first - 1, -2)])
+    ax.minorticks_off()
+    ax.axvspan(max(within[0], 10.0**first), within[1], color="0.9", zorder=0)
+    ax.hlines([row + 0.5 for row in range(len(rows) - 1)], *ax.get_xlim(), color="0.8", linewidth=0.5)
+    ax.set(yticks=range(len(rows)), yticklabels=rows, ylim=(len(rows) - 0.5, -0.5))
     _legend(ax)
     return ax
 

@@ -3,6 +3,7 @@
 import html
 import inspect
 import os
+import textwrap
 
 
 def check(answer, truth, within=1e-9):
@@ -34,7 +35,7 @@ class side_by_side:
     """The sources of some functions in columns: `side_by_side(mine, theirs)` as the last line of a cell."""
 
     def __init__(self, *functions):
-        self.sources = {f.__name__: inspect.cleandoc(inspect.getsource(f)) for f in functions}
+        self.sources = {f.__name__: textwrap.dedent(inspect.getsource(f)).strip() for f in functions}
 
     def __repr__(self):
         return "\n\n".join(self.sources.values())
@@ -42,6 +43,9 @@ class side_by_side:
     def _repr_html_(self):
         style = "vertical-align:top;text-align:left;padding:0 1em 0 0"
         pre = "font-size:11px;line-height:1.35;white-space:pre-wrap"
-        columns = (f'<pre style="{pre}">{html.escape(x)}</pre>' for x in self.sources.values())
-        row = "".join(f'<td style="{style}">{x}</td>' for x in columns)
+        longest = [max(map(len, x.splitlines())) for x in self.sources.values()]  # the longer lines, the wider a column
+        row = "".join(
+            f'<td style="{style};width:{100 * wide / sum(longest):.0f}%"><pre style="{pre}">{html.escape(x)}</pre></td>'
+            for wide, x in zip(longest, self.sources.values(), strict=True)
+        )
         return f'<table style="table-layout:fixed;width:100%"><tr>{row}</tr></table>'
