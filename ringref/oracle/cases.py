@@ -180,27 +180,9 @@ class Case:
         return {"causal": self.causal} | {name: value for name, value in added.items() if value is not None}
 
     def dense(self, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The definition, on the whole problem: `dense_attention`, and what it does not know written out here."""
-        mask = make_mask(self.mask, self.n) if self.mask else None
-        left, right = self.window or (self.n, self.n)
-
-        def keep(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-            same = together_in(self.cu_seqlens or (0, self.n), i, j)
-            return same & (i - j <= left) & (j - i <= right) & (mask is None or mask(b, h, i, j))
-
-        dilation = Dilation(*self.dilation, heads=self.heads) if self.dilation else None
+        """The definition, on the whole problem: `dense_attention`, and the sink."""
         shard = Shard(torch.arange(self.n - self.m, self.n), None, torch.arange(self.n))
-        scale = self.factor
-        if self.score_mod:  # scores as queries: key j is the j-th unit vector, and their product is the score
-            scores = torch.einsum("bihd,bjhd->bhij", q, k.repeat_interleave(self.h // self.g, 2)) * scale
-            q, scale = SCORE_MODS[self.score_mod](scores, *index(self)).transpose(1, 2), 1.0
-            k = torch.eye(self.n, dtype=q.dtype)[None, :, None].expand(self.b, -1, self.g, -1)
-        wide = max(q.shape[3], v.shape[3])
-        q, k, out_dim = (*(torch.nn.functional.pad(x, (0, wide - x.shape[3])) for x in (q, k)), v.shape[3])
-        v = torch.nn.functional.pad(v, (0, wide - out_dim))
-        told = {"causal": self.causal, "dilation": dilation, "mask_mod": keep, "shard": shard, "scale": scale}
-        out, lse = dense_attention(q, k, v, **told)
-        return sunk(out[..., :out_dim], lse, sink)
+        return sunk(*dense_attention(q, k, v, shard=shard, **self.call()), sink)
 
     @functools.cached_property
     def times(self) -> Tensor:
@@ -322,6 +304,16 @@ SCORE_MODS: dict[str | None, Callable] = {
     "softcap": lambda score, b, h, q, k: 1.5 * (score / 1.5).tanh(),
     "alibi": lambda score, b, h, q, k: score - 0.1 * (h + 1) * (q - k).abs(),
 }
+
+
+def modified(mod: Callable | None, scores: Tensor, at: tuple[Tensor, ...]) -> tuple[Tensor, Tensor | float]:
+    """What a score_mod makes of scores, and its derivative."""
+    if mod is None:
+        return scores, 1.0
+    with torch.enable_grad():
+        leaf = scores.detach().requires_grad_()
+        new = mod(leaf, *at)
+        return new.detach(), torch.autograd.grad(new.sum(), leaf)[0]
 
 
 def make_mask(kind: str, n: int) -> Callable:

@@ -10,6 +10,7 @@ good, the diagnosis says where the error lives, which guess came nearest, and ho
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -23,7 +24,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..shard import LAYOUTS
-from .cases import SCORE_MODS, index, sunk, together_in
+from .cases import SCORE_MODS, index, modified, sunk, together_in
 
 UNKNOWN = "unknown signature"
 EARLY = "a receive buffer is read before its wait(): the numbers are right once the oracle leaves the buffer alone"
@@ -57,6 +58,7 @@ TAKES = {  # what a case has that fails no more without it, where no number says
 VAGUE = (UNKNOWN, "NaN or inf", "it raises", EARLIER, RACE)  # what a finding says when it has nothing better
 HARMLESS = ("unfinished work", "an input was written to")  # values are worth a look all the same
 GRADS = ["dq", "dk", "dv"]
+TILES = (128, 64, 32, 16)  # rows of a kernel's tile, or of a chunk of queries
 PAIRED = {"times", "scale", "K_of", "V_of"}  # ingredients that may differ from pair to pair
 
 Guess = tuple[str, Callable[[], dict[str, Tensor]]]
@@ -79,7 +81,7 @@ def mismatched(results: dict[int, dict]) -> list[tuple[str, str, int, Any]]:
             text = f"rank {first} is in {other['kind']}, rank {rank} in {op['kind']}"
             return [("collectives differ", text, rank, op["line"])]
         if op["order"] != other["order"]:  # of what is reduced in place, element by element in memory
-            text = f"{op['kind']} of strides {op['order']} on rank {rank}, {other['order']} on rank {first}"
+            text = f"in {op['kind']} rank {rank}'s are {op['order']}, rank {first}'s {other['order']}"
             return [("ranks reduce tensors of different strides", text, rank, op["line"])]
         if op["peer"] is not None and (op["sizes"], op["dtypes"]) != (other["sizes"], other["dtypes"]):
             sent, got = (op, other) if op["kind"] == "send" else (other, op)
@@ -201,13 +203,9 @@ class Scene:
 
     def scores(self, x: Any) -> tuple[Tensor, Tensor | float]:
         """Scores plus the log of how often each pair counts, and the slope of score_mod."""
-        S, slope = torch.einsum("bqhd,bkhd->bhqk", x.q, self.bank(x.K, x.V, x.K_of)), 1.0
+        S = torch.einsum("bqhd,bkhd->bhqk", x.q, self.bank(x.K, x.V, x.K_of))
         S = (S if x.K_of is self.j else S.gather(-1, x.K_of.expand(*S.shape[:2], *x.K_of.shape))) * x.scale
-        if x.mod:
-            with torch.enable_grad():
-                leaf = S.detach().requires_grad_()
-                S = x.mod(leaf, *x.at)
-                slope, S = torch.autograd.grad(S.sum(), leaf)[0], S.detach()
+        S, slope = modified(x.mod, S, x.at)
         hidden = getattr(x, "hidden", None)
         return (S + x.times.log() if hidden is None else torch.where(x.times > 0, S + x.times.log(), hidden)), slope
 
@@ -317,11 +315,11 @@ def sights(s: Scene, deep: bool = False) -> Iterator[tuple[str, Callable[[], Ten
         rules["causal mask"] = lambda i, j: j <= i
         instead["causal mask"] = {
             f"counted from a tile of {x}": torch.where(there // x == here // x, there % x <= here % x, j <= i)
-            for x in (16, 32, 64, 128)
+            for x in TILES
             if x < max(map(len, case.asks))
         } | {
             f"counted from a tile of {x} at every hop": (there // x <= here // x) & (there % x <= here % x)
-            for x in (16, 32, 64, 128)
+            for x in TILES
             if x < max(map(len, case.asks))
         }
     if case.window:
@@ -343,7 +341,13 @@ def sights(s: Scene, deep: bool = False) -> Iterator[tuple[str, Callable[[], Ten
         usual = (branch % r, own) if case.heads == "grouped" else (head % r, True)
         kept = lambda i, j, w=w, at=usual: (i % w % r == at[0]) & (j % w % r == at[0]) & at[1]
         rules["dilation offsets"], rules["segments"] = kept, lambda i, j: i // w == j // w
+        kept_j, kept_i = ((x % w % r == usual[0]) & usual[1] for x in (j, i))
         instead["dilation offsets"] = {
+            "of keys only": kept_j.expand(len(w), 1, h, *i.shape),
+            "of queries only": kept_i.expand(len(w), 1, h, *i.shape),
+            "by the key/value head": kept(i, j, at=(head // s.e % r, True)),
+            "r − 1 − j mod r": kept(i, j, at=((r - 1 - head) % r, True)),
+            "none where a segment is as long as the sequence": kept(i, j) | (w >= n),
             "counted from the sequence, not the segment": kept(i, j, w=n),
             "0 for every head": kept(i, j, at=(0, True)),
             "(j div r) mod r for j mod r": kept(i, j, at=(head // r % r, True)),
@@ -380,8 +384,8 @@ def sights(s: Scene, deep: bool = False) -> Iterator[tuple[str, Callable[[], Ten
     for text, a, b in frames:
         a, b = a[:, None].expand_as(i), b.expand_as(i)
         views += [(text, a, b), (f"{text}, queries only", a, j), (f"{text}, keys only", i, b)]
-    length = torch.tensor([len(x) for x in case.asks])[mine]
-    views += [("aligned bottom-right on every rank", here + n - length, j)]
+    asked, held = (torch.tensor([len(x) for x in cut]) for cut in (case.asks, case.shards))
+    views += [("aligned bottom-right on every rank", here + n - asked[mine], j)]
     if s.even:
         at = torch.stack(case.shards)
         views += [("of the own block at every hop", at[mine, here], at[mine, there])]
@@ -412,6 +416,9 @@ def sights(s: Scene, deep: bool = False) -> Iterator[tuple[str, Callable[[], Ten
         some = torch.einsum("bhij,ir,jt->rt", (s.times > 0).double(), *map(torch.Tensor.double, blocks))
         corner = (some / (case.b * case.h) <= 1)[mine, theirs]
         sets["blocks of which one pair is seen: a bound that is off by one skips them"] = corner
+    for x in TILES:
+        sets[f"the keys after the last whole tile of {x}"] = j >= n // x * x
+        sets[f"a rank's keys after its last whole tile of {x}"] = there >= held[theirs] // x * x
     if not deep and case.layout == "zigzag" and s.even:
         early = [2 * x < case.n // p for x in (here, there)]
         halves = [{"": True, "the early half of": one, "the late half of": ~one} for one in early]
@@ -420,6 +427,8 @@ def sights(s: Scene, deep: bool = False) -> Iterator[tuple[str, Callable[[], Ten
                 who = " for ".join(filter(None, (f"{b} the keys" * bool(b), f"{a} the queries" * bool(a))))
                 sets[f"{who} on {where}"] = pairs & ours & others
     for what, pairs in ({} if deep else sets).items():
+        if not pairs.any() or pairs.all():
+            continue
         hint = "the rest never arrives" if what == "the own block" else "overwritten, not added"
         yield f"without {what}", lambda pairs=pairs: s.times * ~pairs
         yield f"zero but for {what}: {hint}", lambda pairs=pairs: s.times * pairs
@@ -582,6 +591,12 @@ def forwards(s: Scene) -> Iterator[Guess]:
         text = "a zero key is attended: a sum that starts at 1, or padding" if count == 1 else "padding is attended"
         yield text, lambda lse=lse: {"out": s.O * rows((s.L - lse).exp()), "lse": lse}
 
+    here = s.loc[0], torch.tensor([len(x) for x in s.case.asks])[s.owner[0]]
+    for x, (whose, (at, size)) in itertools.product(TILES, {"": (s.i[:, 0], s.case.n), "a rank's ": here}.items()):
+        done = (at < size // x * x)[:, None, None]
+        if done.any() and not done.all():
+            yield f"out is zero on {whose}rows after the last whole tile of {x}", lambda done=done: {"out": s.O * done}
+
     def over_heads() -> dict[str, Tensor]:
         P = (torch.einsum("bqhd,bqkd->bqhk", s.q, s.K) * s.scale).softmax(-1)
         return {"out": torch.einsum("bqhk,bqkd->bqhd", P, s.V)}
@@ -670,9 +685,18 @@ def _among(about: list[str]) -> str:
 
 
 def somewhere(s: Scene, about: list[str]) -> Iterator[Guess]:
-    """One ingredient wrong on some blocks only, in the forward or in the backward, which has lse and D besides."""
-    if about[0] not in GRADS:
+    """One ingredient wrong on some blocks only, or in the forward on some ranks; the backward has lse and D besides."""
+    if about[0] not in (*GRADS, "dsink"):
         yield from tried(s, s.forward, places=True)
+        first = s.owner[0] == 0
+        for text, changed in ingredients(s):
+            wrong = functools.cache(lambda changed=changed: s.forward(**changed()))
+            for where, at in {"on all ranks but the first": ~first, "on the first rank": first}.items():
+                mixed = lambda wrong=wrong, at=at: {
+                    "out": torch.where(at[:, None, None], wrong()["out"], s.O),
+                    "lse": torch.where(at, wrong()["lse"], s.L),
+                }
+                yield f"{text}, {where} only", mixed
         return
     yield from tried(s, s.backward, f"in {_among(about)} only: {{}}", places=True)
     L, D = s.L[..., None], row_sums(s.do, s.O)[..., None]

@@ -219,7 +219,7 @@ class Judge:
                 f.diagnosis, f.causes, f.evidence = causes[0], causes, None
             return culprit, case, found
         self.simplified += 1
-        if self.simplified > SIMPLIFIED:
+        if self.simplified > SIMPLIFIED or again[-1].kind == "crash":
             return None, case, again
         for _ in range(2):  # what could not go at first may go once other things have gone
             for names in SIMPLER:
@@ -246,7 +246,7 @@ class Judge:
         return self.wrong(self.look(case))
 
     def wrong(self, found: list[Finding] | None) -> bool:
-        return any(f.kind in ("value", "property") for f in found or ())
+        return any(f.kind in ("value", "property", "crash") for f in found or ())
 
     def run(self, case: Case, poison: float = math.nan, fresh: float = math.nan, new=False) -> dict[int, dict]:
         """Every rank's results."""
@@ -372,13 +372,20 @@ class Judge:
         for name in TENSORS:
             if name not in mine[0] or (name == "lse" and mine[0]["lse"] is None and not case.dlse):
                 continue
-            got[name], worst = [], (0.0,)
-            for rank, m in enumerate(mine):
-                x, want = m[name], truth.part(name, rank)
-                x = torch.zeros_like(want) if x is None and not want.numel() else x
-                if why := _misfit(name, x, want, case):
+            wanted, worst = [truth.part(name, rank) for rank in range(len(mine))], (0.0,)
+            # no row, no gradient
+            rows = [len(case.asks[rank]) if name == "dsink" else want.numel() for rank, want in enumerate(wanted)]
+            given = [
+                torch.zeros_like(want) if m[name] is None and not row else m[name]
+                for m, want, row in zip(mine, wanted, rows, strict=True)
+            ]
+            whys = [_misfit(name, x, want, case) for x, want in zip(given, wanted, strict=True)]
+            if any(whys) and wrong:  # it may follow from what is wrong already
+                break
+            for rank, why in enumerate(whys):
+                if why:
                     return [_finding(case, "value", why, rank=rank, tensor=name, error=math.inf, budget=0.0)]
-                got[name].append(x.double())
+            got[name] = [x.double() for x in given]
             if name == "dsink" and any(truth.error(name, i, x)[0] > 1e-2 for i, x in enumerate(got[name])):
                 got[name] = [sum(got[name])] * len(mine)  # each of its own rows, where it is not summed already
             for rank, x in enumerate(got[name]):
@@ -392,7 +399,7 @@ class Judge:
             return []
         first = next(iter(wrong.values()))
         text = PROPERTIES.get(PLANS[case.plan][0][index])
-        if text and first["error"] < math.inf:
+        if text and (first["error"] > 0.02 or case.dtype not in LOW) and first["error"] < math.inf:
             return [_finding(case, "property", text, **first)]
         return [_finding(case, "value", diagnose.UNKNOWN, evidence=(got, list(wrong), truths, index), **first)]
 
@@ -421,7 +428,8 @@ class Judge:
         causes = diagnose.name(case, truth, got, wrong, others, known, self.way, unknown < DEEP, quickly)
         if quickly and not causes:
             return []
-        if causes[0].startswith(diagnose.UNKNOWN) and any((x.isinf() & ~want.isinf()).any() for x, want in pairs):
+        lost = any((x.isinf() & ~want.isinf()).any() for x, want in pairs if x.ndim == 4)
+        if causes[0].startswith(diagnose.UNKNOWN) and lost:
             causes = [diagnose.not_finite(case, truth, got, wrong)]
         vague = causes[0].startswith(diagnose.VAGUE) or causes[0] == "out is zero"
         if case is self.simplest and causes[0].startswith(diagnose.UNKNOWN) and case.dtype in LOW:

@@ -183,7 +183,7 @@ class Post(dist.Work):
             "seq": next(group.counts["collective" if peer is None else kind, peer, tag]),
             "sizes": [x.numel() for x in reads or writes],
             "dtypes": [str(x.dtype).removeprefix("torch.") for x in reads or writes],
-            "order": next((_order(x) for x in writes if kind in IN_PLACE and not x.is_contiguous()), "memory"),
+            "order": next((_order(x) for x in writes if kind in IN_PLACE and not x.is_contiguous()), "contiguous"),
             "sent": int(sent),
             "line": candidate_line(traceback.walk_stack(sys._getframe())),
             "phase": LEDGER.phase,

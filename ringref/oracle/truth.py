@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from .cases import SCORE_MODS, Case, index
+from .cases import SCORE_MODS, Case, index, modified
 
 MULTIPLE = {"float64": 4.0, "float32": 4.0, "bfloat16": 2.0, "float16": 2.0}
 FLOOR = {"float64": 8.0, "float32": 8.0, "bfloat16": 0.2, "float16": 0.2}
@@ -55,16 +55,6 @@ def _distance(got: Tensor, want: Tensor, norm: float = 1e-30) -> float:
     return math.inf if math.isnan(error) else error
 
 
-def modified(case: Case, scores: Tensor) -> tuple[Tensor, Tensor | float]:
-    """What the case's score_mod makes of scores, and its derivative."""
-    if not case.score_mod:
-        return scores, 1.0
-    with torch.enable_grad():
-        leaf = scores.detach().requires_grad_()
-        new = SCORE_MODS[case.score_mod](leaf, *index(case))
-        return new.detach(), torch.autograd.grad(new.sum(), leaf)[0]
-
-
 @torch.no_grad()
 def plain(case: Case, data: dict[str, Tensor], work: torch.dtype, asks: list[Tensor], cut: list[Tensor]) -> dict:
     """softmax(q kᵀ/√d) v and its backward in the dtype `work`; the parts of each rank in `asks` and `cut` are rounded
@@ -76,7 +66,8 @@ def plain(case: Case, data: dict[str, Tensor], work: torch.dtype, asks: list[Ten
     q, k, v, do, dlse = (data[name].to(work) for name in ("q", "k", "v", "do", "dlse"))
     wide_k, wide_v = (x.repeat_interleave(case.h // case.g, 2) for x in (k, v))
     # a key that counts m times has log m added
-    scores, slope = modified(case, torch.einsum("bqhd,bkhd->bhqk", q, wide_k) * case.factor)
+    scores = torch.einsum("bqhd,bkhd->bhqk", q, wide_k) * case.factor
+    scores, slope = modified(SCORE_MODS.get(case.score_mod), scores, index(case))
     scores = scores + case.times.to(work).log()
     lse = scores.float().logsumexp(-1, keepdim=True)
     if case.sink:
