@@ -327,7 +327,13 @@ def sights(s: Scene, deep: bool = False) -> Iterator[tuple[str, Callable[[], Ten
         rules["window (left)"], rules["window (right)"] = lambda i, j: i - j <= left, lambda i, j: j - i <= right
         instead["window (right)"] = {"taken as left": j - i <= left, "taken as 0": j <= i}
     if case.cu_seqlens:
-        rules["documents"] = partial(together_in, case.cu_seqlens)
+        starts = case.cu_seqlens
+        rules["documents"] = partial(together_in, starts)
+        empty = next((a for a, b in itertools.pairwise(starts) if a == b), n)
+        instead["documents"] = {
+            f"nothing is seen {text}": together_in(starts, i, j) & (i < end)
+            for text, end in {"after an empty one": empty, "in the last": starts[-2]}.items()
+        }
     if case.mask:
         seen = replace(case, causal=False, window=None, queries=None).times
         rules["mask_mod"] = lambda i, j: seen[..., i.clamp(0, n - 1), j.clamp(0, n - 1)]
