@@ -81,7 +81,8 @@ def check(
         (f"{len(todo) - len(fits)} cases for more ranks than can be had here", len(fits) < len(todo)),
     ):
         missing += [text] if there else []
-    report.layout, report.not_judged = layout, missing + report.not_judged
+    report.layout = layout if isinstance(layout, str) else adapt.name_of(layout)
+    report.not_judged = missing + report.not_judged
     return report
 
 
