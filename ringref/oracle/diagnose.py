@@ -407,7 +407,8 @@ def sights(s: Scene, deep: bool = False) -> Iterator[tuple[str, Callable[[], Ten
     for name, choices in instead.items():
         for text, rule in choices.items():
             yield f"{name}: {text}", lambda name=name, rule=rule: (together(rules.keys() - {name}, i, j) * rule).sum(0)
-    for names in itertools.chain(*(itertools.combinations(rules, m + 1) for m in range(1 if deep else len(rules)))):
+    some = itertools.chain(*(itertools.combinations(rules, m + 1) for m in range(1 if deep else len(rules))))
+    for names in itertools.chain(some, [("window (left)", "window (right)")] if deep and case.window else ()):
         what, rest = " and ".join(names), rules.keys() - set(names)
         yield f"{what} ignored", lambda rest=rest: together(rest, i, j).sum(0)
         for text, *view in views:
@@ -502,7 +503,7 @@ def ingredients(s: Scene, deep: bool = False) -> Iterator[tuple[str, Callable[[]
             "out": {"O": bare["out"]},
             "lse and out": {"L": bare["lse"][..., None], "O": bare["out"]},
         }.items():
-            yield f"the saved {text} lacks the sink", lambda changed=changed: changed
+            yield f"the sink is missing in the saved {text}", lambda changed=changed: changed
         for text, over in {
             "of batch 0 alone": lambda x: x[0].sum(-1),
             "averaged over the batch": lambda x: x.mean(0).sum(-1),

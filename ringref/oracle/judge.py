@@ -429,8 +429,7 @@ class Judge:
         causes = diagnose.name(case, truth, got, wrong, others, known, self.way, unknown < DEEP, quickly)
         if quickly and not causes:
             return []
-        lost = any((x.isinf() & ~want.isinf()).any() for x, want in pairs if x.ndim == 4)
-        if causes[0].startswith(diagnose.UNKNOWN) and lost:
+        if causes[0].startswith(diagnose.UNKNOWN) and any((x.isinf() & ~want.isinf()).any() for x, want in pairs):
             causes = [diagnose.not_finite(case, truth, got, wrong)]
         vague = causes[0].startswith(diagnose.VAGUE) or causes[0] == "out is zero"
         if case is self.simplest and causes[0].startswith(diagnose.UNKNOWN) and case.dtype in LOW:
