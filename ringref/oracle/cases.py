@@ -535,6 +535,10 @@ def cases(*, features=(), layout="contiguous", ranks=4, quick=False, claims=None
     if not made:
         raise ValueError("layout: it cuts none of the lengths that are tried, multiples of p from p to 130 p")
     # the plain cases first, then the small ones, but last where a token is alone: so they say best what is wrong; one
-    # rank alone, where a block is the whole, after two
+    # rank, for which its own block is the whole, comes after two
     plain, late = ("full", "causal"), {1: 2.5}
-    return sorted(made, key=lambda x: (x.name not in plain, "one token" in x.name, late.get(x.p, x.p), x.world, x.n))
+
+    def turn(x: Case) -> tuple:
+        return x.name not in plain, "one token" in x.name, x.p if x.name in plain else late.get(x.p, x.p), x.world, x.n
+
+    return sorted(made, key=turn)

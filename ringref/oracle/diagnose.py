@@ -799,7 +799,7 @@ def homes(s: Scene, who: str, right: dict[str, Tensor]) -> Iterator[Guess]:
 def crossed(s: Scene, truth: Any, others: list) -> Iterator[Guess]:
     """What calls do to each other."""
     for other in others:
-        o = Scene(s.case, other)
+        o = Scene(other.case, other)
         saved = lambda o=o: o.backward(do=s.do, dlse=s.dlse)
         yield f"{CALLS} what one forward saved is overwritten by the next", saved
         yield f"{CALLS} it is the other's", lambda other=other: other.whole
