@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+import zoo
 
 import ringref
 from ringref.oracle import FEATURES, Case, Pool, Report, adapt, cases, check
@@ -434,6 +435,41 @@ def test_memory_that_nobody_wrote_is_named(pool):
     assert check(functools.partial(unwritten, fill=True), only=[case], pool=pool)
     report = check(unwritten, only=[case], pool=pool)
     assert not report and "memory that nobody wrote" in report.diagnosis
+
+
+def tires(q, k, v, *, causal, group, calls=[]):  # noqa: B006
+    calls.append(1)
+    if len(calls) > 1:
+        raise RuntimeError("once is enough")
+    return gathering(q, k, v, causal=causal, group=group)
+
+
+def test_an_exception_too_is_asked_whether_it_comes_alone():
+    some = [Case(name, p=1, n=4, plan="inference") for name in ("one", "two")]
+    with Pool(1) as workers:
+        report = check(tires, only=some, pool=workers)
+    assert "it passes alone" in report.diagnosis and "after one-p1" in str(report.findings[0].diagnosis), str(report)
+
+
+def reducing(q, k, v, *, causal, group, alike):
+    x = torch.ones(2, 3) if alike or dist.get_rank(group) else torch.ones(3, 2).T
+    dist.all_reduce(x, group=group)
+    return gathering(q, k, v, causal=causal, group=group)
+
+
+@pytest.mark.parametrize("alike", [True, False])
+def test_what_is_reduced_lies_alike_on_all_ranks(alike, pool):
+    report = check(functools.partial(reducing, alike=alike), only=[Case("reduced", p=2, n=4)], pool=pool)
+    assert bool(report) == alike, str(report)
+    assert alike or "ranks reduce tensors of different strides" in report.diagnosis
+
+
+def test_a_float32_lse_is_granted_what_gradients_that_cancel_make_of_it(pool):
+    name = "full + one key head + d 12 + short shards + heads first qkv + expanded dO + rows far apart + two backwards"
+    told = {"layout": "zigzag", "plan": "twice", "dlse": True, "spread": 100.0, "views": "heads first", "seed": 2}
+    case = Case(name, p=4, n=16, h=8, g=1, d=12, dout="expanded", **told)
+    report = check(zoo.build("halves"), only=[case], pool=pool)
+    assert report, str(report)
 
 
 def noisy(q, k, v, **told):
