@@ -363,8 +363,8 @@ def sights(s: Scene, deep: bool = False) -> Iterator[tuple[str, Callable[[], Ten
             "heads unassigned, h no multiple of the rate": kept(i, j) & (head < h // r * r),
             "the tail that fills no segment is dropped": kept(i, j) & ((j < n // w * w) | (n < w)),
             "a branch whose segment is longer than the sequence is dropped": kept(i, j) & (w <= n),
-            **{f"branch {m} is dropped": kept(i, j) & (branch != m) for m in range(len(w))},
             **{f"only branch {m} counts": kept(i, j) & (branch == m) for m in range(len(w))},
+            **{f"branch {m} is dropped": kept(i, j) & (branch != m) for m in range(len(w))},
         }
         yield "a key seen through several branches counts once", lambda: s.times.clamp(max=1)
     if not case.causal:
@@ -533,14 +533,14 @@ def ingredients(s: Scene, deep: bool = False) -> Iterator[tuple[str, Callable[[]
             "query head j adds to j mod g": lambda x: x.flatten(2, 3).unflatten(2, (s.e, g)).sum(2),
         }.items():
             yield text, lambda gather=gather: {"gather": gather}
-    for names in (*pairs, ("q",), ("do",), ("q", "K", "V")):
-        for text, change in places(s):
-            moved = lambda names=names, change=change: {x: s.moved(getattr(s, x), change) for x in names}
-            yield f"rows of {', '.join(names)} {text}", moved
     wrong = s.do.contiguous()
     for text, shape in {"with heads first": (0, 2, 1, 3), "with the head dim first": (0, 3, 1, 2)}.items():
         lain = wrong.permute(shape).contiguous().view(wrong.shape)
         yield f"dO is read with other strides than it has ({text})", lambda lain=lain: {"do": lain}
+    for names in (*pairs, ("q",), ("do",), ("q", "K", "V")):
+        for text, change in places(s):
+            moved = lambda names=names, change=change: {x: s.moved(getattr(s, x), change) for x in names}
+            yield f"rows of {', '.join(names)} {text}", moved
 
 
 def places(s: Scene) -> Iterator[tuple[str, Callable]]:
