@@ -533,9 +533,10 @@ def ingredients(s: Scene, deep: bool = False) -> Iterator[tuple[str, Callable[[]
             "query head j adds to j mod g": lambda x: x.flatten(2, 3).unflatten(2, (s.e, g)).sum(2),
         }.items():
             yield text, lambda gather=gather: {"gather": gather}
-    wrong = s.do.contiguous()
+    on_ranks = s.moved if s.even else lambda x, change: change(x[:, None])[:, 0]
     for text, shape in {"with heads first": (0, 2, 1, 3), "with the head dim first": (0, 3, 1, 2)}.items():
-        lain = wrong.permute(shape).contiguous().view(wrong.shape)
+        each = (1, 0, *(x + 1 for x in shape[1:]))  # of a rank's own b s h d
+        lain = on_ranks(s.do, lambda y, each=each: y.permute(each).reshape(y.transpose(0, 1).shape).transpose(0, 1))
         yield f"dO is read with other strides than it has ({text})", lambda lain=lain: {"do": lain}
     for names in (*pairs, ("q",), ("do",), ("q", "K", "V")):
         for text, change in places(s):
