@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -16,9 +17,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+import zoo
 
 import ringref
-from ringref.oracle import FEATURES, Case, Pool, cases, check
+from ringref.oracle import FEATURES, Case, Pool, Report, adapt, cases, check
 from ringref.oracle.cli import main
 
 # ------------------------------------------------------------- two correct candidates, as somebody
@@ -435,6 +437,41 @@ def test_memory_that_nobody_wrote_is_named(pool):
     assert not report and "memory that nobody wrote" in report.diagnosis
 
 
+def tires(q, k, v, *, causal, group, calls=[]):  # noqa: B006
+    calls.append(1)
+    if len(calls) > 1:
+        raise RuntimeError("once is enough")
+    return gathering(q, k, v, causal=causal, group=group)
+
+
+def test_an_exception_too_is_asked_whether_it_comes_alone():
+    some = [Case(name, p=1, n=4, plan="inference") for name in ("one", "two")]
+    with Pool(1) as workers:
+        report = check(tires, only=some, pool=workers)
+    assert "it passes alone" in report.diagnosis and "after one-p1" in str(report.findings[0].diagnosis), str(report)
+
+
+def reducing(q, k, v, *, causal, group, alike):
+    x = torch.ones(2, 3) if alike or dist.get_rank(group) else torch.ones(3, 2).T
+    dist.all_reduce(x, group=group)
+    return gathering(q, k, v, causal=causal, group=group)
+
+
+@pytest.mark.parametrize("alike", [True, False])
+def test_what_is_reduced_lies_alike_on_all_ranks(alike, pool):
+    report = check(functools.partial(reducing, alike=alike), only=[Case("reduced", p=2, n=4)], pool=pool)
+    assert bool(report) == alike, str(report)
+    assert alike or "ranks reduce tensors of different strides" in report.diagnosis
+
+
+def test_a_float32_lse_is_granted_what_gradients_that_cancel_make_of_it(pool):
+    name = "full + one key head + d 12 + short shards + heads first qkv + expanded dO + rows far apart + two backwards"
+    told = {"layout": "zigzag", "plan": "twice", "dlse": True, "spread": 100.0, "views": "heads first", "seed": 2}
+    case = Case(name, p=4, n=16, h=8, g=1, d=12, dout="expanded", **told)
+    report = check(zoo.build("halves"), only=[case], pool=pool)
+    assert report, str(report)
+
+
 def noisy(q, k, v, **told):
     out, lse = gathering(q, k, v, **told)
     return out * (1 + 1e-7 * torch.randn(())), lse
@@ -627,6 +664,20 @@ def shell(*words, launcher=("-m",)):
     return subprocess.run(command, cwd=ROOT / "tests", env=env, capture_output=True, text=True, timeout=240)
 
 
+locked = functools.partial(gathering, wrap=threading.Lock())
+
+
+def everything(n, p, rank):
+    return torch.arange(n)
+
+
+def every_pth(n, p, rank):
+    return torch.arange(rank, n, p)
+
+
+in_turn = functools.partial(gathering, layout="striped")
+
+
 def sliced(q, k, v, **told):
     return gathering(q, k, v, wrap=Sliced, **told)
 
@@ -721,6 +772,13 @@ def test_the_exit_code_is_the_verdict(name, code, launcher):
         (("gathering",), "candidate"),
         (("test_oracle:gathering", "--features", "causal,cuasal"), "features"),
         (("test_oracle:gathering", "--layout", "spiral"), "layout"),
+        (("test_oracle:gathering", "--layout", "nowhere:f"), "layout"),
+        (("test_oracle:gathering", "--layout", "test_oracle:keys_of"), "layout: at n = "),
+        (("test_oracle:gathering", "--layout", "test_oracle:everything"), "layout: the ranks' positions"),
+        (("test_oracle:locked",), "fn: gathering cannot be sent"),
+        (("test_oracle:gathering", "--backend", "mpi"), "backend"),
+        (("test_oracle:gathering", "--claims", "speed"), "claims"),
+        (("test_oracle:gathering", "--seed", "one"), "seed"),
         (("test_oracle:gathering", "--ranks", "0"), "ranks"),
         (("test_oracle:gathering", "--adapt", "bshd"), "adapt"),
         (("test_oracle:gathering", "--deadline", "0"), "deadline"),
@@ -731,3 +789,61 @@ def test_bad_arguments_are_named_without_a_traceback(words, names, capsys):
         main(list(words))
     told = capsys.readouterr().err
     assert left.value.code == 2 and names in told.splitlines()[-1], told
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_nccl_without_a_gpu_is_bad_usage(capsys):
+    with pytest.raises(SystemExit) as left:
+        main(["test_oracle:gathering", "--backend", "nccl"])
+    assert left.value.code == 2 and "backend: expected gloo" in capsys.readouterr().err
+
+
+GIVEN = {  # every option of the shell, and what `check` is told
+    "--ranks 3": {"ranks": 3},
+    "--layout zigzag": {"layout": "zigzag"},
+    "--layout test_oracle:paged": {"layout": paged},
+    "--features causal,gqa": {"features": "causal,gqa"},
+    "--claims ring": {"claims": "ring"},
+    "--backend gloo": {"backend": "gloo"},
+    "--adapt bhsd": {},
+    "--quick": {"quick": True},
+    "--fail-fast": {"fail_fast": True},
+    "--seed 7": {"seed": 7},
+    "--deadline 2.5": {"deadline": 2.5},
+    "--json": {},
+}
+USUAL = {"ranks": 4, "layout": "contiguous", "features": "", "claims": None, "backend": "gloo", "quick": False}
+USUAL |= {"fail_fast": False, "seed": 0, "deadline": None, "pool": None}
+
+
+@pytest.mark.parametrize("words", GIVEN)
+def test_every_option_of_the_shell_arrives(words, monkeypatch, capsys):
+    calls = []
+    monkeypatch.setattr("ringref.oracle.cli.check", lambda fn, **told: calls.append((fn, told)) or Report("it"))
+    assert main(["test_oracle:gathering", *words.split()]) == 1  # nothing was judged
+    (fn, told), shown = calls[0], capsys.readouterr().out
+    assert told == USUAL | GIVEN[words]
+    assert adapt.name_of(fn) == ("bhsd(gathering)" if "adapt" in words else "gathering")
+    assert json.loads(shown)["ok"] is False if "json" in words else "was not judged" in shown
+
+
+def test_no_option_of_the_shell_is_untested(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    options = set(re.findall(r"^  (--[a-z-]+)", capsys.readouterr().out, re.MULTILINE))
+    assert options == {words.split()[0] for words in GIVEN}
+
+
+@pytest.mark.parametrize("name, code", [("in_turn", 0), ("gathering", 1)])
+def test_a_layout_of_ones_own_and_json_from_the_shell(name, code):
+    told = ("--layout", "test_oracle:every_pth", *WORDS, "--json", "--fail-fast")
+    done = shell(f"{ROOT / 'tests' / 'test_oracle.py'}:{name}", *told)
+    assert done.returncode == code, done.stdout + done.stderr
+    report = json.loads(done.stdout)
+    assert report["schema"] == 1 and report["ok"] is not bool(code) and report["layout"] == "every_pth"
+    assert len(report["findings"]) == code and report["passed"]
+
+
+def test_bad_arguments_exit_with_2():
+    done = shell("test_oracle:gathering", "--features", "cuasal")
+    assert done.returncode == 2 and "features: cuasal unknown" in done.stderr and "Traceback" not in done.stderr

@@ -126,6 +126,15 @@ SAYS = {
     "stale-k-on-last-hop": "K is stale, of the hop before, on the last hop",
     "ranks-reversed": "ranks counted from the end",
     "zero-lse-taken-for-masked": "whose lse is 0 are taken for masked",
+    "sink-missing-in-saved": "the sink is missing in the saved lse and out",
+    "dsink-of-batch-0": "the sink's gradient is of batch 0 alone",
+    "scale-of-value-dim": "that of v's head dim",
+    "delta-of-unnormalised-out": "with out before it is divided",
+    "dlse-on-own-block-only": "the gradient of lse is missing, on received blocks",
+    "sum-in-low-precision": "low precision",
+    "rescaled-upside-down": "upside down",
+    "dk-in-the-other-half": "the other half of a shard",
+    "late-half-sees-early-keys-only": "without the late half of the keys",
 }
 
 

@@ -13,7 +13,7 @@ from contextlib import nullcontext
 from ..shard import LAYOUTS
 from . import adapt
 from .cases import FEATURES, cases
-from .judge import check
+from .judge import check, usable
 from .pool import Ranks
 
 
@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--quick", action="store_true", help="every level of every factor once, instead of every pair")
     add("--fail-fast", action="store_true", help="stop at the first failing case whose cause has a name")
     add("--seed", type=int, default=0)
-    add("--deadline", type=float, default=30.0, help="seconds that a case may take")
+    add("--deadline", type=float, help="seconds that a case may take, 30; with --quick 10")
     add("--json", action="store_true", help="print the report for machines")
     told = parser.parse_args(argv)
     sys.path.insert(0, os.getcwd())
@@ -45,10 +45,9 @@ def main(argv: list[str] | None = None) -> int:
         fn = find(told.candidate)
         fn = getattr(adapt, told.adapt)(fn) if told.adapt else fn
         sweep["layout"] = find(told.layout, "layout") if ":" in told.layout else told.layout
+        usable(fn, told.backend, told.deadline)
         cases(**sweep)
-        if told.deadline <= 0:
-            raise ValueError(f"--deadline: expected more than 0, got {told.deadline}")
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         parser.error(str(error))
     with Ranks(told.backend) if torchrun else nullcontext() as pool:
         if pool and pool.rank:

@@ -29,6 +29,7 @@ SIMPLIFIED = 3  # findings after which a failing case is told as it is
 LOW = ("bfloat16", "float16")
 DEEP = 2  # unknown findings after which mistakes on some blocks only are not looked for
 PATIENCE = {True: 15.0, False: 45.0}  # seconds, quick or not, after which a wrong candidate has been seen enough
+DEADLINE = {True: 10.0, False: 30.0}  # seconds for a case
 PROPERTIES = {  # what it means when the first step is right and such a step is not
     "batch": "another sequence of the batch matters",
     "constant": "constant v does not give constant out: weights do not sum to 1",
@@ -39,7 +40,8 @@ PROPERTIES = {  # what it means when the first step is right and such a step is 
 def check(
     fn: Callable, *, layout="contiguous", ranks=4, features=(), claims=None, quick=False, seed=0,
     only: Sequence[Case] | None = None, backend="gloo",
-    deadline=30.0, stop_after=8, fail_fast=False, progress: bool | None = None, pool: Pool | None = None,
+    deadline: float | None = None, stop_after=8, fail_fast=False, progress: bool | None = None,
+    pool: Pool | None = None,
 ) -> Report:  # fmt: skip
     """Judge an attention over ranks; see the module's text for the call and the features.
 
@@ -48,20 +50,19 @@ def check(
         layout, ranks, features, claims, quick, seed: which cases, see `cases`.
         only: these cases instead, `check(fn, only=[Case(...)])`.
         backend: "gloo" on the CPU; "nccl" for values, hangs and growth on GPUs (there messages are not watched).
-        deadline: seconds that a case may take before it counts as hung; a deadlock is known after about one.
-        stop_after: failing cases after which the rest is left, as it is after 45 seconds (`quick`: 15) if one failed.
+        deadline: seconds that a case may take before it counts as hung, 30 (`quick`: 10); a deadlock is known after 1.
+        stop_after: failing cases after which the rest is left, as it is if one failed and another case like the last
+            would end after 45 seconds (`quick`: 15).
         fail_fast: stop at the first failing case whose cause has a name.
         progress: a progress bar; None shows one on a terminal.
         pool: workers to use, for many sweeps in a row.
+
+    Raises:
+        TypeError: the candidate cannot be sent to other processes.
+        ValueError: an argument is wrong, named.
     """
-    for name, given, fits, wanted in (
-        ("fn", fn, callable(fn), "a function"),
-        ("backend", backend, backend in ("gloo", "nccl"), "gloo or nccl"),
-        ("deadline", deadline, deadline > 0, "more than 0"),
-        ("stop_after", stop_after, stop_after > 0, "more than 0"),
-    ):
-        if not fits:
-            raise ValueError(f"{name}: expected {wanted}, got {given!r}")
+    usable(fn, backend, deadline, stop_after)
+    deadline = DEADLINE[quick] if deadline is None else deadline
     if only is not None:
         return _sweep(fn, list(only), pool or _shared_pool(), deadline, stop_after, fail_fast, progress)
     features = _names(features)
@@ -71,8 +72,7 @@ def check(
         made = Pool(min(size, torch.cuda.device_count()) if backend == "nccl" else size, backend)
     with made if pool is None else nullcontext(pool) as workers:
         fits = [case for case in todo if case.world <= workers.size]
-        patience = PATIENCE[quick]
-        report = _sweep(fn, fits, workers, min(deadline, patience), stop_after, fail_fast, progress, patience)
+        report = _sweep(fn, fits, workers, deadline, stop_after, fail_fast, progress, PATIENCE[quick])
     missing = [f"feature {name}" for name in FEATURES if name not in features]
     missing += [f"argument {name}" for name in adapt.undeclared(fn, features)]
     for text, there in (
@@ -81,8 +81,26 @@ def check(
         (f"{len(todo) - len(fits)} cases for more ranks than can be had here", len(fits) < len(todo)),
     ):
         missing += [text] if there else []
-    report.layout, report.not_judged = layout, missing + report.not_judged
+    report.layout = layout if isinstance(layout, str) else adapt.name_of(layout)
+    report.not_judged = missing + report.not_judged
     return report
+
+
+def usable(fn: Callable, backend: str, deadline: float | None, stop_after: int = 1) -> bytes:
+    """The candidate as it travels; `check`'s errors where it cannot, or where another argument is wrong."""
+    for name, given, fits, wanted in (
+        ("fn", fn, callable(fn), "a function"),
+        ("backend", backend, backend in ("gloo", "nccl"), "gloo or nccl"),
+        ("backend", backend, backend != "nccl" or torch.cuda.is_available(), "gloo where there is no GPU"),
+        ("deadline", deadline, deadline is None or deadline > 0, "more than 0"),
+        ("stop_after", stop_after, stop_after > 0, "more than 0"),
+    ):
+        if not fits:
+            raise ValueError(f"{name}: expected {wanted}, got {given!r}")
+    try:
+        return pickled(fn)
+    except Exception as error:  # whatever holds a lock, a file, a process group
+        raise TypeError(f"fn: {adapt.name_of(fn)} cannot be sent to other processes: {error}") from error
 
 
 @functools.cache
@@ -101,6 +119,7 @@ def _sweep(
     patience=math.inf,
 ) -> Report:
     report, began = Report(adapt.name_of(fn)), time.monotonic()
+    last = began
     judge, failed, hangs = Judge(fn, pool, report, deadline), 0, 0
     if (heads := getattr(fn, "convention", "all")) != "all":
         todo = [replace(case, heads=heads) if case.dilation else case for case in todo]
@@ -110,7 +129,9 @@ def _sweep(
     for done, case in enumerate(track(todo, report.candidate, **bar), 1):
         found = judge.judge(case)
         failed, hangs = failed + bool(found), hangs + any(f.kind == "hang" for f in found)
-        enough = failed >= stop_after or hangs >= 3 or (failed and time.monotonic() - began > patience)
+        now = time.monotonic()
+        enough = failed >= stop_after or hangs >= 3 or (failed and 2 * now - last - began > patience)
+        last = now
         named = fail_fast and found and not found[0].causes[0].startswith(diagnose.VAGUE)
         if (enough or named) and done < len(todo):
             report.not_judged.append(f"{len(todo) - done} further cases, after {failed} that failed")
@@ -130,10 +151,7 @@ class Judge:
 
     def __init__(self, fn: Callable, pool: Any, report: Report, deadline: float):
         self.fn, self.pool, self.report, self.deadline = fn, pool, report, deadline
-        try:
-            self.pickled = pickled(fn)
-        except Exception as error:  # whatever holds a lock, a file, a process group
-            raise TypeError(f"fn: {report.candidate} cannot be sent to other processes: {error}") from error
+        self.pickled = pickled(fn)
         self.form: tuple[str, str] | None = None  # of the lse: its base and shape, and where it was first seen
         self.bytes: dict[tuple[int, int], tuple[float, float]] = {}
         self.refusals: dict[str, list[str]] = {}
@@ -202,7 +220,7 @@ class Judge:
                 f.diagnosis, f.causes, f.evidence = causes[0], causes, None
             return culprit, case, found
         self.simplified += 1
-        if self.simplified > SIMPLIFIED:
+        if self.simplified > SIMPLIFIED or again[-1].kind == "crash":
             return None, case, again
         for _ in range(2):  # what could not go at first may go once other things have gone
             for names in SIMPLER:
@@ -229,7 +247,7 @@ class Judge:
         return self.wrong(self.look(case))
 
     def wrong(self, found: list[Finding] | None) -> bool:
-        return any(f.kind in ("value", "property") for f in found or ())
+        return any(f.kind in ("value", "property", "crash") for f in found or ())
 
     def run(self, case: Case, poison: float = math.nan, fresh: float = math.nan, new=False) -> dict[int, dict]:
         """Every rank's results."""
@@ -355,13 +373,20 @@ class Judge:
         for name in TENSORS:
             if name not in mine[0] or (name == "lse" and mine[0]["lse"] is None and not case.dlse):
                 continue
-            got[name], worst = [], (0.0,)
-            for rank, m in enumerate(mine):
-                x, want = m[name], truth.part(name, rank)
-                x = torch.zeros_like(want) if x is None and not want.numel() else x
-                if why := _misfit(name, x, want, case):
+            wanted, worst = [truth.part(name, rank) for rank in range(len(mine))], (0.0,)
+            # no row, no gradient
+            rows = [len(case.asks[rank]) if name == "dsink" else want.numel() for rank, want in enumerate(wanted)]
+            given = [
+                torch.zeros_like(want) if m[name] is None and not row else m[name]
+                for m, want, row in zip(mine, wanted, rows, strict=True)
+            ]
+            whys = [_misfit(name, x, want, case) for x, want in zip(given, wanted, strict=True)]
+            if any(whys) and wrong:  # it may follow from what is wrong already
+                break
+            for rank, why in enumerate(whys):
+                if why:
                     return [_finding(case, "value", why, rank=rank, tensor=name, error=math.inf, budget=0.0)]
-                got[name].append(x.double())
+            got[name] = [x.double() for x in given]
             if name == "dsink" and any(truth.error(name, i, x)[0] > 1e-2 for i, x in enumerate(got[name])):
                 got[name] = [sum(got[name])] * len(mine)  # each of its own rows, where it is not summed already
             for rank, x in enumerate(got[name]):
@@ -375,7 +400,7 @@ class Judge:
             return []
         first = next(iter(wrong.values()))
         text = PROPERTIES.get(PLANS[case.plan][0][index])
-        if text and first["error"] < math.inf:
+        if text and (first["error"] > 0.02 or case.dtype not in LOW) and first["error"] < math.inf:
             return [_finding(case, "property", text, **first)]
         return [_finding(case, "value", diagnose.UNKNOWN, evidence=(got, list(wrong), truths, index), **first)]
 

@@ -64,8 +64,8 @@ class Report:
         known = [cause for cause in votes if not cause.startswith(vague)]
         best = max(known, key=votes.__getitem__, default=None)
         unnamed = [f.diagnosis for f in self.findings if f.causes[0].startswith(vague)]
-        # a cause that explains one finding in four is not the cause
-        return best if best and votes[best] * 4 > len(unnamed) else unnamed[0] if unnamed else best
+        # a cause that explains fewer than half as many findings as have none is not the cause
+        return best if best and votes[best] * 2 >= len(unnamed) else unnamed[0] if unnamed else best
 
     def to_json(self) -> str:
         """Everything in the report, for machines."""

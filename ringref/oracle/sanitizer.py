@@ -183,6 +183,7 @@ class Post(dist.Work):
             "seq": next(group.counts["collective" if peer is None else kind, peer, tag]),
             "sizes": [x.numel() for x in reads or writes],
             "dtypes": [str(x.dtype).removeprefix("torch.") for x in reads or writes],
+            "order": next((_order(x) for x in writes if kind in IN_PLACE and not x.is_contiguous()), "contiguous"),
             "sent": int(sent),
             "line": candidate_line(traceback.walk_stack(sys._getframe())),
             "phase": LEDGER.phase,
@@ -230,6 +231,11 @@ def _span(x: Tensor, written: bool) -> tuple[int, int, bool]:
     """Where a tensor begins and ends in memory, and whether the operation writes there."""
     reach = sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
     return x.data_ptr(), x.data_ptr() + (reach + 1) * x.element_size(), written
+
+
+def _order(x: Tensor) -> tuple[int, ...]:
+    """The strides that matter, those of dimensions longer than 1."""
+    return tuple(step for size, step in zip(x.shape, x.stride(), strict=True) if size > 1)
 
 
 class Message(Post):
@@ -291,6 +297,7 @@ class Recv(Message):
             into.copy_(self.content.view(into.shape))
 
 
+IN_PLACE = {"allreduce", "allreduce_coalesced", "barrier", "broadcast", "reduce"}
 # What share of its input a rank of p must send, by how torch's names for a collective begin, underscores aside.
 SHARES: dict[str, Callable[[int], float]] = {
     "allgather": lambda p: p - 1,
@@ -298,7 +305,6 @@ SHARES: dict[str, Callable[[int], float]] = {
     "broadcast": lambda p: 1,
     **dict.fromkeys(("alltoall", "barrier", "gather", "reduce", "scatter"), lambda p: (p - 1) / p),
 }
-IN_PLACE = {"allreduce", "allreduce_coalesced", "barrier", "broadcast", "reduce"}
 
 
 class Collective(Post):

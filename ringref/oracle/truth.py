@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from .cases import SCORE_MODS, Case, index
+from .cases import SCORE_MODS, Case, index, modified
 
 MULTIPLE = {"float64": 4.0, "float32": 4.0, "bfloat16": 2.0, "float16": 2.0}
 FLOOR = {"float64": 8.0, "float32": 8.0, "bfloat16": 0.2, "float16": 0.2}
@@ -23,6 +23,7 @@ class Truth:
         cuts = [(yard, *whole), (torch.float32, case.asks[: 1 if case.replicated else None], case.shards)]
         self.plain = [plain(case, rough, *cut) for cut in cuts]
         self.eps = torch.finfo(yard).eps
+        self.terms = terms(case, data, self.whole)
 
     def part(self, name: str, rank: int, whole: dict | None = None) -> Tensor:
         """One rank's share of a tensor."""
@@ -44,8 +45,9 @@ class Truth:
         typical = max(0.05 * total if total > 1e-9 * terms else terms, 1e-30) / math.sqrt(self.case.p)
         error, *rough = (_distance(*(y.masked_fill(blind, 0.0) for y in (x, want)), typical) for x in (got, *roughs))
         # exp(score − lse) can be no better than a float32 lse, which is coarse where it is large
-        largest = self.whole["lse"].nan_to_num(neginf=0.0).abs().max().item()
-        coarse = 0.5 * torch.finfo(torch.float32).eps * largest * (name != "lse")
+        size = self.part(name, rank, self.terms).square().sum().sqrt().item() if name in self.terms else 0.0
+        largest = self.whole["lse"].nan_to_num(neginf=0.0).abs().max().item() * (name != "lse")
+        coarse = torch.finfo(torch.float32).eps * max(0.5 * largest, size / max(want.norm().item(), typical))
         return error, MULTIPLE[self.case.dtype] * max(*rough, FLOOR[self.case.dtype] * self.eps, coarse)
 
 
@@ -55,14 +57,30 @@ def _distance(got: Tensor, want: Tensor, norm: float = 1e-30) -> float:
     return math.inf if math.isnan(error) else error
 
 
-def modified(case: Case, scores: Tensor) -> tuple[Tensor, Tensor | float]:
-    """What the case's score_mod makes of scores, and its derivative."""
-    if not case.score_mod:
-        return scores, 1.0
-    with torch.enable_grad():
-        leaf = scores.detach().requires_grad_()
-        new = SCORE_MODS[case.score_mod](leaf, *index(case))
-        return new.detach(), torch.autograd.grad(new.sum(), leaf)[0]
+@torch.no_grad()
+def terms(case: Case, data: dict[str, Tensor], whole: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The size of the terms whose sums are dq and dk, each times its row's lse: where they cancel, what an lse that is
+    rounded makes of them does not.
+    """
+    q, k, v, do = (data[name].double() for name in ("q", "k", "v", "do"))
+    wide_k, wide_v = (x.repeat_interleave(case.h // case.g, 2) for x in (k, v))
+    scores = torch.einsum("bqhd,bkhd->bhqk", q, wide_k) * case.factor
+    scores, slope = modified(SCORE_MODS.get(case.score_mod), scores, index(case))
+    lse = whole["lse"].nan_to_num(neginf=math.inf)[..., None]
+    D = (do * whole["out"]).sum(-1).transpose(1, 2)[..., None]
+    dP = torch.einsum("bqhd,bkhd->bhqk", do, wide_v)
+    dS = (
+        case.times
+        * (scores - lse).exp()
+        * (dP.abs() + D.abs())
+        * slope
+        * case.factor
+        * (1 + lse.abs()).nan_to_num(posinf=0.0)
+    )
+    dq, dk = (
+        torch.einsum(f"bhqk,b{i}hd->b{j}hd", dS.square(), x.square()) for i, j, x in (("k", "q", wide_k), ("q", "k", q))
+    )
+    return {"dq": dq.sqrt(), "dk": dk.unflatten(2, (case.g, -1)).sum(3).sqrt()}
 
 
 @torch.no_grad()
@@ -76,7 +94,8 @@ def plain(case: Case, data: dict[str, Tensor], work: torch.dtype, asks: list[Ten
     q, k, v, do, dlse = (data[name].to(work) for name in ("q", "k", "v", "do", "dlse"))
     wide_k, wide_v = (x.repeat_interleave(case.h // case.g, 2) for x in (k, v))
     # a key that counts m times has log m added
-    scores, slope = modified(case, torch.einsum("bqhd,bkhd->bhqk", q, wide_k) * case.factor)
+    scores = torch.einsum("bqhd,bkhd->bhqk", q, wide_k) * case.factor
+    scores, slope = modified(SCORE_MODS.get(case.score_mod), scores, index(case))
     scores = scores + case.times.to(work).log()
     lse = scores.float().logsumexp(-1, keepdim=True)
     if case.sink:

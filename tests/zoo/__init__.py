@@ -49,6 +49,8 @@ CORRECT = {
         ),
         _source("tiled", "contiguous", "causal gqa scale value_dim lse subgroup", "tiles"),
         _source("tree", "contiguous", "causal gqa uneven kv lse subgroup", "tree"),
+        _source("packet", "contiguous", "causal gqa window cu_seqlens scale value_dim sink lse subgroup", "ring"),
+        _source("halves", "zigzag", "causal gqa lse subgroup", "ring"),
         _source("dilated_local", "contiguous", "causal gqa dilation lse", "dilated", ranks=1),
         _source("dilated_ring", "contiguous", "causal gqa dilation lse subgroup", "dilated"),
         _source("dilated_collective", "contiguous", "causal gqa dilation lse subgroup", "dilated"),

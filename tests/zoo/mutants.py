@@ -1341,7 +1341,101 @@ SOME_BLOCKS = [
     ),
 ]
 
+BLIND = [  # kinds that the oracle could not name when a reader who had not seen its rules wrote them
+    Mutant(
+        "packet_sink_missing_in_saved",
+        "packet",
+        "sinks",
+        "sink-missing-in-saved",
+        "The backward gets the out and lse from before the sink was added.",
+        """            with_sink = torch.logaddexp(lse, sink.to(wide).view(1, g, h // g, 1))
+            out, lse = out * torch.exp(lse - with_sink)[..., None], with_sink
+        ctx.save_for_backward(q, k, v, sink, out, lse)
+""",
+        """            with_sink = torch.logaddexp(lse, sink.to(wide).view(1, g, h // g, 1))
+            ctx.save_for_backward(q, k, v, sink, out, lse)
+            out, lse = out * torch.exp(lse - with_sink)[..., None], with_sink
+        else:
+            ctx.save_for_backward(q, k, v, sink, out, lse)
+""",
+    ),
+    Mutant(
+        "packet_dsink_of_one_sequence",
+        "packet",
+        "sinks",
+        "dsink-of-batch-0",
+        "The sink's gradient is that of the first sequence of the batch.",
+        "(share * delta).sum((0, 3))",
+        "(share * delta)[0].sum(-1)",
+    ),
+    Mutant(
+        "packet_scale_of_value_dim",
+        "packet",
+        "scores",
+        "scale-of-value-dim",
+        "The default scale is taken from the head dim of v.",
+        "scale = d**-0.5 if scale is None else scale",
+        "scale = e**-0.5 if scale is None else scale",
+    ),
+    Mutant(
+        "packet_delta_of_unnormalised_out",
+        "packet",
+        "backward",
+        "delta-of-unnormalised-out",
+        "D is taken from the output before it is divided by the sum.",
+        "ctx.save_for_backward(q, k, v, sink, out, lse)",
+        "ctx.save_for_backward(q, k, v, sink, acc, lse)",
+    ),
+    Mutant(
+        "packet_dlse_on_own_block_only",
+        "packet",
+        "some blocks",
+        "dlse-on-own-block-only",
+        "The gradient of lse is used at hop 0 only.",
+        "dscore = prob * (dprob - delta[..., None]) * scale",
+        "dscore = prob * (dprob - (delta if hop == 0 else (dout * out).sum(-1))[..., None]) * scale",
+    ),
+    Mutant(
+        "packet_sum_in_low_precision",
+        "packet",
+        "merging",
+        "sum-in-low-precision",
+        "The running sum is kept in the dtype of the inputs.",
+        "total = total * fade + weight.sum(-1)",
+        "total = (total * fade + weight.sum(-1)).to(q.dtype).to(wide)",
+    ),
+    Mutant(
+        "packet_rescaled_upside_down",
+        "packet",
+        "merging",
+        "rescaled-upside-down",
+        "What runs is multiplied by exp(new − old maximum) instead of exp(old − new).",
+        "fade = torch.exp(top - shift)",
+        "fade = torch.exp(shift - top).nan_to_num(0.0, 0.0, 0.0)",
+        passes_naive=False,
+    ),
+    Mutant(
+        "halves_dk_in_the_other_half",
+        "halves",
+        "some blocks",
+        "dk-in-the-other-half",
+        "dk of the first half of an earlier rank's keys is added to the second half.",
+        "dk[:, :half] += new_k",
+        "dk[:, half:] += new_k",
+    ),
+    Mutant(
+        "halves_late_half_sees_early_keys_only",
+        "halves",
+        "some blocks",
+        "late-half-sees-early-keys-only",
+        "Of a later rank's block the late half of the queries sees the first half of the keys only.",
+        "*kernel(q[:, half:], k, v, False))",
+        "*kernel(q[:, half:], k[:, :half], v[:, :half], False))",
+        passes_naive=False,
+    ),
+]
+
 MUTANTS = [
     *(*MERGING, *MASKS, *COMMUNICATION, *BACKWARD, *DILATION, *ULYSSES),
-    *(*TILES, *SERVING, *TREE, *SOME_BLOCKS),
+    *(*TILES, *SERVING, *TREE, *SOME_BLOCKS, *BLIND),
 ]
