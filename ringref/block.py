@@ -140,7 +140,7 @@ def forward(
         del leaf, made
     _mask(scores, q, keep, -math.inf)
     v, reached = rearrange(v.to(dtype), "b m k g d -> b m g k d"), None
-    if type(v) is Tensor and v.is_cpu and not v.isfinite().all():  # 0 · NaN is NaN, and what is masked must not count
+    if type(v) is Tensor and v.is_cpu and not v.sum().isfinite():  # 0 · NaN is NaN, and what is masked must not count
         reached = (scores != -math.inf).to(dtype) @ (~v.isfinite()).to(dtype) > 0
         v = v.nan_to_num(0.0, 0.0, 0.0)
     top = scores.amax(-1, keepdim=True)

@@ -27,6 +27,7 @@ from .truth import Truth
 TENSORS = ("out", "lse", "dq", "dk", "dv", "dsink")
 SIMPLIFIED = 3  # findings after which a failing case is told as it is
 LOW = ("bfloat16", "float16")
+VALUES = ("value", "property")  # findings that a simpler case must have too: it may lack an argument, and crash
 DEEP = 2  # unknown findings after which mistakes on some blocks only are not looked for
 PATIENCE = {True: 15.0, False: 45.0}  # seconds, quick or not, after which a wrong candidate has been seen enough
 DEADLINE = {True: 10.0, False: 30.0}  # seconds for a case
@@ -224,7 +225,7 @@ class Judge:
             return None, case, again
         for _ in range(2):  # what could not go at first may go once other things have gone
             for names in SIMPLER:
-                if (less := case.without(names)) != case and self.wrong(trial := self.look(less)):
+                if (less := case.without(names)) != case and self.wrong(trial := self.look(less), VALUES):
                     case, again = less, trial
         self.simplest = case
         return None, case, again
@@ -246,8 +247,8 @@ class Judge:
             self.run(one, new=i == 0)
         return self.wrong(self.look(case))
 
-    def wrong(self, found: list[Finding] | None) -> bool:
-        return any(f.kind in ("value", "property", "crash") for f in found or ())
+    def wrong(self, found: list[Finding] | None, kinds: Sequence[str] = (*VALUES, "crash")) -> bool:
+        return any(f.kind in kinds for f in found or ())
 
     def run(self, case: Case, poison: float = math.nan, fresh: float = math.nan, new=False) -> dict[int, dict]:
         """Every rank's results."""
