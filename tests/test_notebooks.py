@@ -24,6 +24,7 @@ LONGEST_LINE = 120  # columns, of code and of what it prints: as many as a lapto
 LONGEST_PROSE = 100  # words between two cells of code, formulas and folded answers aside
 IGNORED = "# NBVAL_IGNORE_OUTPUT"
 QUIETLY = ("-q", "-p", "no:cacheprovider", "-p", "no:ringref")  # our plugin would import torch, as the kernel does
+DEAR = ("04_memory", "08_oracle")  # a minute and more, which their own numbers take already
 SETTINGS = {  # other numbers that the first cells say may be chosen: one for every run, one more for the slow ones
     "00_one_block": ("cut, n, h, d = 2, 31, 3, 8", "cut, n, h, d = 7, 12, 1, 4"),
     "01_ring": ("p, n, h, d = 3, 17, 1, 4", "p, n, h, d = 6, 12, 2, 8"),
@@ -184,7 +185,7 @@ def with_answers(notebook):
 
 
 TWICE = [  # the one on memory measures for minutes
-    pytest.param(name, setting, id=f"{name}-{i}", marks=pytest.mark.slow if i or name == "04_memory" else ())
+    pytest.param(name, setting, id=f"{name}-{i}", marks=pytest.mark.slow if i or name in DEAR else ())
     for name, settings in SETTINGS.items()
     for i, setting in enumerate(settings)
 ]
