@@ -751,7 +751,7 @@ def test_the_first_cause_is_told(fn, p, text, pool):
     "name, code, launcher",
     [
         pytest.param("gathering", 0, ("-m",), id="python-0"),
-        pytest.param("sliced", 1, ("-m",), id="python-1"),
+        pytest.param("sliced", 1, ("-m",), id="python-1", marks=pytest.mark.slow),  # torchrun's says 1, too
         pytest.param("gathering", 0, TORCHRUN, id="torchrun-0", marks=pytest.mark.slow),
         pytest.param("sliced", 1, TORCHRUN, id="torchrun-1"),
     ],
@@ -834,7 +834,7 @@ def test_no_option_of_the_shell_is_untested(capsys):
     assert options == {words.split()[0] for words in GIVEN}
 
 
-@pytest.mark.parametrize("name, code", [("in_turn", 0), ("gathering", 1)])
+@pytest.mark.parametrize("name, code", [pytest.param("in_turn", 0, marks=pytest.mark.slow), ("gathering", 1)])
 def test_a_layout_of_ones_own_and_json_from_the_shell(name, code):
     told = ("--layout", "test_oracle:every_pth", *WORDS, "--json", "--fail-fast")
     done = shell(f"{ROOT / 'tests' / 'test_oracle.py'}:{name}", *told)
