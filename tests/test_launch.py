@@ -397,9 +397,9 @@ def test_the_same_function_under_torchrun(tmp_path):
             end = time.monotonic() + 5
             while threads() and time.monotonic() < end:  # a thread that was joined is listed for a moment more
                 time.sleep(0.05)
-            print(f"rank {ring.rank} of {ring.size} got {came.item():.0f}", end=" ")
             left = not torch.distributed.is_initialized() and threads() == 0 < before
-            print(f"and leaves: {left}\\n", end="", flush=True)
+            said = f"rank {ring.rank} of {ring.size} got {came.item():.0f} and leaves: {left}"
+            print(f"{said}\\n", end="", flush=True)  # at once, for torchrun's ranks share a pipe
 
         atexit.register(last)
         ring = from_env("gloo")
