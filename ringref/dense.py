@@ -119,8 +119,8 @@ def _define(q: Tensor, k: Tensor, v: Tensor, q_idx: Tensor, kv_idx: Tensor, call
     # before the softmax, whose gradient on a row of −inf is NaN
     scores = scores.masked_fill(blind, 0.0)
     weights = rearrange(scores.softmax(-1).masked_fill(blind, 0.0), "b (g e) q k -> b g e q k", g=g)
-    number = v.isfinite()
-    if v.is_cpu and not number.all():  # 0 · NaN is NaN, and what is not seen must not count; what is seen is NaN
+    if v.is_cpu and not v.sum().isfinite():  # 0 · NaN is NaN, and what is not seen must not count; what is seen is NaN
+        number = v.isfinite()
         reached = rearrange(seen, "b (g e) q k -> b g e q k", g=g).to(v.dtype)
         reached = torch.einsum("bgeqk,bkgd->bqged", reached, (~number).to(v.dtype)) > 0
         out = torch.einsum("bgeqk,bkgd->bqged", weights, v.masked_fill(~number, 0.0))

@@ -32,7 +32,7 @@ from ..comm.process import ProcessRing
 from ..comm.simulate import simulate
 from ..engine import kernels
 from ..shard import Attended, Dilation, Shard, partition, wide
-from .memory import Usage, _LiveStorage, measured, predicted
+from .memory import measured, predicted
 
 METHODS = {"ring": ring_attention, "collective": collective_attention}
 HEADS, HEAD_DIM, REPEATS = 16, 128, 10
@@ -527,8 +527,7 @@ def flat_section(bench, args):
             inputs, dout = bench.inputs(s, HEADS, HEAD_DIM)
             fn = partial(METHODS[name], causal=True, shard=partition(s * ring.size, ring, "zigzag"))
             for _ in range(2):  # the first time also makes the plans
-                usage = Usage()
-                with _LiveStorage(usage, bench.device.type):  # an allocator would count all ranks
+                with measured(bench.device, tensors=True) as usage:
                     torch.autograd.grad(_out(fn, *inputs), inputs, dout)
             return usage.peak / dout.nbytes
 

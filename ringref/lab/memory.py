@@ -106,16 +106,17 @@ class Usage:
 
 
 @contextmanager
-def measured(device="cpu"):
+def measured(device="cpu", tensors=False):
     """Measure what this thread does inside: `with measured() as usage: ...`, then `usage.peak`.
 
     CPU, or "meta": every tensor storage there that an operator creates, from its creation until it is freed. Scratch
     that a kernel allocates and frees inside one operator is not seen, nor what other threads do, so
     each rank of a simulation measures itself. CUDA: the allocator's own peak, scratch included, for
-    the whole device and known when the block ends; simulated ranks share it.
+    the whole device and known when the block ends; simulated ranks share it, unless `tensors` asks to count as on the
+    CPU.
     """
     usage, device = Usage(), torch.device(device)
-    if device.type != "cuda":
+    if tensors or device.type != "cuda":
         with _LiveStorage(usage, device.type):
             yield usage
         return
