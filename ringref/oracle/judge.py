@@ -62,10 +62,10 @@ def check(
         TypeError: the candidate cannot be sent to other processes.
         ValueError: an argument is wrong, named.
     """
-    travels = usable(fn, backend, deadline, stop_after)
+    usable(fn, backend, deadline, stop_after)
     deadline = DEADLINE[quick] if deadline is None else deadline
     if only is not None:
-        return _sweep(fn, travels, list(only), pool or _shared_pool(), deadline, stop_after, fail_fast, progress)
+        return _sweep(fn, list(only), pool or _shared_pool(), deadline, stop_after, fail_fast, progress)
     features = _names(features)
     todo = cases(features=features, layout=layout, ranks=ranks, quick=quick, claims=claims, seed=seed)
     size = max(case.world for case in todo)
@@ -73,7 +73,7 @@ def check(
         made = Pool(min(size, torch.cuda.device_count()) if backend == "nccl" else size, backend)
     with made if pool is None else nullcontext(pool) as workers:
         fits = [case for case in todo if case.world <= workers.size]
-        report = _sweep(fn, travels, fits, workers, deadline, stop_after, fail_fast, progress, PATIENCE[quick])
+        report = _sweep(fn, fits, workers, deadline, stop_after, fail_fast, progress, PATIENCE[quick])
     missing = [f"feature {name}" for name in FEATURES if name not in features]
     missing += [f"argument {name}" for name in adapt.undeclared(fn, features)]
     for text, there in (
@@ -111,7 +111,6 @@ def _shared_pool() -> Pool:
 
 def _sweep(
     fn: Callable,
-    travels: bytes,
     todo: list[Case],
     pool: Any,
     deadline=30.0,
@@ -122,7 +121,7 @@ def _sweep(
 ) -> Report:
     report, began = Report(adapt.name_of(fn)), time.monotonic()
     last = began
-    judge, failed, hangs = Judge(fn, travels, pool, report, deadline), 0, 0
+    judge, failed, hangs = Judge(fn, pool, report, deadline), 0, 0
     if (heads := getattr(fn, "convention", "all")) != "all":
         todo = [replace(case, heads=heads) if case.dilation else case for case in todo]
         report.conventions.append(f"dilation serves {heads} heads, as its adapter declares; LongNet serves all")
@@ -151,8 +150,9 @@ def _sweep(
 class Judge:
     """Runs cases and writes what it finds into a report."""
 
-    def __init__(self, fn: Callable, travels: bytes, pool: Any, report: Report, deadline: float):
-        self.fn, self.pickled, self.pool, self.report, self.deadline = fn, travels, pool, report, deadline
+    def __init__(self, fn: Callable, pool: Any, report: Report, deadline: float):
+        self.fn, self.pool, self.report, self.deadline = fn, pool, report, deadline
+        self.pickled = pickled(fn)
         self.form: tuple[str, str] | None = None  # of the lse: its base and shape, and where it was first seen
         self.bytes: dict[tuple[int, int], tuple[float, float]] = {}
         self.refusals: dict[str, list[str]] = {}
