@@ -13,8 +13,8 @@ import ringref
 from ringref import Dilation, launch, partition, simulate
 from ringref.lab.memory import measured, predicted, table
 
-LONGNET = Dilation([128, 512], [1, 4])
-N, H, G, D = 512, 4, 2, 16
+LONGNET = Dilation([64, 256], [1, 4])
+N, H, G, D = 256, 4, 2, 16
 
 
 def test_the_meter_counts_live_storage_once():

@@ -44,6 +44,7 @@ from .ring import BrokenOff, Elsewhere, watchers
 
 BACKENDS = {"gloo": "gloo", "nccl": "cpu:gloo,cuda:nccl"}  # nccl ranks may exchange CPU tensors too
 PRELOAD = ["torch.distributed.launcher.api", "numpy", "cloudpickle", "einops"]
+LARGE = ["torch._dynamo", "torch.distributed.tensor"]  # a second to import; an optimiser does
 SIGNALS = [s for s in signal.Signals if s.name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT")]
 ELASTIC_ENV = ("RANK", "WORLD_SIZE", "MASTER_", "LOCAL_", "GROUP_", "ROLE_", "TORCHELASTIC_")
 MOST = 4096  # ranks: each is a process
@@ -85,7 +86,7 @@ def launch(fn, p, backend="gloo", *, timeout=600.0):
 
     start_method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
     if start_method == "forkserver":
-        multiprocessing.set_forkserver_preload(PRELOAD)  # no effect on a server that runs already
+        multiprocessing.set_forkserver_preload(preloaded())  # no effect on a server that runs already
     with (
         _undisturbed_caller(),
         tempfile.TemporaryDirectory(prefix="ringref_", ignore_cleanup_errors=True) as folder,  # a late rank may write
@@ -168,6 +169,11 @@ def _threads(p):
     if not first.isdecimal() or int(first) < 1:
         raise ValueError(f"OMP_NUM_THREADS: expected a number of threads of at least 1, got {given!r}")
     return int(first)
+
+
+def preloaded():
+    """Modules that ranks find imported: what all need, and what is large and the caller has needed."""
+    return PRELOAD + [name for name in LARGE if name in sys.modules]
 
 
 def _cores():

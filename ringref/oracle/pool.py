@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ..comm.launch import PRELOAD
+from ..comm.launch import preloaded
 from . import sanitizer
 from .sanitizer import FOREVER, Ledger, Watched, run
 
@@ -63,7 +63,7 @@ def _answer(line: connection.Connection, respond: Callable) -> None:
 def _hire(rank: int, *told: Any, method: str = "forkserver") -> Any:
     """A worker process, forked from a server that has imported torch but not ringref, which somebody may be editing."""
     context = multiprocessing.get_context(method)
-    context.set_forkserver_preload([*PRELOAD, "torch._dynamo", "torch.distributed.tensor"])
+    context.set_forkserver_preload([*preloaded(), "rich.progress", "rich.table"])
     main, sys.modules["__main__"] = sys.modules["__main__"], ModuleType("__main__")  # a script must not run again
     try:
         worker = context.Process(target=serve, args=(rank, *told), daemon=True)

@@ -438,12 +438,12 @@ def fresh(value: float, device: str) -> Iterator[None]:
         with _Zeroed():
             yield
         return
-    before = torch.are_deterministic_algorithms_enabled()
-    try:
-        torch.use_deterministic_algorithms(device == "cpu", warn_only=True)
+    before = torch.get_deterministic_debug_mode()
+    try:  # what has a longer name imports the compiler, for a second in each process
+        torch.set_deterministic_debug_mode("warn" if device == "cpu" else "default")
         yield
     finally:
-        torch.use_deterministic_algorithms(before)
+        torch.set_deterministic_debug_mode(before)
 
 
 class _Zeroed(TorchDispatchMode):
