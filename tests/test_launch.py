@@ -18,6 +18,7 @@ import torch.distributed as dist
 from ringref import ProcessRing, from_env, partition, ring_attention, simulate
 from ringref.comm import launch as room
 from ringref.comm.launch import RankError, launch
+from ringref.oracle import cli
 
 
 def test_results_come_back_in_rank_order_with_their_uneven_tensors():
@@ -303,12 +304,44 @@ def test_ranks_in_different_passes():
         assert "of another pass than mine; all ranks must run backward of the same calls" in text
 
 
+ENVIRONMENT = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29400"}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *((name, None) for name in ENVIRONMENT),
+        *(("RANK", value) for value in ("", "x", "-1", "1", "7")),
+        *(("WORLD_SIZE", value) for value in ("", "x", "-1", "0", "2.0")),
+        *(("LOCAL_WORLD_SIZE", value) for value in ("x", "0")),
+        *(("MASTER_PORT", value) for value in ("", "x", "-1")),
+    ],
+)
+def test_half_an_environment(name, value, monkeypatch, capsys):
+    """A rank that there is not would wait for its like till the timeout; the oracle's shell joins in the same way."""
+    for key, good in ENVIRONMENT.items():
+        monkeypatch.setenv(key, good)
+    if value is None:
+        monkeypatch.delenv(name)
+    else:
+        monkeypatch.setenv(name, value)
+    with pytest.raises(RuntimeError if value is None else ValueError, match=f"{name}: (not set|expected)"):
+        from_env("gloo")
+    if "RANK" in os.environ:
+        with pytest.raises(SystemExit) as left:
+            cli.main(["math:sqrt"])
+        assert (
+            left.value.code == 2
+            and f"error: {'from_env: ' if value is None else ''}{name}: " in capsys.readouterr().err
+        )
+
+
 def test_the_timeout_of_from_env(monkeypatch):
     """An argument, else the environment, else 600 s."""
     asked = []
     monkeypatch.setattr(room, "_join_group", lambda backend, timeout: asked.append(timeout))
     monkeypatch.setattr(room, "ProcessRing", lambda: None)
-    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1")):
+    for name, value in ENVIRONMENT.items():
         monkeypatch.setenv(name, value)
     from_env("gloo")
     monkeypatch.setenv("RINGREF_TIMEOUT", "12.5")

@@ -1,9 +1,12 @@
 """The main job: what a newcomer runs first, its exit code, and its options."""
 
 import json
+import os
+from pathlib import Path
 
 import pytest
 
+from ringref import __main__
 from ringref.lab import main_job
 
 
@@ -53,10 +56,25 @@ def test_the_table_fits_and_names_everything(capsys, tmp_path):
         (["--heads", "3"], "--heads, --head-dim: expected even numbers, got 3, 16"),
         (["--layout", "spiral"], "invalid choice: 'spiral'"),
         (["no such file"], "text: no such file is not a file"),
+        ([os.devnull], f"text: {os.devnull} is not a file"),
+        (["empty"], "empty is empty"),
+        (["--ranks", "5000"], "--ranks: expected at most 4096, got 5000"),
+        (["--ranks", "two"], "--ranks: invalid number value: 'two'"),
+        (["--q-chunk", "0"], "--q-chunk: expected at least 1, got 0"),
+        (["--figure", "empty/in/a/file.svg"], "--figure: cannot write there"),
+        (["--figure", ""], "--figure: expected a file's name"),
+        (["bench", "--ranks", "0"], "--ranks: expected at least 1, got 0"),
+        (["bench", "--tokens", "64", "-5"], "--tokens: expected at least 1, got -5"),
+        (["bench", "--dilated-tokens", "1"], "--dilated-tokens: expected at least 64, got 1"),
+        (["bench", "--data", "empty"], "--data: cannot write there"),
+        (["bench", "--sections", "speed"], "--sections: invalid choice: 'speed'"),
     ],
 )
-def test_bad_options_are_named(arguments, message, capsys):
+def test_bad_options_are_named(arguments, message, capsys, tmp_path, monkeypatch):
+    """Before any work begins."""
+    monkeypatch.chdir(tmp_path)
+    Path("empty").touch()
     with pytest.raises(SystemExit) as caught:
-        main_job.options(arguments)
+        __main__.main(arguments)
     assert caught.value.code == 2
     assert message in capsys.readouterr().err

@@ -780,6 +780,7 @@ def test_the_exit_code_is_the_verdict(name, code, launcher):
         (("test_oracle:gathering", "--claims", "speed"), "claims"),
         (("test_oracle:gathering", "--seed", "one"), "seed"),
         (("test_oracle:gathering", "--ranks", "0"), "ranks"),
+        (("test_oracle:gathering", "--ranks", "100000"), "ranks: expected a whole number of at least 1, at most 4096"),
         (("test_oracle:gathering", "--adapt", "bshd"), "adapt"),
         (("test_oracle:gathering", "--deadline", "0"), "deadline"),
     ],

@@ -118,9 +118,7 @@ def from_env(backend=None, *, timeout=None):
     timeout: seconds that one message may take before its rank raises; None: the environment's RINGREF_TIMEOUT, or 600.
     """
     if not dist.is_initialized():
-        if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
-            raise RuntimeError("from_env: RANK, WORLD_SIZE: not set; use torchrun, or launch(fn, p)")
-        local_world = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
+        _, local_world = torchrun()
         backend = backend or ("nccl" if torch.cuda.device_count() >= local_world else "gloo")
         if timeout is None:
             text = os.environ.get("RINGREF_TIMEOUT") or "600"
@@ -134,6 +132,23 @@ def from_env(backend=None, *, timeout=None):
     elif not (backend is None and timeout is None):
         raise ValueError("backend, timeout: the process group has been initialised already, with its own")
     return ProcessRing()
+
+
+def torchrun():
+    """How many ranks torchrun's environment says there are, in all and on this machine; an error names what it lacks,
+    or what would have this rank wait for others that do not exist.
+    """
+    missing = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
+        raise RuntimeError(f"from_env: {', '.join(missing)}: not set; use torchrun, or launch(fn, p)")
+    numbers = {"LOCAL_WORLD_SIZE": os.environ["WORLD_SIZE"], **os.environ}
+    for name, least in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_WORLD_SIZE", 1), ("MASTER_PORT", 0)):
+        if not numbers[name].isdecimal() or int(numbers[name]) < least:
+            raise ValueError(f"{name}: expected a whole number of at least {least}, got {numbers[name]!r}")
+    size = int(numbers["WORLD_SIZE"])
+    if int(numbers["RANK"]) >= size:
+        raise ValueError(f"RANK: expected less than WORLD_SIZE, which is {size}, got {numbers['RANK']}")
+    return size, int(numbers["LOCAL_WORLD_SIZE"])
 
 
 def _leave_group():

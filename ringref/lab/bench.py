@@ -15,7 +15,6 @@ import time
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import product
-from pathlib import Path
 from unittest import mock
 
 import torch
@@ -27,11 +26,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 
 from .. import collective_attention, dense_attention, dilated_attention, ring_attention
-from ..comm.launch import from_env, launch
+from ..comm.launch import MOST, from_env, launch
 from ..comm.process import ProcessRing
 from ..comm.simulate import simulate
 from ..engine import kernels
 from ..shard import Attended, Dilation, Shard, partition, wide
+from . import folder, whole
 from .memory import measured, predicted
 
 METHODS = {"ring": ring_attention, "collective": collective_attention}
@@ -43,13 +43,14 @@ LSE_BUDGET = 1e-5  # lse is float32 whatever the inputs are
 def main(argv):
     gpus = torch.cuda.device_count()
     parser = argparse.ArgumentParser(prog="python -m ringref bench", description=__doc__.split("\n\n")[0])
-    add = partial(parser.add_argument, type=int)
+    add = partial(parser.add_argument, type=whole(1))
     parser.add_argument("--sections", nargs="+", default=list(SECTIONS), choices=list(SECTIONS))
-    add("--ranks", default=gpus or 2, help="default: every GPU, or 2 CPU ranks")
+    add("--ranks", default=gpus or 2, type=whole(1, MOST), help="default: every GPU, or 2 CPU ranks")
     add("--tokens", nargs="+", default=[8192, 32768] if gpus else [256], help="per rank, of ring and overlap")
-    add("--dilated-tokens", nargs="+", default=[2**i for i in range(15, 30)] if gpus else [1024], help="in all")
-    add("--longest", default=2**20 if gpus else 512, help="tokens from which the long section only allocates")
-    parser.add_argument("--data", type=Path, default=Path("figures/data"), help="where the JSON goes")
+    lengths = [2**i for i in range(15, 30)] if gpus else [1024]
+    add("--dilated-tokens", nargs="+", default=lengths, type=whole(64), help="in all")
+    add("--longest", default=2**20 if gpus else 512, type=whole(0), help="tokens beyond which long only allocates")
+    add("--data", default="figures/data", type=folder, help="where the JSON goes")
     args = parser.parse_args(argv)
     args.command = "python -m ringref bench " + " ".join(argv)
     if dist.is_torchelastic_launched():
@@ -83,7 +84,6 @@ def _report(bench, section, rows, args):
     Console(width=180).print(table)
     record = {"section": section, "machine": machine, "versions": bench.versions(), "command": args.command}
     record |= {"date": datetime.date.today().isoformat(), "transport": bench.ring.transport, "rows": rows}
-    args.data.mkdir(parents=True, exist_ok=True)
     slug = "-".join(bench.machine.lower().removeprefix("nvidia ").split()[:2])
     (args.data / f"{section}-{slug}-x{bench.ring.size}.json").write_text(json.dumps(record, indent=1) + "\n")
 

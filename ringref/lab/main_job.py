@@ -19,7 +19,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import ringref
 from ringref import Dilation, Shard, launch, partition
 
-from . import draw
+from ..comm.launch import MOST
+from . import draw, folder, whole
 from .memory import METHODS, measured, predicted
 from .model import ByteLM, text
 
@@ -42,34 +43,41 @@ def options(argv):
     )
     add = parser.add_argument
     add("text", nargs="?", type=Path, help="file to read; default: Python's own help topics")
-    add(
-        "--ranks", type=int, default=gpus if gpus > 1 else 4, help="processes (default: one per GPU if several, else 4)"
-    )
-    add("--tokens", type=int, help="bytes of the text (default: 1024, on GPUs 4096)")
-    add("--heads", type=int, default=4, help="query heads, an even number; half as many for K, V")
-    add("--head-dim", type=int, default=16, help="numbers per head (default: 16)")
+    ranks = "processes (default: one per GPU if several, else 4)"
+    add("--ranks", type=whole(1, MOST), default=gpus if gpus > 1 else 4, help=ranks)
+    add("--tokens", type=whole(1), help="bytes of the text (default: 1024, on GPUs 4096)")
+    add("--heads", type=whole(1), default=4, help="query heads, an even number; half as many for K, V")
+    add("--head-dim", type=whole(1), default=16, help="numbers per head (default: 16)")
     add("--dtype", default="float32", choices=DTYPES, help="of q, k, v (default: float32)")
     add("--layout", default="zigzag", choices=("contiguous", "zigzag", "striped"), help="who holds which tokens")
-    add("--q-chunk", type=int, help="query rows in work at a time on a rank (default: all)")
+    add("--q-chunk", type=whole(1), help="query rows in work at a time on a rank (default: all)")
     add("--json", action="store_true", help="print JSON instead of the table")
-    add("--figure", type=Path, default=Path("figures/main_job.svg"), help="where the figure goes")
+    add("--figure", type=_figure, default="figures/main_job.svg", help="where the figure goes")
     told = parser.parse_args(argv)
     told.backend = "nccl" if gpus >= told.ranks else "gloo"
     if told.tokens is None:
         told.tokens = 4096 if told.backend == "nccl" else 1024
-    for name in ("ranks", "tokens", "heads", "head_dim"):
-        if getattr(told, name) < 1:
-            parser.error(f"--{name.replace('_', '-')}: expected at least 1, got {getattr(told, name)}")
     if told.heads % 2 or told.head_dim % 2:
         parser.error(f"--heads, --head-dim: expected even numbers, got {told.heads}, {told.head_dim}")
     if told.text is not None and not told.text.is_file():
         parser.error(f"text: {told.text} is not a file")
+    try:
+        told.text and text(told.text)
+    except (OSError, ValueError) as error:  # it cannot be read, or is empty
+        parser.error(f"text: {error}")
     told.where = f"{told.ranks} processes " + (
         "with a GPU each, over NCCL" if told.backend == "nccl" else "over gloo on the CPU"
     )
     if told.backend == "gloo" and gpus:  # too few: say what happens instead
         told.where += f" (NCCL takes one rank per GPU, here {gpus}: see --ranks)"
     return told
+
+
+def _figure(given):
+    path = Path(given)
+    if not path.name:
+        raise argparse.ArgumentTypeError(f"expected a file's name, got {given!r}")
+    return folder(path.parent) / path.name
 
 
 def main_inputs(told):

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..comm.launch import MOST
 from ..comm.ring import Ring
 from ..dense import dense_attention
 from ..shard import LAYOUTS, Dilation, Shard, partition
@@ -509,8 +510,8 @@ def cases(*, features=(), layout="contiguous", ranks=4, quick=False, claims=None
     for name, (given, choices) in known.items():
         if unknown := {x for x in given if not callable(x)} - set(choices):
             raise ValueError(f"{name}: {', '.join(sorted(unknown))} unknown; choose from {', '.join(choices)}")
-    if not isinstance(ranks, int) or ranks < 1:
-        raise ValueError(f"ranks: expected a whole number of at least 1, got {ranks!r}")
+    if not isinstance(ranks, int) or isinstance(ranks, bool) or not 1 <= ranks <= MOST:
+        raise ValueError(f"ranks: expected a whole number of at least 1, at most {MOST}, got {ranks!r}")
     common = {"layout": layout, "dlse": "lse" in can, "positions": bool(can & {"uneven", "empty"}), "seed": seed}
     made = []
     for causal, p in itertools.product((False, True)[: 1 + ("causal" in can)], range(1, max(5, ranks) + 1)):

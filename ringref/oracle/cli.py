@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 
+from ..comm.launch import torchrun
 from ..shard import LAYOUTS
 from . import adapt
 from .cases import FEATURES, cases
@@ -37,19 +38,18 @@ def main(argv: list[str] | None = None) -> int:
     add("--json", action="store_true", help="print the report for machines")
     told = parser.parse_args(argv)
     sys.path.insert(0, os.getcwd())
-    torchrun = "RANK" in os.environ
-    sweep = {name: getattr(told, name) for name in ("layout", "claims", "quick", "seed")}
-    sweep["ranks"] = min(told.ranks, int(os.environ["WORLD_SIZE"])) if torchrun else told.ranks
-    sweep["features"] = told.features
+    there = "RANK" in os.environ  # torchrun has started us
+    sweep = {name: getattr(told, name) for name in ("layout", "claims", "quick", "seed", "ranks", "features")}
     try:
+        sweep["ranks"] = min(told.ranks, torchrun()[0]) if there else told.ranks
         fn = find(told.candidate)
         fn = getattr(adapt, told.adapt)(fn) if told.adapt else fn
         sweep["layout"] = find(told.layout, "layout") if ":" in told.layout else told.layout
         usable(fn, told.backend, told.deadline)
         cases(**sweep)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:
         parser.error(str(error))
-    with Ranks(told.backend) if torchrun else nullcontext() as pool:
+    with Ranks(told.backend) if there else nullcontext() as pool:
         if pool and pool.rank:
             pool.follow()
             return 0
