@@ -2,7 +2,9 @@
 
 import copy
 import itertools
+import math
 import pickle
+import types
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from functools import partial
@@ -90,7 +92,7 @@ BAD_ARGUMENTS = {
     "dilation": [(4, 2), [[4], [2]], 4],
     "mask_mod": [3, torch.ones(9, 9)],
     "score_mod": [3, torch.ones(9, 9)],
-    "scale": [float("nan"), float("inf"), "1", True, torch.tensor(1.0), 10**400, -(10**400)],
+    "scale": [math.nan, math.inf, "1", True, torch.tensor(1.0), 10**400, -(10**400), 1j],
     "q_chunk": [0, -1, 2.0, True, "2"],
     "backend": ["cuda", "flash", None, 3, np.array(["math", "auto"]), ["auto"]],
 }
@@ -267,6 +269,26 @@ def test_a_backend_cannot_do_it(method, backend):
         METHODS[method](*inputs(N)[:3], **arguments)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "scale", [0, -0.0, 5e-324, 1e-320, 1e-46, 1e-40, 1e-30, -1e-320, -3.0, 1e30, 1e37, 1e39, -1e300]
+)
+def test_extreme_scales(scale, dtype):
+    """One that the working dtype does not hold is refused; with any other all methods find the same, though a kernel
+    may multiply the −inf of a masked key by it.
+    """
+    given = [x.to(dtype) for x in inputs(5)[:3]]
+    if abs(scale) > torch.finfo(torch.promote_types(dtype, torch.float32)).max:
+        for method in METHODS.values():
+            with pytest.raises(ValueError, match="scale must be None .* or a number that is finite in float32"):
+                method(*given, scale=scale)
+        return
+    dense, *others = (method(*given, causal=True, scale=scale) for method in METHODS.values())
+    for out, lse in others:
+        for x, true in ((out, dense.out), (lse, dense.lse)):
+            assert torch.allclose(x, true, rtol=2e-2, atol=2e-2)
+
+
 MASKS = {
     "numbers": (lambda b, h, q, k: (q >= k).to(torch.float64), TypeError),
     "integers": (lambda b, h, q, k: (q >= k).long(), TypeError),
@@ -298,21 +320,60 @@ class Table(torch.nn.Module):
         return self.table[q, k]
 
 
+class Plain:
+    def __init__(self, table):
+        self.table, self.inner, self.step = table, Table(table), 0
+
+    def own(self, b, h, q, k):
+        return self.table[q, k]
+
+    def of_an_inner_module(self, b, h, q, k):
+        return self.inner.table[q, k]
+
+
+def mask_forms(table):
+    closure, plain = lambda b, h, q, k: table[q, k], Plain(table)
+    listed, named, module = [table], {"table": table}, types.ModuleType("of_masks")
+    module.table = table
+    return {
+        "closure": closure,
+        "default": lambda b, h, q, k, table=table: table[q, k],
+        "partial": partial(lambda table, b, h, q, k: table[q, k], table),
+        "partial of an object": partial(lambda plain, b, h, q, k: plain.table[q, k], plain),
+        "module": Table(table),
+        "method": Table(table).forward,
+        "method of an object": plain.own,
+        "of an inner module": plain.of_an_inner_module,
+        "object": lambda b, h, q, k: plain.table[q, k],
+        "list": lambda b, h, q, k: listed[0][q, k],
+        "dict": lambda b, h, q, k: named["table"][q, k],
+        "imported": lambda b, h, q, k: module.table[q, k],
+        "two deep": lambda b, h, q, k: closure(b, h, q, k) & (q >= k),
+    }
+
+
+@pytest.mark.parametrize("form", mask_forms(None))
+def test_what_a_mask_does_not_name_may_change(form):
+    """A counter, a running statistic, the rest of a model."""
+    table = torch.ones(N, N, dtype=torch.bool).tril()
+    rest = Plain(table)
+    rest.other, rest.inner.count = torch.zeros(3), torch.zeros(())
+    mask = mask_forms(table)[form]
+    leaves = [x.clone().requires_grad_() for x in inputs(N)[:3]]
+    out = ring_attention(*leaves, mask_mod=lambda *at: mask(*at) & rest.own(*at)).out
+    rest.step += 1
+    rest.other += 1
+    rest.inner.count += 1
+    out.sum().backward()
+
+
 @pytest.mark.parametrize("q_chunk", [None, 4])
-@pytest.mark.parametrize("form", ["closure", "default", "partial", "module", "method", "two deep"])
+@pytest.mark.parametrize("form", mask_forms(None))
 @pytest.mark.parametrize("method", METHODS)
 def test_a_mask_changed_between_forward_and_backward(method, form, q_chunk):
     """Whatever asks again must be told the same; a plain autograd graph does not ask."""
     table = torch.ones(N, N, dtype=torch.bool).tril()
-    closure = lambda b, h, q, k: table[q, k]
-    mask = {
-        "closure": closure,
-        "default": lambda b, h, q, k, table=table: table[q, k],
-        "partial": partial(lambda table, b, h, q, k: table[q, k], table),
-        "module": Table(table),
-        "method": Table(table).forward,
-        "two deep": lambda b, h, q, k: closure(b, h, q, k) & (q >= k),
-    }[form]
+    mask = mask_forms(table)[form]
     before, after = (
         [x.clone().requires_grad_() for x in inputs(N)[:3]] for _ in range(2)
     )  # what is not changed in place is no concern

@@ -72,7 +72,7 @@ def test_explain_gives_reasons():
     assert said.startswith("causal blocks: cpu_flash\n  not cudnn: runs on cuda, not on cpu")
     assert said.endswith("all keys: keys stay; 1 visits (causal) of strided views")
     assert "not cpu_flash: backend='math' excludes it" in explain(q, backend="math")
-    assert "not cpu_flash: needs a scale above 0" in explain(q, scale=0.0)
+    assert "not cpu_flash: needs a scale of at least 1.2e-38" in explain(q, scale=0.0)
     assert "not cpu_flash: takes full and causal blocks, not a mask" in explain(q, mask_mod=lambda *_: True)
     split = Split(layout("uneven", 8, 4))  # whose last shard is empty
     nothing = lambda ring: explain(q[:, : len(split.shard(ring).positions)], shard=split.shard(ring))

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import inspect
 import operator
-import sys
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache, partial, reduce, wraps
+from itertools import islice
 from types import CellType
 from typing import Any, NamedTuple
 
@@ -20,7 +21,6 @@ from ..shard import EVERYTHING, Dilation, Positions, Shard, Table, alone, counte
 
 BACKENDS = ("auto", "math", "torch", "xformers")
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-_LARGEST = sys.float_info.max
 _transformed = torch._C._functorch.is_functorch_wrapped_tensor
 
 
@@ -148,30 +148,39 @@ class Call(NamedTuple):
 
 
 def _captured(*functions: Callable | None) -> tuple[tuple[Tensor, int], ...]:
-    """The tensors that these functions use, as far as Python shows them, each with its version."""
-    found, seen, left = [], set(), [(fn, 3) for fn in functions]  # functions of functions, to this depth
+    """The tensors that these functions use, as far as Python shows them, each with its version: what is in a closure,
+    a default, a global or a container, and of objects and modules the attributes that the code names.
+    """
+    found, seen, left = {}, {}, [(fn, (), 5) for fn in functions]  # functions of functions, to this depth
     while left:
-        x, depth = left.pop()
-        if id(x) in seen or depth < 0:
-            continue
-        seen.add(id(x))
+        x, names, depth = left.pop()
         if isinstance(x, Tensor):
-            found += [] if x.is_inference() else [(x, x._version)]
+            found |= {} if x.is_inference() else {id(x): (x, x._version)}
             continue
-        uses = []
+        if not depth or (id(x), names) in seen or x is torch or isinstance(x, (type, int, float, str, type(None))):
+            continue
+        seen[id(x), names] = x  # kept, so that its number stays its own
+        names = getattr(_attribute(x.func if isinstance(x, partial) else x, "__code__"), "co_names", names)
         if isinstance(x, partial):
             uses = [x.func, *x.args, *x.keywords.values()]
         elif inspect.ismethod(x):
             uses = [x.__func__, x.__self__]
         elif inspect.isfunction(x):
-            uses = [cell.cell_contents for cell in x.__closure__ or () if cell != CellType()] + [
-                *(x.__defaults__ or ())
-            ]
-            uses += [x.__globals__[name] for name in x.__code__.co_names if name in x.__globals__]
-        elif callable(x) and not isinstance(x, type):
-            uses = [*getattr(x, "__dict__", {}).values(), *getattr(x, "_buffers", {}).values()]
-        left += [(use, depth - 1) for use in uses]
-    return tuple(found)
+            uses = [cell.cell_contents for cell in x.__closure__ or () if cell != CellType()]
+            uses += [*(x.__defaults__ or ()), *(x.__globals__[name] for name in names if name in x.__globals__)]
+        elif isinstance(x, (dict, list, tuple, set)):
+            uses = islice(x.values() if isinstance(x, dict) else x, 64)
+        else:
+            called = ("forward", "__call__") if callable(x) and not inspect.isroutine(x) else ()
+            uses = [_attribute(x, name) for name in (*names, *called)]
+        left += [(use, names, depth - 1) for use in uses]
+    return tuple(found.values())
+
+
+def _attribute(x: Any, name: str) -> Any:
+    """The attribute, if there is one; reading it may raise anything."""
+    with suppress(Exception):
+        return getattr(x, name)
 
 
 def _returned(name: str, x: Any, like: Tensor) -> Tensor:
@@ -374,10 +383,12 @@ def _check(q, k, v, causal, dilation, mask_mod, scale, shard, q_chunk, backend) 
         raise TypeError(f"dilation must be a Dilation or None, got {type(dilation).__name__}")
     if mask_mod is not None and not callable(mask_mod):
         raise TypeError(f"mask_mod must be a function (b, h, q_idx, kv_idx) -> keep, got {type(mask_mod).__name__}")
+    most = torch.finfo(wide(q.dtype)).max
     if scale is not None and (
-        isinstance(scale, bool) or not isinstance(scale, (int, float)) or not -_LARGEST <= scale <= _LARGEST
+        isinstance(scale, bool) or not isinstance(scale, (int, float)) or not -most <= scale <= most
     ):
-        raise ValueError(f"scale must be a finite number or None (1/√d), got {scale!r}")
+        in_which = str(wide(q.dtype)).removeprefix("torch.")
+        raise ValueError(f"scale must be None (1/√d) or a number that is finite in {in_which}, got {scale!r}")
     if q_chunk is not None and (isinstance(q_chunk, bool) or not isinstance(q_chunk, int) or q_chunk < 1):
         raise ValueError(f"q_chunk must be a positive number of query rows or None, got {q_chunk!r}")
     if not isinstance(backend, str) or backend not in BACKENDS:

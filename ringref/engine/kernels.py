@@ -74,6 +74,7 @@ class Kernel(NamedTuple):
 
 
 HALF = (torch.float16, torch.bfloat16)
+_LEAST = torch.finfo(torch.float32).tiny  # kernels take the masked score −inf times the scale, in float32: 0 gives NaN
 
 
 def _limits(
@@ -89,8 +90,8 @@ def _limits(
         if d > most or d % granularity:
             with_columns = " with the lse gradient's columns" if task.lse_gradient else ""
             return f"wants a head dim that {granularity} divides, up to {most}; got {d}{with_columns}"
-        if task.scale <= 0:  # kernels take the masked score −inf times the scale
-            return "needs a scale above 0"
+        if task.scale < _LEAST:
+            return f"needs a scale of at least {_LEAST:.2g}"
         if task.kind == "ragged" and not ragged:
             return "takes no segments of lengths of their own here"
         return "takes full and causal blocks, not a mask" if task.kind == "mask" else None
@@ -288,8 +289,8 @@ def check(q: Tensor, v: Tensor, backend: str, masked: str | None, scale: float) 
     """
     if backend in ("auto", "math"):
         return
-    if scale <= 0:
-        raise NotImplementedError(f"backend={backend!r} needs a scale above 0, got {scale}")
+    if scale < _LEAST:
+        raise NotImplementedError(f"backend={backend!r} needs a scale of at least {_LEAST:.2g}, got {scale}")
     task = Task(q.device.type, q.dtype, max(q.shape[-1], v.shape[-1]), "mask" if masked else "full")
     if choose(backend, task) is None:
         reasons = [f"{kernel.name} {kernel.why_not(task) or fault(kernel, task)}" for kernel in _ranked(backend)]
