@@ -49,7 +49,8 @@ def dense_attention(
         dilation: LongNet's branches (2307.02486); None is one branch with w = n, r = 1. Segments and offsets count
             from the start of the document.
         mask_mod: `(b, h, q_idx, kv_idx) -> keep`, FlexAttention's signature, pointwise on global
-            indices.
+            indices. The backward asks it again, so it must answer alike: that a tensor which it uses has been changed
+            in place is an error, and that it has been given another, or a number, is not noticed.
         score_mod: `(score, b, h, q_idx, kv_idx) -> score`, FlexAttention's signature, pointwise: makes of scale · q·k,
             in float32 or wider, the score that is masked (softcap, ALiBi, a bias); −inf counts as masked. The
             gradient flows through it to q and k; a tensor that it captures may not require grad.
@@ -62,9 +63,11 @@ def dense_attention(
         `Attended(out, lse)`: out b s h d_v in q's dtype, lse b h s in natural log, float32 (float64
         for float64). A query that sees no key has out 0, lse −inf and zero gradients. A NaN counts where it is seen: in
         q or k it makes out and lse of the queries that see it NaN, in v its feature of their out; an infinity leaves
-        there what is not finite, but for a score of −inf, which is a key not seen. What is not seen changes nothing, on
-        the CPU; on a GPU, and in gradients, it may reach other rows of its block. out and lse may be changed in place:
-        the backward then runs the forward again (the other three methods keep no copy), so on all ranks or on none.
+        there what is not finite, but for a score of −inf, which is a key not seen. What is not seen changes nothing of
+        out and lse, on the CPU; on a GPU it may reach other rows of its block. In gradients a NaN is never lost: dq of
+        the queries that see it is NaN, and dk of the keys that these see, and dv too if it is in q or k; but there it
+        may reach any row, of other rows in each method. out and lse may be changed in place: the backward then runs
+        the forward again (the other three methods keep no copy), so on all ranks or on none.
 
     `torch.autocast` changes nothing: the precision is that of q, k and v as they are given, and what `score_mod` and
     `mask_mod` compute is left alone too; the backward belongs outside it, as everywhere in PyTorch. `torch.compile`

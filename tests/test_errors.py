@@ -895,6 +895,41 @@ def test_a_nan_or_an_infinity_means_the_same_to_all(feature, value, dtype):
         assert whole.any() and not (feature == "causal" and whole.all(3).all(2).any())
 
 
+SEES = {  # which keys each of n queries sees
+    "plain": lambda i, j: i == i,
+    "causal": lambda i, j: j <= i,
+    "causal in chunks": lambda i, j: j <= i,
+    "window": lambda i, j: (i - j <= 3) & (j - i <= 1),
+    "documents": lambda i, j: (i < 5) == (j < 5),
+    "mask_mod": lambda i, j: (i + j) % 3 != 0,
+    "score_mod": lambda i, j: j <= i,
+}
+
+
+@pytest.mark.parametrize("feature", SEES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_no_gradient_loses_a_nan(feature, dtype):
+    """It is in dq of the queries that see it and in dk of the keys that these see; in dv if a score is NaN."""
+    i = torch.arange(17)
+    sees = SEES[feature](i[:, None], i) & torch.ones(17, 17, dtype=torch.bool)
+    for which, p in itertools.product(range(3), (1, 3)):
+        given = [x.requires_grad_(False) for x in inputs(17, b=1, h=2, g=1, d=4, dtype=dtype)[:3]]
+        given[which][0, 8, :, 1] = math.nan
+        queries = i == 8 if which == 0 else sees[:, 8]
+        keys = sees[queries].any(0)
+
+        def on(ring, given=given, queries=queries, keys=keys, which=which):
+            shard = partition(17, ring, "zigzag")
+            for method in METHODS.values():
+                leaves = [shard.take(x).requires_grad_() for x in given]
+                method(*leaves, shard=shard, **ODD_FEATURES[feature]).out.sum().backward()
+                rows = shard.take(queries, 0), shard.take(keys, 0), shard.take(keys, 0) & (which < 2)
+                for x, odd in zip(leaves, rows):
+                    assert x.grad[0, odd].isnan().all(), (method, which)
+
+        simulate(on, p)
+
+
 def test_arguments_are_keywords():
     with pytest.raises(TypeError):
         dense_attention(*inputs(N)[:3], True)
