@@ -9,11 +9,13 @@ import tempfile
 import textwrap
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from common import METHODS
 
 from ringref import ProcessRing, from_env, partition, ring_attention, simulate
 from ringref.comm import launch as room
@@ -282,6 +284,30 @@ def test_a_rank_without_a_shard_is_named():
 
     with pytest.raises(RankError, match=r"they did not come; rank 0 of 2 has attended without a shard"):
         launch(fn, 2, timeout=3.0)
+
+
+def test_two_threads_with_one_ring():
+    """An error in one of them, on every rank, where messages would be taken for each other's; and nothing that was
+    under way is left by a call, or the backward of it in another thread would be refused.
+    """
+
+    def fn(ring):
+        shard = partition(4 * ring.size, ring)
+        for method in METHODS.values():
+            q = torch.randn(1, 4, 2, 4, requires_grad=True)
+            out = method(q, q, q, shard=shard, causal=True).out.sum()
+            assert ring._under_way == 0
+            with ThreadPoolExecutor(1) as other:
+                other.submit(out.backward).result()
+            assert ring._under_way == 0
+        ring.announce([0])
+        ring._under_way += 1  # as while a message of this thread's is waited for
+        with ThreadPoolExecutor(1) as other:
+            error = other.submit(ring_attention, q, q, q, shard=shard).exception()
+        return str(error)
+
+    for rank, text in enumerate(launch(fn, 3)):
+        assert f"two threads of rank {rank} use its ring at once; give each its own group" in text
 
 
 def test_ranks_in_different_passes():

@@ -49,6 +49,7 @@ class ProcessRing(Ring):
         self.traffic, self._hop, self._side = Traffic(), 0, None
         self._world_ranks = dist.get_process_group_ranks(self.group)
         self._calls, self._peers, self.unreachable = 0, None, None
+        self._under_way, self._thread = 0, threading.get_ident()
         self.transport = self._connect(transport)
 
     @property
@@ -89,6 +90,7 @@ class ProcessRing(Ring):
         self._hop += 1
         where = f"rank {self.rank}, hop {self._hop}: the exchange with ranks {sorted({*outgoing, *into})}"
         _tell(f"{where} is posted")
+        self._begin(where)
         with self._named(where):
             if self._peers and all(x.is_cuda for message in (*outgoing.values(), *into.values()) for x in message):
                 wait = self._peers.post(outgoing, into, self._calls, where)
@@ -98,6 +100,7 @@ class ProcessRing(Ring):
         def finish():
             with self._named(where):
                 wait()
+            self._under_way -= 1
             _tell(f"{where} is done")
 
         return finish
@@ -126,20 +129,34 @@ class ProcessRing(Ring):
         # before it
         where = f"rank {self.rank}, hop {self._hop}: the header after it"
         _tell(f"{where} is posted")
+        self._begin(where)
         with torch.cuda.stream(self._side) if self._side else nullcontext(), self._named(where):
             mine = torch.nn.functional.pad(row, (0, max(lengths) - len(row))).to(device)
             rows = mine.new_empty(self.size, len(mine))
             dist.all_gather(list(rows), mine, group=self.group)
             every = rows.cpu()
+        self._under_way -= 1
         _tell(f"{where} is done")
         return [every[r, : lengths[r]] for r in range(self.size)]
+
+    def _begin(self, where: str) -> None:
+        """Count what is under way, which is one thread's: the messages of two would be taken for each other's."""
+        me = threading.get_ident()
+        if self._under_way and self._thread != me:
+            raise RuntimeError(
+                f"{where}: two threads of rank {self.rank} use its ring at once; give each its own group"
+            )
+        self._under_way, self._thread = self._under_way + 1, me
 
     @contextmanager
     def _named(self, where: str) -> Iterator[None]:
         """Say where a transport's error broke in, and after a timeout who did not come."""
         try:
             yield
-        except (RuntimeError, OSError) as error:
+        except BaseException as error:
+            self._under_way -= 1
+            if not isinstance(error, (RuntimeError, OSError)):
+                raise
             _tell(f"{where} broke off")
             late = self._late(where) if "timed out" in str(error).lower() else ""
             told = "".join(f"; {word}" for word in _notes(self._world_ranks))
