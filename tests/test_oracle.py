@@ -711,15 +711,18 @@ def test_gradients_that_vanish_are_judged_by_the_terms_that_cancel(dtype, pool):
 @pytest.mark.parametrize(
     "told",
     [
-        {"features": "causal, cuasal"},
-        {"ranks": "4"},
-        {"ranks": 2.5},
-        {"deadline": 0},
-        {"stop_after": 0},
+        *({"features": x} for x in ("causal, cuasal", 3, None, [1])),
+        *({"layout": x} for x in (None, 3, ["zigzag"])),
+        *({"claims": x} for x in (3, ["ring"])),
+        *({"ranks": x} for x in ("4", 2.5, 0, True, 10**9)),
+        *({"seed": x} for x in ("one", None)),
+        *({"deadline": x} for x in (0, "soon", True, math.nan)),
+        *({"stop_after": x} for x in (0, None)),
+        *({"only": x} for x in (3, [3])),
         {"backend": "mpi"},
         {"fn": "gathering"},
     ],
-    ids=lambda told: next(iter(told)),
+    ids=str,
 )
 def test_bad_arguments_of_a_call_are_named_before_anything_runs(told):
     with pytest.raises(ValueError, match=next(iter(told))):

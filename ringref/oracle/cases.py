@@ -455,7 +455,9 @@ def _fits(changes: list[dict[str, Any]], most: int) -> bool:
 
 def _names(features: Any) -> set[str]:
     """{"causal", "gqa"}, or "causal,gqa" as the command line has it."""
-    return set(re.findall(r"[^\s,]+", features) if isinstance(features, str) else features)
+    if not isinstance(features, (str, list, tuple, set, frozenset)):
+        raise ValueError(f"features: expected names, got {features!r}")
+    return set(re.findall(r"[^\s,]+", features) if isinstance(features, str) else map(str, features))
 
 
 def _made(name: str, layout: str | Callable, **told: Any) -> Case | None:
@@ -506,10 +508,13 @@ def cases(*, features=(), layout="contiguous", ranks=4, quick=False, claims=None
         ValueError: an unknown feature, layout or claim, or no ranks.
     """
     can = _names(features)
-    known = {"features": (can, FEATURES), "layout": ({layout}, LAYOUTS), "claims": ({claims} - {None}, ("ring",))}
+    claimed = [] if claims is None else [claims]
+    known = {"features": (sorted(can), FEATURES), "layout": ([layout], LAYOUTS), "claims": (claimed, ("ring",))}
     for name, (given, choices) in known.items():
-        if unknown := {x for x in given if not callable(x)} - set(choices):
-            raise ValueError(f"{name}: {', '.join(sorted(unknown))} unknown; choose from {', '.join(choices)}")
+        if unknown := [str(x) for x in given if not callable(x) and x not in list(choices)]:
+            raise ValueError(f"{name}: {', '.join(unknown)} unknown; choose from {', '.join(choices)}")
+    if not isinstance(seed, int):
+        raise ValueError(f"seed: expected a whole number, got {seed!r}")
     if not isinstance(ranks, int) or isinstance(ranks, bool) or not 1 <= ranks <= MOST:
         raise ValueError(f"ranks: expected a whole number of at least 1, at most {MOST}, got {ranks!r}")
     common = {"layout": layout, "dlse": "lse" in can, "positions": bool(can & {"uneven", "empty"}), "seed": seed}

@@ -63,8 +63,10 @@ def check(
         ValueError: an argument is wrong, named.
     """
     usable(fn, backend, deadline, stop_after)
-    deadline = DEADLINE[quick] if deadline is None else deadline
+    deadline = DEADLINE[bool(quick)] if deadline is None else deadline
     if only is not None:
+        if not isinstance(only, (list, tuple)) or not all(isinstance(case, Case) for case in only):
+            raise ValueError(f"only: expected a list of cases, got {only!r}")
         return _sweep(fn, list(only), pool or _shared_pool(), deadline, stop_after, fail_fast, progress)
     features = _names(features)
     todo = cases(features=features, layout=layout, ranks=ranks, quick=quick, claims=claims, seed=seed)
@@ -73,7 +75,7 @@ def check(
         made = Pool(min(size, torch.cuda.device_count()) if backend == "nccl" else size, backend)
     with made if pool is None else nullcontext(pool) as workers:
         fits = [case for case in todo if case.world <= workers.size]
-        report = _sweep(fn, fits, workers, deadline, stop_after, fail_fast, progress, PATIENCE[quick])
+        report = _sweep(fn, fits, workers, deadline, stop_after, fail_fast, progress, PATIENCE[bool(quick)])
     missing = [f"feature {name}" for name in FEATURES if name not in features]
     missing += [f"argument {name}" for name in adapt.undeclared(fn, features)]
     for text, there in (
@@ -93,8 +95,8 @@ def usable(fn: Callable, backend: str, deadline: float | None, stop_after: int =
         ("fn", fn, callable(fn), "a function"),
         ("backend", backend, backend in ("gloo", "nccl"), "gloo or nccl"),
         ("backend", backend, backend != "nccl" or torch.cuda.is_available(), "gloo where there is no GPU"),
-        ("deadline", deadline, deadline is None or deadline > 0, "more than 0"),
-        ("stop_after", stop_after, stop_after > 0, "more than 0"),
+        ("deadline", deadline, deadline is None or _more_than_0(deadline), "more than 0"),
+        ("stop_after", stop_after, _more_than_0(stop_after), "more than 0"),
     ):
         if not fits:
             raise ValueError(f"{name}: expected {wanted}, got {given!r}")
@@ -102,6 +104,10 @@ def usable(fn: Callable, backend: str, deadline: float | None, stop_after: int =
         return pickled(fn)
     except Exception as error:  # whatever holds a lock, a file, a process group
         raise TypeError(f"fn: {adapt.name_of(fn)} cannot be sent to other processes: {error}") from error
+
+
+def _more_than_0(x: Any) -> bool:
+    return isinstance(x, (int, float)) and not isinstance(x, bool) and x > 0
 
 
 @functools.cache
