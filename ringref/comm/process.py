@@ -140,9 +140,11 @@ class ProcessRing(Ring):
         return [every[r, : lengths[r]] for r in range(self.size)]
 
     def _begin(self, where: str) -> None:
-        """Count what is under way, which is one thread's: the messages of two would be taken for each other's."""
+        """Count what is under way, which is one thread's: the messages of two would be taken for each other's. On a GPU
+        autograd goes backward in a thread of its own, and what was broken off before is no second user.
+        """
         me = threading.get_ident()
-        if self._under_way and self._thread != me:
+        if self._under_way and self._thread != me and self.transport == "gloo":
             raise RuntimeError(
                 f"{where}: two threads of rank {self.rank} use its ring at once; give each its own group"
             )
