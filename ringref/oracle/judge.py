@@ -116,15 +116,9 @@ def _shared_pool() -> Pool:
 
 
 def _sweep(
-    fn: Callable,
-    todo: list[Case],
-    pool: Any,
-    deadline=30.0,
-    stop_after=8,
-    fail_fast=False,
-    progress=None,
+    fn: Callable, todo: list[Case], pool: Any, deadline=30.0, stop_after=8, fail_fast=False, progress=None,
     patience=math.inf,
-) -> Report:
+) -> Report:  # fmt: skip
     report, began = Report(adapt.name_of(fn)), time.monotonic()
     last = began
     judge, failed, hangs = Judge(fn, pool, report, deadline), 0, 0

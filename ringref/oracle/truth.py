@@ -69,17 +69,9 @@ def terms(case: Case, data: dict[str, Tensor], whole: dict[str, Tensor]) -> dict
     lse = whole["lse"].nan_to_num(neginf=math.inf)[..., None]
     D = (do * whole["out"]).sum(-1).transpose(1, 2)[..., None]
     dP = torch.einsum("bqhd,bkhd->bhqk", do, wide_v)
-    dS = (
-        case.times
-        * (scores - lse).exp()
-        * (dP.abs() + D.abs())
-        * slope
-        * case.factor
-        * (1 + lse.abs()).nan_to_num(posinf=0.0)
-    )
-    dq, dk = (
-        torch.einsum(f"bhqk,b{i}hd->b{j}hd", dS.square(), x.square()) for i, j, x in (("k", "q", wide_k), ("q", "k", q))
-    )
+    weight = case.times * (scores - lse).exp() * (1 + lse.abs()).nan_to_num(posinf=0.0)
+    dS = (weight * (dP.abs() + D.abs()) * slope * case.factor).square()
+    dq, dk = torch.einsum("bhqk,bkhd->bqhd", dS, wide_k**2), torch.einsum("bhqk,bqhd->bkhd", dS, q**2)
     return {"dq": dq.sqrt(), "dk": dk.unflatten(2, (case.g, -1)).sum(3).sqrt()}
 
 

@@ -1,0 +1,564 @@
+"""What is often got wrong, in words, and what it would give: guesses, tables of (sentence → what computes the tensors).
+
+A mistake is a small change of one ingredient, everywhere or for some pairs of query and key only: which keys count for
+whom (`sights`), whose K or V, which scale, lse or row sum (`ingredients`, `saved`), how parts are merged (`merges`),
+which rank a gradient ends on (`homes`), where rows and heads stand (`moves`). Forward and backward try the same ones.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import one_hot, pad
+
+from ..shard import LAYOUTS
+from .cases import together_in
+from .scene import Scene, row_sums, rows
+
+CALLS = "a call's result depends on another call:"
+GRADS = ["dq", "dk", "dv"]
+TILES = (128, 64, 32, 16)  # rows of a kernel's tile, or of a chunk of queries
+
+Guess = tuple[str, Callable[[], dict[str, Tensor]]]
+Change = tuple[str, Callable[[], dict[str, Any]]]  # of a scene's ingredients
+
+
+# ----------------------------------------------------------------------------------- who sees whom
+
+
+def rules_of(s: Scene) -> tuple[dict[str, Callable], dict[str, dict[str, Any]]]:
+    """The rules about a query's and a key's position (m b h q k, m branches) whose product, summed over the branches,
+    says who sees whom; and what is put in the place of each.
+    """
+    case, n, i, j, here, there = s.case, s.case.n, s.i, s.j, s.here, s.there
+    rules: dict[str, Callable] = {}
+    instead: dict[str, dict[str, Any]] = {}
+    if case.causal:
+        rules["causal mask"], instead["causal mask"] = lambda i, j: j <= i, {}
+        for x in (x for x in TILES if x < max(map(len, case.asks))):
+            row, tile, below = here // x, there // x, there % x <= here % x
+            instead["causal mask"][f"counted from a tile of {x}"] = torch.where(row == tile, below, j <= i)
+            instead["causal mask"][f"counted from a tile of {x} at every hop"] = (tile <= row) & below
+    if case.window:
+        left, right = case.window
+        rules["window (left)"], rules["window (right)"] = lambda i, j: i - j <= left, lambda i, j: j - i <= right
+        instead["window (right)"] = {"taken as left": j - i <= left, "taken as 0": j <= i}
+    if case.cu_seqlens:
+        starts, together = case.cu_seqlens, together_in(case.cu_seqlens, i, j)
+        rules["documents"] = partial(together_in, starts)
+        empty = next((a for a, b in itertools.pairwise(starts) if a == b), n)
+        ends = {"after an empty one": empty, "in the last": starts[-2]}
+        instead["documents"] = {f"nothing is seen {text}": together & (i < end) for text, end in ends.items()}
+    if case.mask:
+        seen = replace(case, causal=False, window=None, queries=None).times
+        rules["mask_mod"] = lambda i, j: seen[..., i.clamp(0, n - 1), j.clamp(0, n - 1)]
+        wrong = {"inverted": 1 - seen, "of head 0 for all": seen[:, :1], "of batch 0 for all": seen[:1]}
+        instead["mask_mod"] = {text: x[..., n - case.m :, :] for text, x in wrong.items()}
+    if case.dilation:
+        (w, r), h = (torch.tensor(x)[:, None, None, None, None] for x in case.dilation), case.h
+        branch, head = torch.arange(len(w))[:, None, None, None, None], torch.arange(h)[:, None, None]
+        few, many = h // len(w) or 1, torch.arange(h).tensor_split(len(w))
+        own = torch.stack([torch.isin(head, x) for x in many])[:, None]
+        usual = (branch % r, own) if case.heads == "grouped" else (head % r, True)
+        kept = lambda i, j, w=w, at=usual: (i % w % r == at[0]) & (j % w % r == at[0]) & at[1]
+        rules["dilation offsets"], rules["segments"] = kept, lambda i, j: i // w == j // w
+        kept_j, kept_i = (((x % w % r == usual[0]) & usual[1]).expand(len(w), 1, h, *i.shape) for x in (j, i))
+        instead["dilation offsets"] = {
+            "of keys only": kept_j,
+            "of queries only": kept_i,
+            "by the key/value head": kept(i, j, at=(head // s.e % r, True)),
+            "r − 1 − j mod r": kept(i, j, at=((r - 1 - head) % r, True)),
+            "none where a segment is as long as the sequence": kept(i, j) | (w >= n),
+            "counted from the sequence, not the segment": kept(i, j, w=n),
+            "0 for every head": kept(i, j, at=(0, True)),
+            "(j div r) mod r for j mod r": kept(i, j, at=(head // r % r, True)),
+            "by the branch, not the head": kept(i, j, at=(branch % r, True)),
+            "a convention, heads='grouped'": kept(i, j, at=(branch % r, own)),
+            "heads unassigned, h no multiple of the branches": kept(i, j, at=(branch % r, head // few == branch)),
+            "heads unassigned, h no multiple of the rate": kept(i, j) & (head < h // r * r),
+            "the tail that fills no segment is dropped": kept(i, j) & ((j < n // w * w) | (n < w)),
+            "a branch whose segment is longer than the sequence is dropped": kept(i, j) & (w <= n),
+            **{f"only branch {m} counts": kept(i, j) & (branch == m) for m in range(len(w))},
+            **{f"branch {m} is dropped": kept(i, j) & (branch != m) for m in range(len(w))},
+        }
+    return rules, instead
+
+
+def views_of(s: Scene) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """What may be taken for the positions of query and key."""
+    case, n, p = s.case, s.case.n, s.p
+    i, j, mine, theirs, here, there = s.i, s.j, s.mine, s.theirs, s.here, s.there
+    late = n - case.m  # a query's index is its position less this
+    yield "with query and key swapped", j, i
+    yield "by rank instead of position", mine, theirs
+    yield from ((f"off by one (key j taken for j {by:+d})", i, j + by) for by in (1, -1))
+    yield from ((f"a token too {text}", i + by, j + by) for text, by in (("late", -1), ("early", 1)))
+    if case.queries:
+        first = torch.tensor([int(x[0]) if len(x) else 0 for x in case.asks])
+        yield "with the positions of queries taken for those of keys", i, late + first[theirs] + there
+        yield "with the queries' positions taken for the keys'", i, late + first[mine] + j
+        yield "with queries counted from 0", i - late, j
+    frames = {"in local coordinates at every hop": s.loc}
+    for layout in LAYOUTS if case.lengths is None and not callable(case.layout) and not case.queries else ():
+        frames[f"as in a {layout} layout"] = [torch.cat(replace(case, layout=layout).shards)[s.order[1]]] * 2
+    for text, size in {"n div p": n // p, "the longest shard": max(map(len, case.shards))}.items():
+        at = [o * size + x for o, x in zip(s.owner, s.loc, strict=True)]
+        frames[f"with rank · {text} for its first position"] = at
+    for text, (a, b) in frames.items():
+        a, b = a[:, None].expand_as(i), b.expand_as(i)
+        yield from ((text, a, b), (f"{text}, queries only", a, j), (f"{text}, keys only", i, b))
+    yield "aligned bottom-right on every rank", here + n - torch.tensor([*map(len, case.asks)])[mine], j
+    if s.even:
+        at = torch.stack(case.shards)
+        yield "of the own block at every hop", at[mine, here], at[mine, there]
+        yield "with ranks counted from the end", at[p - 1 - mine, here], at[p - 1 - theirs, there]
+        yield "as for an earlier block", at[1][here], at[0][there]
+        yield "as for a later block", at[0][here], at[1][there]
+        for text, x in {"rank + hop for rank − hop": 2 * mine - theirs, "+1": theirs + 1, "−1": theirs - 1}.items():
+            yield f"with the wrong source rank for a hop ({text})", i, at[x % p, there]
+
+
+def sights(s: Scene, most: int) -> Iterator[Change]:
+    """Who sees whom, got wrong: up to `most` rules are ignored, replaced, or asked in a wrong view of the positions."""
+    (rules, instead), views = rules_of(s), [*views_of(s)]
+
+    def seen(right: set[str], wrong: Iterable[str] = (), view: Any = (), rule: Any = 1.0) -> dict[str, Tensor]:
+        asked = [rules[name](s.i, s.j) for name in right] + [rules[name](*view) for name in wrong]
+        return {"times": (math.prod(asked, start=torch.ones(1, *s.times.shape).double()) * rule).sum(0)}
+
+    if s.case.dilation:
+        yield "a key seen through several branches counts once", lambda: {"times": s.times.clamp(max=1)}
+    if not s.case.causal:
+        yield "a causal mask though causal is False", lambda: {"times": s.times * (s.j <= s.i)}
+    for name, choices in instead.items():
+        for text, rule in choices.items():
+            yield f"{name}: {text}", partial(seen, rules.keys() - {name}, rule=rule)
+    some = [names for m in range(min(most, len(rules))) for names in itertools.combinations(rules, m + 1)]
+    both = ("window (left)", "window (right)")  # a window is one argument
+    for names in some + [both] * (s.case.window is not None and both not in some):
+        what, right = " and ".join(names), rules.keys() - set(names)
+        yield f"{what} ignored", partial(seen, right)
+        for text, *view in views:
+            yield f"{what} {text}", partial(seen, right, names, view)
+
+
+def counted(s: Scene) -> Iterator[Change]:
+    """Some pairs of query and key that are left out, alone there, or there twice."""
+    case, n, p, there = s.case, s.case.n, s.p, s.there
+    some = s.places() | {"the last key": s.j == n - 1} | {f"hops 0 to {t}": s.hop <= t for t in range(1, p - 1)}
+    some |= {f"the block of rank {rank}": s.theirs == rank for rank in range(p)}
+    if p > 1:
+        blocks = (one_hot(x, p).double() for x in s.owner)
+        meet = torch.einsum("bhij,ir,jt->rt", (s.times > 0).double(), *blocks) / (case.b * case.h)
+        some["blocks of which one pair is seen: a bound that is off by one skips them"] = (meet <= 1)[s.mine, s.theirs]
+    held = torch.tensor([*map(len, case.shards)])[s.theirs]
+    for x in TILES:
+        some[f"the keys after the last whole tile of {x}"] = s.j >= n // x * x
+        some[f"a rank's keys after its last whole tile of {x}"] = there >= held // x * x
+    if case.layout == "zigzag" and s.even:
+        early = [2 * x < n // p for x in (s.here, there)]
+        halves = [{"": True, "the early half of": one, "the late half of": ~one} for one in early]
+        for (where, pairs), (a, ours), (b, others) in itertools.product(s.places().items(), *map(dict.items, halves)):
+            who = " for ".join(filter(None, (f"{b} the keys" * bool(b), f"{a} the queries" * bool(a))))
+            some |= {f"{who} on {where}": pairs & ours & others} if who else {}
+    for what, pairs in some.items():
+        if pairs.any() and not pairs.all():
+            hint = "the rest never arrives" if what == "the own block" else "overwritten, not added"
+            yield f"without {what}", lambda pairs=pairs: {"times": s.times * ~pairs}
+            yield f"zero but for {what}: {hint}", lambda pairs=pairs: {"times": s.times * pairs}
+            yield f"with {what} counted twice", lambda pairs=pairs: {"times": s.times * (1 + pairs.double())}
+
+
+# --------------------------------------------------------------------------------- other ingredients
+
+
+def pairwise(s: Scene, everywhere: bool = True) -> Iterator[Change]:
+    """What may be wrong for some pairs of query and key only."""
+    wrong: dict[str, dict[str, Any]] = {}
+    if s.even and not everywhere:
+        of = lambda rank: torch.stack(s.case.shards)[rank, s.there]
+        sources = {
+            "the rank's own": of(s.mine),
+            "stale, of the hop before": of((s.theirs + 1) % s.p),
+            "of the hop after": of((s.theirs - 1) % s.p),
+            "of the rank's counterpart from the end": of(s.p - 1 - s.theirs),
+        }
+        for who, names in {"K and V are": ("K_of", "V_of"), "K is": ("K_of",), "V is": ("V_of",)}.items():
+            for text, at in sources.items():
+                wrong[f"{who} {text}"] = dict.fromkeys(names, at)
+    if s.K.shape == s.V.shape:
+        swaps = {"K is taken for V": ["V_of"], "V is taken for K": ["K_of"], "K and V swap": ["K_of", "V_of"]}
+        wrong |= {x + ", everywhere" * everywhere: dict.fromkeys(names, s.j + s.case.n) for x, names in swaps.items()}
+    yield from ((text, partial(dict, changed)) for text, changed in wrong.items())
+    yield from sights(s, 9 if everywhere else 1)
+    yield from counted(s) if everywhere else ()
+    d = s.case.d
+    for text, scale in {
+        "scores are not scaled": 1.0,
+        "scores are scaled twice": s.scale**2,
+        "scale is ignored: 1/√d": d**-0.5,
+        **{f"the scale is that of a head dim padded to {x}": x**-0.5 for x in (8, 16, 32, 64) if x / 2 < d < x},
+        "the scale is that of v's head dim": s.V.shape[3] ** -0.5,
+        "the scale is that of all heads together: 1/√(h·d)": (s.case.h * d) ** -0.5,
+        "scores are taken as base 2 (log2 e missing or doubled)": s.scale * math.log2(math.e),
+        "scores are taken as base 2 (ln 2)": s.scale * math.log(2),
+    }.items():
+        yield text, partial(dict, scale=scale)
+
+
+def ingredients(s: Scene) -> Iterator[Change]:
+    """What a forward or a backward may take for what it should, everywhere."""
+    yield from pairwise(s)
+    p, e, g, wrong = s.p, s.e, s.case.g, {}
+    for low in (-1e4, -1e3, -100.0):
+        wrong[f"a masked score is {low:g}, not −inf"] = {"hidden": torch.tensor(low).double()}
+    if s.mod:
+        b, h, i, j = s.at
+        here, there = (x.view(y.shape) for x, y in zip(s.loc, (i, j), strict=True))
+        wrong |= {
+            "score_mod ignored": {"mod": None},
+            "score_mod in local coordinates": {"at": (b, h, here, there)},
+            "score_mod in local coordinates, queries only": {"at": (b, h, here, j)},
+            "score_mod in local coordinates, keys only": {"at": (b, h, i, there)},
+            "score_mod of head 0 for all": {"at": (b, h * 0, i, j)},
+            "score_mod with query and key swapped": {"at": (b, h, j.mT, i.mT)},
+            "score_mod is applied before the scale": {"mod": lambda x, *at: s.mod(x / s.scale, *at) * s.scale},
+        }
+    if s.sink is not None:
+        out, lse, _ = s.forward(sink=None).values()
+        wrong |= {
+            "the sink is ignored": {"sink": None},
+            "the sink is missing in the saved lse": {"L": lse[..., None]},
+            "the sink is missing in the saved out": {"O": out},
+            "the sink is missing in the saved lse and out": {"L": lse[..., None], "O": out},
+            "the sink's gradient is of batch 0 alone": {"over": lambda x: x[0].sum(-1)},
+            "the sink's gradient is averaged over the batch": {"over": lambda x: x.mean(0).sum(-1)},
+            "the sink's gradient is averaged over the queries": {"over": lambda x: x.sum(0).mean(-1)},
+            f"the sink is counted {p} times, once a rank": {"sink": s.sink + math.log(p)},
+            "the sink is scaled": {"sink": s.sink * s.scale},
+            "the sink is 0": {"sink": s.sink * 0},
+            "the sink is that of head 0 for all": {"sink": s.sink[:1].expand_as(s.sink)},
+            "the sink is counted twice": {"sink": s.sink + math.log(2)},
+            "the sink is taken by key/value head": {"sink": s.sink[:g].repeat_interleave(e)},
+            "the sink is taken for heads in another order": {"sink": s.sink.view(e, g).mT.flatten()},
+        }
+    pairs = (("K", "V"), ("K",), ("V",))
+    if e > 1:
+        head = torch.arange(s.case.h)
+        for names, (text, of) in itertools.product(pairs, {"interleaved": head % g, "all 0": head * 0}.items()):
+            heads = {x: getattr(s, x)[:, :, ::e][:, :, of] for x in names}
+            wrong[f"key/value heads {text} ({' and '.join(names)})"] = heads
+        orders = {"interleaved": head.view(e, g), "interleaved back": head.view(g, e)}
+        for names, (text, of) in itertools.product((("q",), ("do",), ("q", "do")), orders.items()):
+            heads = {x: getattr(s, x)[:, :, of.mT.flatten()] for x in names}
+            wrong[f"query heads {text} ({' and '.join(names)})"] = heads
+        wrong |= {
+            "only the first query head of a group counts": {"gather": lambda x: x[:, :, :, 0]},
+            "the query heads of a group are averaged, not added": {"gather": lambda x: x.mean(3)},
+            "query head j adds to j mod g": {"gather": lambda x: x.flatten(2, 3).unflatten(2, (e, g)).sum(2)},
+        }
+    yield from ((text, partial(dict, changed)) for text, changed in wrong.items())
+    on_ranks = s.moved if s.even else lambda x, change: change(x[:, None])[:, 0]
+    for text, shape in {"with heads first": (0, 2, 1, 3), "with the head dim first": (0, 3, 1, 2)}.items():
+        each = (1, 0, *(x + 1 for x in shape[1:]))  # of a rank's own b s h d
+        lain = on_ranks(s.do, lambda y, each=each: y.permute(each).reshape(y.transpose(0, 1).shape).transpose(0, 1))
+        yield f"dO is read with other strides than it has ({text})", partial(dict, do=lain)
+    for names, (text, change) in itertools.product((*pairs, ("q",), ("do",), ("q", "K", "V")), moves(s)):
+        moved = lambda names=names, change=change: {x: s.moved(getattr(s, x), change) for x in names}
+        yield f"rows of {', '.join(names)} {text}", moved
+
+
+def moves(s: Scene) -> Iterator[tuple[str, Callable]]:
+    """Right rows in the wrong place: (sentence, change of a tensor b p s h d)."""
+    if not s.even:
+        return
+    for by in (by for by in range(1 - s.p, s.p) if by):
+        yield f"end on the wrong rank: rank r has that of rank r{by:+d}", lambda y, by=by: y.roll(-by, 1)
+    yield from {
+        "have heads interleaved by rank": lambda y: regroup(y, (s.p, -1)),
+        "have heads in rank order for interleaved": lambda y: regroup(y, (-1, s.p)),
+        "have heads padded in front, cut at the end": lambda y: pad(y, (0, 0, -y.shape[3] % s.p, -(-y.shape[3] % s.p))),
+        "have heads and tokens reshaped, not transposed": lambda y: y.transpose(2, 3).reshape(y.shape),
+        "are those of the rank's own heads, reshaped and not sent back (b h s)":
+            lambda y: y.permute(0, 3, 1, 2, 4).reshape(len(y), s.p, y.shape[3], y.shape[2], -1).transpose(2, 3),
+        "are those of the rank's own heads, reshaped and not sent back (b s h)":
+            lambda y: y.flatten(1, 2).unflatten(2, (s.p, -1)).transpose(1, 2).reshape(y.shape),
+        "have tokens interleaved by rank": lambda y: y.transpose(1, 2).reshape(y.shape),
+        "have tokens in rank order": lambda y: y.reshape(len(y), -1, s.p, *y.shape[3:]).transpose(1, 2),
+        "have the batch taken for the ranks": lambda y: y.reshape(s.p, -1, *y.shape[2:]).transpose(0, 1),
+        "have the ranks taken for the batch": lambda y: y.transpose(0, 1).reshape(y.shape),
+    }.items()  # fmt: skip
+
+
+def regroup(y: Tensor, heads: tuple[int, int]) -> Tensor:
+    """Heads in two groups, exchanged; as they are where the groups do not come out even."""
+    return y if y.shape[3] % max(heads) else y.unflatten(3, heads).transpose(3, 4).flatten(3, 4)
+
+
+def tried(s: Scene, run: Callable, words: str = "{}") -> Iterator[Guess]:
+    """A forward or a backward with every ingredient changed."""
+    for text, changed in ingredients(s):
+        yield words.format(text), lambda changed=changed: run(**changed())
+
+
+def tried_on_places(s: Scene, run: Callable, words: str = "{}") -> Iterator[Guess]:
+    """The same for some pairs of query and key only."""
+    for text, changed in pairwise(s, everywhere=False):
+        for where, pairs in s.places().items():
+            only = lambda changed=changed, pairs=pairs: run(**s.on(pairs, changed()))
+            yield words.format(f"{text}, on {where} only"), only
+
+
+# -------------------------------------------------------------------------------------- the forward
+
+
+def forwards(s: Scene) -> Iterator[Guess]:
+    """Every wrong forward that has a name."""
+    for text, change in moves(s):
+        yield f"rows of out {text}", lambda change=change: {"out": s.moved(s.O, change)}
+        yield f"rows of lse {text}", lambda change=change: {"lse": s.moved(rows(s.L), change)[..., 0].transpose(1, 2)}
+    yield from tried(s, s.forward)
+    yield from merges(s)
+    yield "out is divided by lse instead of exp(lse − max)", lambda: {"out": s.O * rows((s.L - s.top).exp() / s.L)}
+    yield "out is divided by lse instead of exp(lse)", lambda: {"out": s.O * rows(s.L.exp() / s.L)}
+    yield "out is not normalised", lambda: {"out": s.O * rows(s.L.exp())}
+    for count in sorted({1, s.case.n // s.p, 2 * s.p, s.p * max(map(len, s.case.shards)) - s.case.n} - {0}):
+        lse = torch.logaddexp(s.L, torch.tensor(math.log(count)))
+        text = "a zero key is attended: a sum that starts at 1, or padding" if count == 1 else "padding is attended"
+        yield text, lambda lse=lse: {"out": s.O * rows((s.L - lse).exp()), "lse": lse}
+
+    here = s.loc[0], torch.tensor([*map(len, s.case.asks)])[s.owner[0]]
+    for x, (whose, (at, size)) in itertools.product(TILES, {"": (s.i[:, 0], s.case.n), "a rank's ": here}.items()):
+        done = (at < size // x * x)[:, None, None]
+        if done.any() and not done.all():
+            yield f"out is zero on {whose}rows after the last whole tile of {x}", partial(dict, out=s.O * done)
+
+    def over_heads() -> dict[str, Tensor]:
+        P = (torch.einsum("bqhd,bqkd->bqhk", s.q, s.K) * s.scale).softmax(-1)
+        return {"out": torch.einsum("bqhk,bqkd->bqhd", P, s.V)}
+
+    yield "attention over the head axis: a transpose is missing", over_heads
+    yield "lse is the maximum, not the log of the sum", lambda: {"lse": s.top}
+    yield "lse is the sum, its log is missing", lambda: {"lse": s.L.exp()}
+    yield "lse lacks its maximum", lambda: {"lse": s.L - s.top}
+    yield "lse is reshaped where it should be transposed", lambda: {"lse": s.L.transpose(1, 2).reshape(s.L.shape)}
+
+
+# What a running out and lse (a) and those of the next part (b) are multiplied by, and the new lse; n is the right one.
+STEPS: dict[str, Callable] = {
+    "the running output is not rescaled": lambda a, b, n: (torch.ones_like(n), (b - n).exp(), n),
+    "the new output is not rescaled": lambda a, b, n: ((a - n).exp(), torch.ones_like(n), n),
+    "running and new output are averaged": lambda a, b, n: (torch.full_like(n, 0.5), torch.full_like(n, 0.5), n),
+    "the weights are exp2 of natural differences": lambda a, b, n: ((a - n).exp2(), (b - n).exp2(), n),
+    "the running lse is not updated": lambda a, b, n: ((a - n).exp(), (b - n).exp(), a),
+    "the running lse becomes the block's": lambda a, b, n: ((a - n).exp(), (b - n).exp(), b),
+}
+
+
+def merges(s: Scene) -> Iterator[Guess]:
+    """Right parts, merged wrongly: all at once, or one after the other."""
+    for what, parts in s.parts(s.hop, -s.hop % s.p, s.owner[1].expand_as(s.hop)):
+        outs, lses, top = s.forward(times=parts, sink=None).values()
+        there = lses.isfinite()
+        finite = lses.masked_fill(~there, 0.0)
+        low, top = (x.masked_fill(~there, -1e30) for x in (lses, top))
+        running = top.cummax(0)[0]
+        alone, late, right, over = ((low - x).exp() for x in (top, running, running[-1], 2 * running - running[-1]))
+        for text, weights in {
+            f"the outputs of {what} are averaged": there / there.sum(0),
+            f"the outputs of {what} are averaged, empty ones too": there / len(parts),
+            f"the outputs of {what} are added": there.double(),
+            f"natural lse merged as base 2 ({what})": (low * math.log(2)).softmax(0),
+            f"base-2 lse merged as natural ({what})": (low / math.log(2)).softmax(0),
+            f"{what} that a query does not see have lse 0 and take weight": finite.softmax(0),
+            f"{what} whose lse is 0 are taken for masked": low.masked_fill(low == 0, -1e30).softmax(0),
+            f"{what} are merged without rescaling to a common maximum": alone / alone.sum(0),
+            f"the running denominator is not rescaled when the maximum grows ({what})": right / late.sum(0),
+            f"what runs is rescaled by exp(new − old maximum), upside down ({what})": over / over.sum(0),
+            f"the running numerator is not rescaled when the maximum grows ({what})": late / right.sum(0),
+        }.items():
+            yield text, partial(dict, out=(outs * rows(weights.nan_to_num())).sum(0))
+        yield f"lse is that of the last of the {what}", partial(dict, lse=lses[-1])
+        yield f"the lse of {what} is added instead of merged", partial(dict, lse=finite.sum(0))
+        for (text, step), zero in itertools.product(STEPS.items(), (False, True)):
+            yield f"merging {what}: {text}{' (from zero)' * zero}", partial(stepwise, outs, low, step, zero)
+
+
+def stepwise(outs: Tensor, low: Tensor, step: Callable, zero: bool) -> dict[str, Tensor]:
+    """Parts merged one after the other, into the first or into nothing."""
+    out, lse = (outs[0] * 0, low[0] * 0 - 1e30) if zero else (outs[0], low[0])
+    for o, b in zip(outs[not zero :], low[not zero :], strict=True):
+        x, y, lse = step(lse, b, torch.logaddexp(lse, b))
+        out = rows(x) * out + rows(y) * o
+    return {"out": out.nan_to_num(), "lse": lse}
+
+
+# ------------------------------------------------------------------------------------- the backward
+
+
+def in_only(about: list[str]) -> str:
+    """The words for what is wrong in some gradients of a right forward."""
+    return f"in {'the backward' if set(about) >= set(GRADS) else ', '.join(about)} only: {{}}"
+
+
+def backwards(s: Scene, about: list[str], whole: dict[str, Tensor]) -> Iterator[Guess]:
+    """Every wrong backward of a right forward that has a name; `about` are the wrong tensors."""
+    who, right = ", ".join(about), s.backward()
+    yield from saved(s, about, whole)
+    yield from tried(s, s.backward, in_only(about))
+    yield from homes(s, who, right) if s.even else ()
+    swap, both = {"dk": "dv", "dv": "dk"}, right["dk"] + (right["dv"] if s.K.shape == s.V.shape else 0)
+    for text, change in moves(s):
+        moved = lambda change=change: {n: s.moved(x, change) for n, x in right.items() if x.ndim == 4}
+        yield f"{'rows of ' * (len(about) == 1)}{who} {text}", moved
+        sums = lambda change=change: {"dk": both, "dv": s.moved(both, change)}
+        yield f"dk is dk + dv of this shard, dv too, but its rows {text}", sums
+    yield f"{who}: dk + dv of this shard", lambda: dict.fromkeys(swap, both)
+    yield "dk and dv are swapped, or one is taken for both", lambda: {n: right[swap[n]] for n in swap}
+    last = s.backward(times=s.times * (s.hop == s.p - 1))
+    travels = lambda: {n: right[m] - last[m] + last[n] for n, m in swap.items()}
+    yield "dk travels in the place of dv, or dv of dk", travels
+
+
+def saved(s: Scene, about: list[str], whole: dict[str, Tensor], places: bool = False) -> Iterator[Guess]:
+    """A backward with another lse or other row sums D = Σ dO·O than the merged ones, as one written per block or per
+    branch may have; in some `places` only, or everywhere. Gradients are linear in dlse: its factor is read off.
+    """
+    for what, parts in s.parts(s.hop):
+        outs, lses, _ = s.forward(times=parts).values()
+        sums, merged, total = row_sums(s.do, outs), s.L.expand_as(lses), (s.L - s.top).exp().nan_to_num()
+        D = row_sums(s.do, s.O).expand_as(sums)
+        Ls = {
+            "": merged,
+            "the lse is base 2, taken for natural": merged * math.log2(math.e),
+            f"the backward uses the lse of {what} for the merged lse": lses,
+            f"the backward uses the lse of the last of the {what}": lses[-1:].expand_as(lses),
+        }
+        Ds = {
+            "": D,
+            "the row sum D is missing: softmax's backward lacks Σ dO·O": sums * 0,
+            f"the weights that mix the {what} are detached: D = Σ dO·O with the out of each": sums,
+            f"D = Σ P·dP is summed over one of the {what} alone": sums * (lses - s.L).exp().nan_to_num(),
+            "D = Σ dO·O with out before it is divided by the sum": D * total,
+        }
+        if places:
+            Ls["the lse is natural, taken for base 2"] = merged * math.log(2)
+            Ls["the lse of the own block is taken for the merged one"] = lses[:1].expand_as(lses)
+            Ds["the row sum D is missing, and the gradient of lse with it"] = sums * 0 + s.dlse
+            Ds["the gradient of lse is missing"] = D + s.dlse
+            Ds["the row sum D has the wrong sign"] = -D
+        given = {"times": parts, "L": merged[..., None], "D": D[..., None]}
+        for name, (text, x) in [("L", one) for one in Ls.items()] + [("D", one) for one in Ds.items()]:
+            for where, pairs in s.places().items() if places and text else ():
+                wrong = given | {name: torch.where(pairs, x[..., None], given[name])}
+                yield in_only(about).format(f"{text}, on {where} only"), partial(s.backward, **wrong)
+        for (a, L), (b, D) in () if places else itertools.product(Ls.items(), Ds.items()):
+            if (a and torch.equal(L, merged)) or (b and torch.equal(D, Ds[""])):
+                continue  # this part of the sentence would say nothing of the case
+            given |= {"L": L[..., None], "D": D[..., None]}
+            bare, full = (s.backward(**given, dlse=m * s.dlse) for m in (0, 1))
+            pull = {n: full[n] - bare[n] for n in full}
+            m = factor([(whole[n] - bare[n], pull[n]) for n in about]) if s.dlse.any() and about != ["dv"] else 1.0
+            c = "" if abs(m - 1) < 1e-3 else off("the gradient of lse", m, s)
+            sentence = "; ".join(x for x in (a, b, c) if x)
+            yield sentence, lambda bare=bare, pull=pull, m=m: {n: bare[n] + m * pull[n] for n in pull}
+
+
+def homes(s: Scene, who: str, right: dict[str, Tensor]) -> Iterator[Guess]:
+    """dk and dv of a block, which rank r computes at hop t, end elsewhere than on the block's own rank, r − t, or in
+    another half of a zigzag shard.
+    """
+    every = range(s.p)
+    parts = [s.backward(times=s.times * (s.hop == t)) for t in every]
+
+    def home(hops: Iterable[int], late: Callable[[int], int]) -> dict[str, Tensor]:
+        by = {t: partial(torch.roll, shifts=s.way * late(t), dims=1) for t in hops}
+        return {n: sum(s.moved(parts[t][n], by[t]) for t in hops) for n in ("dk", "dv")}
+
+    for text, hops, late in (
+        ("of all hops are summed on the rank that computed them, never sent home", every, lambda t: t),
+        ("of the last hop are left on the rank that computed them, not added or sent home", [s.p - 1], lambda t: t),
+        ("of hop 1 are left on the rank that computed them, not added or sent home", [1], lambda t: t),
+        ("travel on instead of back", every, lambda t: 2 * t),
+        ("of received blocks travel a hop too far", every, lambda t: min(t, 1)),
+        ("of received blocks travel a hop too few", every, lambda t: -min(t, 1)),
+    ):
+        yield f"{who} {text}", partial(home, hops, late)
+    if s.case.layout == "zigzag":
+        other = lambda x: s.moved(x, lambda y: y.roll(y.shape[2] // 2, 2))
+        for where, pairs in s.places().items():
+            part = s.backward(times=s.times * pairs)
+            for names in (["dk", "dv"], ["dk"], ["dv"], ["dq"]):
+                moved = lambda part=part, names=names: right | {n: right[n] + other(part[n]) - part[n] for n in names}
+                yield f"{', '.join(names)} of {where} are added to the other half of a shard", moved
+
+
+def somewhere(s: Scene, about: list[str], whole: dict[str, Tensor]) -> Iterator[Guess]:
+    """One ingredient wrong on some blocks only, or in the forward on some ranks; the backward has lse and D besides."""
+    if about[0] in (*GRADS, "dsink"):
+        yield from tried_on_places(s, s.backward, in_only(about))
+        yield from saved(s, about, whole, places=True)
+        return
+    yield from tried_on_places(s, s.forward)
+    first = s.owner[0] == 0
+    for text, changed in ingredients(s):
+        wrong = functools.cache(lambda changed=changed: s.forward(**changed()))
+        for where, at in {"on all ranks but the first": ~first, "on the first rank": first}.items():
+            mixed = lambda wrong=wrong, at=at: {
+                "out": torch.where(at[:, None, None], wrong()["out"], s.O),
+                "lse": torch.where(at, wrong()["lse"], s.L),
+            }
+            yield f"{text}, {where} only", mixed
+
+
+# ------------------------------------------------------------------------ other calls, and what fits
+
+
+def crossed(s: Scene, truth: Any, others: list) -> Iterator[Guess]:
+    """What calls do to each other."""
+    for other in others:
+        o = Scene(other.case, other)
+        yield f"{CALLS} what one forward saved is overwritten by the next", partial(o.backward, do=s.do, dlse=s.dlse)
+        yield f"{CALLS} it is the other's", partial(dict, other.whole)
+        grads = {n: x for n, x in other.whole.items() if n in GRADS}
+        for old in (other.whole, grads, o.backward(times=o.times * (o.hop == 0))):
+            added = lambda old=old: {n: truth.whole[n] + x for n, x in old.items()}
+            yield f"{CALLS} a buffer is not cleared, results add up", added
+
+
+def factor(pairs: list[tuple[Tensor, Tensor]]) -> float:
+    """The m for which got is nearest to m · unit, over pairs of the two."""
+    got, unit = (torch.cat([x.flatten() for x in each]).nan_to_num(0, 0, 0) for each in zip(*pairs, strict=True))
+    return ((got * unit).sum() / unit.square().sum()).item()
+
+
+def off(what: str, m: float, s: Scene) -> str:
+    """What a factor means, by its name if it has one."""
+    known = {"1/p": 1 / s.p, "p": s.p, "1/√d": s.scale, "√d": 1 / s.scale, "1/d": s.scale**2, "h/g": s.e}
+    known |= {"g/h": 1 / s.e, "ln 2": math.log(2), "log2 e": math.log2(math.e), "2": 2, "1/2": 0.5, "−1": -1}
+    near = (text for text, x in known.items() if x != 1 and abs(m / x - 1) < 1e-3)
+    return f"{what} is wrong by a factor {next(near, f'{m:.3g}')}" if abs(m) > 1e-3 else f"{what} is zero"
+
+
+def fits(s: Scene, whole: dict[str, Tensor], about: list[str], truth: Any) -> Iterator[Guess]:
+    """A factor, or for lse a constant, that is read off the candidate."""
+    by = {n: factor([(whole[n], truth.whole[n])]) for n in about}
+    yield ", ".join(off(n, m, s) for n, m in by.items()), lambda: {n: m * truth.whole[n] for n, m in by.items()}
+    if about == ["lse"]:
+        gap = (whole["lse"] - s.L)[s.L.isfinite() & whole["lse"].isfinite()].mean()
+        yield f"lse is off by a constant: {off('its sum', gap.exp().item(), s)}", lambda: {"lse": s.L + gap}
+    if about == ["out"]:
+        share = (whole["out"] * s.O).sum(-1) / s.O.square().sum(-1)  # of a row, b q h
+        for what, total in {"exp(score − max)": s.L - s.top, "exp(score)": s.L}.items():
+            total = total.exp().transpose(1, 2)
+            eps = ((1 / share - 1) * total).nanmedian()
+            out = s.O * (total / (total + eps))[..., None]
+            yield f"{eps.item():.1g} is added to the sum of {what}", partial(dict, out=out)
