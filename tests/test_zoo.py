@@ -103,6 +103,7 @@ SAYS = {
     "one-max-for-the-whole-block": "for several rows",
     "mask-from-tile": "counted from a tile",
     "state-under-too-small-a-key": "it passes alone",
+    "mask-kept-by-shape": "kept by its shape",
     "scale-of-padded-dim": "head dim padded",
     "scale-ignored": "scale is ignored",
     "unwritten-memory": "memory that nobody wrote",

@@ -170,14 +170,9 @@ class Case:
         """The keywords of the call that all ranks share, less `group`."""
         dilation = Dilation(*self.dilation, heads=self.heads) if self.dilation else None
         starts = None if self.cu_seqlens is None else torch.tensor(self.cu_seqlens, dtype=torch.int32)
-        added = {
-            "mask_mod": make_mask(self.mask, self.n) if self.mask else None,
-            "score_mod": SCORE_MODS.get(self.score_mod),
-            "window": self.window,
-            "dilation": dilation,
-            "cu_seqlens": starts,
-            "scale": self.scale,
-        }
+        added = {"mask_mod": make_mask(self.mask, self.n) if self.mask else None, "dilation": dilation}
+        added |= {"score_mod": SCORE_MODS.get(self.score_mod), "cu_seqlens": starts}
+        added |= {"window": self.window, "scale": self.scale}
         return {"causal": self.causal} | {name: value for name, value in added.items() if value is not None}
 
     def dense(self, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -264,13 +259,26 @@ class Case:
     def without(self, names: tuple[str, ...]) -> Case:
         """This case with these fields as a plain one has them, and a name that says no more of them."""
         plain = Case("")
-        less = {name: getattr(plain, name) for name in names if getattr(self, name) != getattr(plain, name)}
+        kept = {"plan"} if self.replicated else set()  # nobody has agreed on the gradients of replicated queries
+        less = {x: getattr(plain, x) for x in names if x not in kept and getattr(self, x) != getattr(plain, x)}
         if not less:
             return self
-        about = {text: set(changes) for levels in FACTORS.values() for _, text, changes in levels if changes}
-        words = [w for w in self.name.split(" + ") if not about.get(w, {"?"}) & set(names)]
+        case = replace(self, **less)
+        levels = ((text, changes) for levels in FACTORS.values() for _, text, changes in levels if changes)
+        stays = lambda x: getattr(case, x, None) != getattr(plain, x, None)
+        gone = {text for text, changes in levels if changes.keys() & less.keys() and not any(map(stays, changes))}
+        words = [word for word in self.name.split(" + ") if word not in gone]
         words = ["full"] * (words[:1] not in (["full"], ["causal"])) + words
-        return replace(self, name=" + ".join(words), **less)
+        return replace(case, name=" + ".join(words))
+
+    def filled(self) -> Case:
+        """This case with tokens on every rank."""
+        if all(map(len, self.slots)):
+            return self
+        lengths = self.lengths and LENGTHS["uneven"][: self.p]
+        n = sum(lengths) if lengths else 4 * self.p
+        name, starts = re.sub("(first )?empty", "uneven", self.name), self.cu_seqlens and (*self.cu_seqlens[:-1], n)
+        return replace(self, name=name, n=n, lengths=lengths, cu_seqlens=starts)
 
 
 class _Seat(Ring):

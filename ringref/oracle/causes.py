@@ -7,7 +7,6 @@ which rank a gradient ends on (`homes`), where rows and heads stand (`moves`). F
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -119,11 +118,28 @@ def views_of(s: Scene) -> Iterator[tuple[str, Tensor, Tensor]]:
     if s.even:
         at = torch.stack(case.shards)
         yield "of the own block at every hop", at[mine, here], at[mine, there]
+        told = "of the own block at every hop that is not skipped: one flag for all, or kept by its shape"
+        yield told, i + first_of_shape(s, n), j
         yield "with ranks counted from the end", at[p - 1 - mine, here], at[p - 1 - theirs, there]
         yield "as for an earlier block", at[1][here], at[0][there]
         yield "as for a later block", at[0][here], at[1][there]
         for text, x in {"rank + hop for rank − hop": 2 * mine - theirs, "+1": theirs + 1, "−1": theirs - 1}.items():
             yield f"with the wrong source rank for a hop ({text})", i, at[x % p, there]
+
+    for x in (x for x in TILES if x < max(map(len, case.asks))):
+        yield f"kept by its shape, as the first tile of {x} had it", i + first_of_shape(s, x), j
+
+
+def first_of_shape(s: Scene, size: int) -> Tensor:
+    """How much later a query seems to be, for every key, where what is seen is kept by the sizes of a tile."""
+    case, later, first = s.case, torch.zeros_like(s.i), {}
+    for rank, t in itertools.product(range(s.p), range(s.p)):
+        mine, theirs = case.asks[rank].split(size), case.shards[(rank - s.way * t) % s.p].split(size)
+        for asked, keys in itertools.product(mine, theirs):
+            if len(asked) and len(keys) and not (case.causal and s.i[asked[-1], 0] < keys[0]):
+                shift = int(s.i[asked[0], 0] - keys[0])
+                later[asked[:, None], keys] = first.setdefault((rank, len(asked), len(keys)), shift) - shift
+    return later
 
 
 def sights(s: Scene, most: int) -> Iterator[Change]:
@@ -142,8 +158,7 @@ def sights(s: Scene, most: int) -> Iterator[Change]:
         for text, rule in choices.items():
             yield f"{name}: {text}", partial(seen, rules.keys() - {name}, rule=rule)
     some = [names for m in range(min(most, len(rules))) for names in itertools.combinations(rules, m + 1)]
-    both = ("window (left)", "window (right)")  # a window is one argument
-    for names in some + [both] * (s.case.window is not None and both not in some):
+    for names in some:
         what, right = " and ".join(names), rules.keys() - set(names)
         yield f"{what} ignored", partial(seen, right)
         for text, *view in views:
@@ -198,7 +213,7 @@ def pairwise(s: Scene, everywhere: bool = True) -> Iterator[Change]:
         swaps = {"K is taken for V": ["V_of"], "V is taken for K": ["K_of"], "K and V swap": ["K_of", "V_of"]}
         wrong |= {x + ", everywhere" * everywhere: dict.fromkeys(names, s.j + s.case.n) for x, names in swaps.items()}
     yield from ((text, partial(dict, changed)) for text, changed in wrong.items())
-    yield from sights(s, 9 if everywhere else 1)
+    yield from sights(s, 9 if everywhere else 2)
     yield from counted(s) if everywhere else ()
     d = s.case.d
     for text, scale in {
@@ -253,13 +268,12 @@ def ingredients(s: Scene) -> Iterator[Change]:
     pairs = (("K", "V"), ("K",), ("V",))
     if e > 1:
         head = torch.arange(s.case.h)
-        for names, (text, of) in itertools.product(pairs, {"interleaved": head % g, "all 0": head * 0}.items()):
-            heads = {x: getattr(s, x)[:, :, ::e][:, :, of] for x in names}
-            wrong[f"key/value heads {text} ({' and '.join(names)})"] = heads
-        orders = {"interleaved": head.view(e, g), "interleaved back": head.view(g, e)}
-        for names, (text, of) in itertools.product((("q",), ("do",), ("q", "do")), orders.items()):
-            heads = {x: getattr(s, x)[:, :, of.mT.flatten()] for x in names}
-            wrong[f"query heads {text} ({' and '.join(names)})"] = heads
+        keys = {"interleaved": head % g * e, "all 0": head * 0}
+        queries = {"interleaved": head.view(e, g).mT.flatten(), "interleaved back": head.view(g, e).mT.flatten()}
+        each = [("key/value", *x) for x in itertools.product(pairs, keys.items())]
+        each += [("query", *x) for x in itertools.product((("q",), ("do",), ("q", "do")), queries.items())]
+        for who, names, (text, of) in each:
+            wrong[f"{who} heads {text} ({' and '.join(names)})"] = {x: getattr(s, x)[:, :, of] for x in names}
         wrong |= {
             "only the first query head of a group counts": {"gather": lambda x: x[:, :, :, 0]},
             "the query heads of a group are averaged, not added": {"gather": lambda x: x.mean(3)},
@@ -311,10 +325,9 @@ def tried(s: Scene, run: Callable, words: str = "{}") -> Iterator[Guess]:
 
 def tried_on_places(s: Scene, run: Callable, words: str = "{}") -> Iterator[Guess]:
     """The same for some pairs of query and key only."""
-    for text, changed in pairwise(s, everywhere=False):
-        for where, pairs in s.places().items():
-            only = lambda changed=changed, pairs=pairs: run(**s.on(pairs, changed()))
-            yield words.format(f"{text}, on {where} only"), only
+    for (text, changed), (where, pairs) in itertools.product(pairwise(s, everywhere=False), s.places().items()):
+        only = lambda changed=changed, pairs=pairs: run(**s.on(pairs, changed()))
+        yield words.format(f"{text}, on {where} only"), only
 
 
 # -------------------------------------------------------------------------------------- the forward
@@ -508,15 +521,14 @@ def somewhere(s: Scene, about: list[str], whole: dict[str, Tensor]) -> Iterator[
         yield from saved(s, about, whole, places=True)
         return
     yield from tried_on_places(s, s.forward)
-    first = s.owner[0] == 0
-    for text, changed in ingredients(s):
-        wrong = functools.cache(lambda changed=changed: s.forward(**changed()))
-        for where, at in {"on all ranks but the first": ~first, "on the first rank": first}.items():
-            mixed = lambda wrong=wrong, at=at: {
-                "out": torch.where(at[:, None, None], wrong()["out"], s.O),
-                "lse": torch.where(at, wrong()["lse"], s.L),
-            }
-            yield f"{text}, {where} only", mixed
+
+    def mixed(changed: Callable, at: Tensor) -> dict[str, Tensor]:
+        wrong = s.forward(**changed())
+        return {"out": torch.where(at[:, None, None], wrong["out"], s.O), "lse": torch.where(at, wrong["lse"], s.L)}
+
+    some = {"all ranks but the first": s.owner[0] > 0, "the first rank": s.owner[0] == 0}
+    for (text, changed), (where, at) in itertools.product(ingredients(s), some.items()):
+        yield f"{text}, on {where} only", partial(mixed, changed, at)
 
 
 # ------------------------------------------------------------------------ other calls, and what fits

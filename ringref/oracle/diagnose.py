@@ -7,9 +7,9 @@ nearest, and how much of the error that leaves. What messages, hangs, exceptions
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -38,6 +38,7 @@ LARGE = "large scores overflow or underflow: exp without the maximum, or one tha
 NOT_LARGE = ("a masked score", "accumulates in low precision")  # what may show in large scores and is no overflow
 SPREAD = "rows whose scores lie far apart spoil each other: one maximum for several rows"
 ODD = "heads that the ranks do not divide make it raise"
+EMPTY = "a rank without tokens makes it raise"
 BLIND = "the lse of a query that sees nothing is a finite number: a maximum or sum that starts at 0"
 TAKES = {  # what a case has that fails no more without it, where no number says what is done with it
     **{("dout", x): "dO is read with other strides than it has" for x in ("heads first", "expanded")},
@@ -47,6 +48,13 @@ TAKES = {  # what a case has that fails no more without it, where no number says
     ("plan", "steps"): f"{CALLS} something is kept from step to step",
 }
 VAGUE = (UNKNOWN, "NaN or inf", "it raises", EARLIER, RACE)  # what a finding says when it has nothing better
+NO_ROOM = (
+    RuntimeError,
+    IndexError,
+    ValueError,
+    TypeError,
+    KeyError,
+)  # what a mistake gives that a case has no room for
 HARMLESS = ("unfinished work", "an input was written to")  # values are worth a look all the same
 
 
@@ -90,8 +98,8 @@ def direction(results: dict[int, dict]) -> int:
 def crash(error: dict) -> tuple[str, str]:
     """What an exception says: (cause where it is known, text)."""
     text = (error["text"].splitlines() or [""])[0]
-    known = {"not part of group": GROUP, "is not in group": GROUP}
-    known |= dict.fromkeys(("which is this rank", "same as the rank of the current process"), MESSAGES["self-send"])
+    known = dict.fromkeys(("which is this rank", "same as the rank of the current process"), MESSAGES["self-send"])
+    known |= dict.fromkeys(("not part of group", "is not in group"), GROUP)
     known |= {"does not require grad": "no gradient reaches the inputs"}
     cause = next((cause for words, cause in known.items() if words in text), None)
     return (cause, f"{error['type']}: {text}"[:200]) if cause else (f"it raises {error['type']}", text[:200])
@@ -122,6 +130,11 @@ def hang(case: Any, results: dict[int, dict]) -> tuple[str, str, int, Any]:
     return cause, text, rank, op["line"] or stuck[rank]["line"]
 
 
+def far(case: Any) -> str | None:
+    """What it means when a case would not fail without its scores."""
+    return LARGE if case.shift else SPREAD if case.spread else None
+
+
 def not_finite(case: Any, truth: Any, got: dict[str, list[Tensor]], wrong: list[str]) -> str:
     """NaN or inf that the oracle did not plant, by the rows where it is."""
     s, name = Scene(case, truth), wrong[0]
@@ -130,14 +143,13 @@ def not_finite(case: Any, truth: Any, got: dict[str, list[Tensor]], wrong: list[
     partly = (lses == -math.inf).any(0) & ~blind
     if name in ("out", "lse", "dq"):
         bad = ~assembled(s, name, got[name]).isfinite()
-        bad = bad & (s.L.isfinite() if name == "lse" else torch.tensor(True))
-        bad = bad if name == "lse" else bad.any(-1).transpose(1, 2)
+        bad = bad & s.L.isfinite() if name == "lse" else bad.any(-1).transpose(1, 2)
         blind, partly = blind & bad, partly & bad
         elsewhere = (bad & ~blind & ~partly).any()
     else:
         elsewhere = not (blind.any() or partly.any())
     if case.shift or (case.spread and elsewhere):
-        return LARGE if case.shift else SPREAD
+        return far(case)
     if elsewhere or not (blind.any() or partly.any()):
         return "NaN or inf"
     if not partly.any():
@@ -167,42 +179,38 @@ def name(
         return [small]
     left: dict[str, float] = {}
 
-    def ask(guesses: Iterator[Guess], only: Iterable[str] | None = None) -> float:
-        for told, guess in safely(guesses):
-            if not told or (only is not None and told not in only):
-                continue
-            try:
-                share = {n: _left(whole[n], x, truth.whole[n]) for n, x in guess().items() if n in about + fine}
-            except (RuntimeError, IndexError, ValueError, TypeError, KeyError):
-                continue  # a mistake that this case has no room for
-            if all(n in share for n in about) and all(share.get(n, 0) < 2 for n in fine):
-                left[told] = min(max(share[n] for n in about), left.get(told, math.inf))
+    def remains(guess: Callable) -> float:
+        with suppress(*NO_ROOM):
+            share = {n: _left(whole[n], x, truth.whole[n]) for n, x in guess().items() if n in about + fine}
+            if all(share.get(n, 0) < 2 for n in fine):
+                return max(share[n] for n in about)
+        return math.inf
+
+    def ask(many: Iterable[Iterator[Guess]], only: Iterable[str] | None = None) -> float:
+        """The least share of the error that any leaves. One that cannot be made must never lose a rejection."""
+        for guesses in many:
+            with suppress(*NO_ROOM):
+                for told, guess in guesses:
+                    if told and (only is None or told in only):
+                        left[told] = min(remains(guess), left.get(told, math.inf))
         return min(left.values(), default=math.inf)
 
-    def usual() -> Iterator[Guess]:
-        yield from safely(crossed(s, truth, others))
-        yield from safely(backwards(s, about, whole) if about[0] not in ("out", "lse") else forwards(s))
-        yield from safely(fits(s, whole, about, truth))
+    def usual() -> Iterator[Iterator[Guess]]:
+        yield crossed(s, truth, others)
+        yield backwards(s, about, whole) if about[0] not in ("out", "lse") else forwards(s)
+        yield fits(s, whole, about, truth)
 
-    best = ask(itertools.chain(usual(), safely(somewhere(s, about, whole))), set(known)) if known else math.inf
+    best = ask([*usual(), somewhere(s, about, whole)], set(known)) if known else math.inf
     if quickly and best > 0.01:
         return []
     if best > 0.01:
         best = ask(usual())
     if best > ENOUGH and deep and s.p > 1 and not small:
-        best = ask(somewhere(s, about, whole))
+        best = ask([somewhere(s, about, whole)])
     if best < ENOUGH:
         return [told for told, share in left.items() if share <= best + 0.01]
     near = f"; nearest: {min(left, key=left.__getitem__)} (leaves {best:.0%})" if best < 0.7 else ""
     return [small or f"{UNKNOWN}: {place(s, whole, truth, about[0])}{near}"]
-
-
-def safely(guesses: Iterator[Guess]) -> Iterator[Guess]:
-    """Guesses up to one that cannot be made for this case: naming must never lose a rejection."""
-    try:
-        yield from guesses
-    except (RuntimeError, IndexError, ValueError, TypeError, KeyError):
-        return
 
 
 def _left(got: Tensor, guess: Tensor, truth: Tensor) -> float:

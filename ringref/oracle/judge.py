@@ -172,6 +172,8 @@ class Judge:
             if finding.evidence:
                 finding.causes = self.why(case, *finding.evidence)
                 finding.diagnosis, finding.evidence = finding.causes[0], None
+            elif finding.kind == "property" and case is self.simplest and (far := diagnose.far(case)):
+                finding.causes, finding.diagnosis = [far], f"{far}: {finding.diagnosis}"
             if culprit:
                 finding.diagnosis += f" (after {culprit})"
             finding.snippet = self.snippet([culprit, case] if culprit else [case])
@@ -220,8 +222,18 @@ class Judge:
                     causes = told if told[0].startswith(diagnose.CALLS) else causes
                 f.diagnosis, f.causes, f.evidence = causes[0], causes, None
             return culprit, case, found
+        if again[-1].kind == "crash":
+            h = max(4, 2 * case.p)  # is it the heads, or a rank that has nothing?
+            even = replace(case, h=h, g=h) if case.h % case.p or case.g % case.p else case
+            for cause, other in ((diagnose.ODD, even), (diagnose.EMPTY, case.filled())):
+                trial = again if other is case else self.look(other)
+                if trial and trial[-1].kind != "crash":  # which says more
+                    return None, other, trial
+                if trial == [] and again[-1].causes[0].startswith("it raises"):
+                    again[-1].causes, again[-1].diagnosis = [cause], f"{cause}: {again[-1].diagnosis}"
+            return None, case, again
         self.simplified += 1
-        if self.simplified > SIMPLIFIED or again[-1].kind == "crash":
+        if self.simplified > SIMPLIFIED:
             return None, case, again
         for _ in range(2):  # what could not go at first may go once other things have gone
             for names in SIMPLER:
@@ -298,9 +310,6 @@ class Judge:
         # an exception on one rank makes its neighbours lose their connection or wait: the first cause is the story
         for rank, e in sorted(errors.items(), key=lambda item: "onnection" in item[1]["text"])[:1]:
             cause, text = diagnose.crash(e)
-            if (case.h % case.p or case.g % case.p) and cause.startswith("it raises"):
-                h = max(4, 2 * case.p)  # is it the heads?
-                cause = diagnose.ODD if self.look(replace(case, h=h, g=h)) == [] else cause
             ours = case.groups and e["type"] not in ("NameError", "ImportError", "ModuleNotFoundError")
             return [tell("crash", diagnose.GROUP if ours else cause, text, rank, e["line"])]
         if died:
@@ -376,11 +385,8 @@ class Judge:
                 continue
             wanted, worst = [truth.part(name, rank) for rank in range(len(mine))], (0.0,)
             # no row, no gradient
-            rows = [len(case.asks[rank]) if name == "dsink" else want.numel() for rank, want in enumerate(wanted)]
-            given = [
-                torch.zeros_like(want) if m[name] is None and not row else m[name]
-                for m, want, row in zip(mine, wanted, rows, strict=True)
-            ]
+            rows = [len(case.asks[i]) if name == "dsink" else want.numel() for i, want in enumerate(wanted)]
+            given = [wanted[i] * 0 if m[name] is None and not rows[i] else m[name] for i, m in enumerate(mine)]
             whys = [_misfit(name, x, want, case) for x, want in zip(given, wanted, strict=True)]
             if any(whys) and wrong:  # it may follow from what is wrong already
                 break
@@ -437,8 +443,8 @@ class Judge:
             return [diagnose.PRECISE]
         # a case that fails no more without its large scores fails by them, whatever else would look the same
         large = (case is self.simplest or (vague and not unknown)) and not causes[0].startswith(diagnose.NOT_LARGE)
-        if (case.shift or case.spread) and large:
-            return [diagnose.LARGE if case.shift else diagnose.SPREAD]
+        if large and (far := diagnose.far(case)):
+            return [far]
         if case is self.simplest and causes[0].startswith(diagnose.UNKNOWN) and "+" in case.name:
             needs = next((text for (field, x), text in diagnose.TAKES.items() if getattr(case, field) == x), None)
             causes = [needs or f"{causes[0]}; it takes {case.name.partition(' + ')[2]}"]

@@ -100,6 +100,17 @@ class Scene:
             found["dsink"] = -x.over((x.sink[:, None] - L[..., 0]).exp() * D[..., 0])
         return found
 
+    def terms(self) -> dict[str, Tensor]:
+        """The size of the terms whose sums are dq and dk, each times its row's lse: where they cancel, what rounding
+        the lse makes of them does not.
+        """
+        (S, slope), L = self.scores(self), self.L.nan_to_num(neginf=math.inf)[..., None]
+        dP = torch.einsum("bqhd,bkhd->bhqk", self.do, self.V)
+        weight = (S - L).exp() * (1 + L.abs()).nan_to_num(posinf=0.0)
+        dS = (weight * (dP.abs() + self.D.abs()) * slope * self.scale).square()
+        dq, dk = torch.einsum("bhqk,bkhd->bqhd", dS, self.K**2), torch.einsum("bhqk,bqhd->bkhd", dS, self.q**2)
+        return {"dq": dq.sqrt(), "dk": self.gather(dk.unflatten(2, (self.case.g, self.e))).sqrt()}
+
     def parts(self, *orders: Tensor) -> Iterator[tuple[str, Tensor]]:
         """What is merged, as multiplicities in the order of merging: blocks, a dilation's branches."""
         for order in orders:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .cases import SCORE_MODS, Case, index, modified
+from .scene import Scene
 
 MULTIPLE = {"float64": 4.0, "float32": 4.0, "bfloat16": 2.0, "float16": 2.0}
 FLOOR = {"float64": 8.0, "float32": 8.0, "bfloat16": 0.2, "float16": 0.2}
@@ -23,7 +24,7 @@ class Truth:
         cuts = [(yard, *whole), (torch.float32, case.asks[: 1 if case.replicated else None], case.shards)]
         self.plain = [plain(case, rough, *cut) for cut in cuts]
         self.eps = torch.finfo(yard).eps
-        self.terms = terms(case, data, self.whole)
+        self.terms = Scene(case, self).terms()
 
     def part(self, name: str, rank: int, whole: dict | None = None) -> Tensor:
         """One rank's share of a tensor."""
@@ -55,24 +56,6 @@ def _distance(got: Tensor, want: Tensor, norm: float = 1e-30) -> float:
     """‖got − want‖ relative to ‖want‖, or to `norm` where that is more; infinite if it is not a number."""
     error = ((got - want).norm() / max(want.norm().item(), norm)).item()
     return math.inf if math.isnan(error) else error
-
-
-@torch.no_grad()
-def terms(case: Case, data: dict[str, Tensor], whole: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The size of the terms whose sums are dq and dk, each times its row's lse: where they cancel, what an lse that is
-    rounded makes of them does not.
-    """
-    q, k, v, do = (data[name].double() for name in ("q", "k", "v", "do"))
-    wide_k, wide_v = (x.repeat_interleave(case.h // case.g, 2) for x in (k, v))
-    scores = torch.einsum("bqhd,bkhd->bhqk", q, wide_k) * case.factor
-    scores, slope = modified(SCORE_MODS.get(case.score_mod), scores, index(case))
-    lse = whole["lse"].nan_to_num(neginf=math.inf)[..., None]
-    D = (do * whole["out"]).sum(-1).transpose(1, 2)[..., None]
-    dP = torch.einsum("bqhd,bkhd->bhqk", do, wide_v)
-    weight = case.times * (scores - lse).exp() * (1 + lse.abs()).nan_to_num(posinf=0.0)
-    dS = (weight * (dP.abs() + D.abs()) * slope * case.factor).square()
-    dq, dk = torch.einsum("bhqk,bkhd->bqhd", dS, wide_k**2), torch.einsum("bhqk,bqhd->bkhd", dS, q**2)
-    return {"dq": dq.sqrt(), "dk": dk.unflatten(2, (case.g, -1)).sum(3).sqrt()}
 
 
 @torch.no_grad()

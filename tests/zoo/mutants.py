@@ -1053,7 +1053,7 @@ TILES = [
         "tiled_mask_kept_by_shape",
         "tiled",
         "tiles",
-        "state-under-too-small-a-key",
+        "mask-kept-by-shape",
         "Masks are kept between calls by their shape alone, so that of another call or hop is used.",
         "def triangle(rows, cols, shift):\n",
         """def triangle(rows, cols, shift, first={}):
