@@ -474,7 +474,7 @@ def saved(s: Scene, about: list[str], whole: dict[str, Tensor], places: bool = F
                 wrong = given | {name: torch.where(pairs, x[..., None], given[name])}
                 yield in_only(about).format(f"{text}, on {where} only"), partial(s.backward, **wrong)
         for (a, L), (b, D) in () if places else itertools.product(Ls.items(), Ds.items()):
-            if (a and torch.equal(L, merged)) or (b and torch.equal(D, Ds[""])):
+            if (a and torch.equal(L, merged)) or (b and (about == ["dv"] or torch.equal(D, Ds[""]))):
                 continue  # this part of the sentence would say nothing of the case
             given |= {"L": L[..., None], "D": D[..., None]}
             bare, full = (s.backward(**given, dlse=m * s.dlse) for m in (0, 1))

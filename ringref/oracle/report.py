@@ -58,18 +58,16 @@ class Report:
     @property
     def diagnosis(self) -> str | None:
         """The cause that explains most findings, of the smallest case where several do."""
-        wrong = [f for f in self.findings if f.kind != "crash"]
-        for findings in (wrong, self.findings):  # what raises says so itself; wrong numbers want a cause
-            votes = Counter(cause for f in findings for cause in dict.fromkeys(f.causes))
-            # a NaN that no mask can explain is not a mask's
-            vague = (*diagnose.VAGUE, "NaN where") if "NaN or inf" in votes else diagnose.VAGUE
-            known = [cause for cause in votes if not cause.startswith(vague)]
-            best = max(known, key=votes.__getitem__, default=None)
-            unnamed = [f.diagnosis for f in findings if f.causes[0].startswith(vague)]
-            # a cause that explains fewer than half as many findings as have none is not the cause
-            if best and votes[best] * 2 >= len(unnamed):
-                return best
-        return unnamed[0] if unnamed else best
+        # what raises says so itself; wrong numbers want a cause
+        findings = [f for f in self.findings if f.kind != "crash"] or self.findings
+        votes = Counter(cause for f in findings for cause in dict.fromkeys(f.causes))
+        # a NaN that no mask can explain is not a mask's
+        vague = (*diagnose.VAGUE, "NaN where") if "NaN or inf" in votes else diagnose.VAGUE
+        known = [cause for cause in votes if not cause.startswith(vague)]
+        best = max(known, key=votes.__getitem__, default=None)
+        unnamed = [f.diagnosis for f in findings if f.causes[0].startswith(vague)]
+        # a cause that explains fewer than half as many findings as have none is not the cause
+        return best if best and votes[best] * 2 >= len(unnamed) else unnamed[0] if unnamed else best
 
     def to_json(self) -> str:
         """Everything in the report, for machines."""
