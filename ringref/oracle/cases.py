@@ -256,7 +256,7 @@ class Case:
         """Which passes over which step, in order."""
         return [(PASSES[word[0]], int(word[1])) for word in PLANS[self.plan][1].split()]
 
-    def without(self, names: tuple[str, ...]) -> Case:
+    def without(self, names: list[str]) -> Case:
         """This case with these fields as a plain one has them, and a name that says no more of them."""
         plain = Case("")
         kept = {"plan"} if self.replicated else set()  # nobody has agreed on the gradients of replicated queries
@@ -276,7 +276,7 @@ class Case:
         if all(map(len, self.slots)):
             return self
         lengths = self.lengths and LENGTHS["uneven"][: self.p]
-        n = sum(lengths) if lengths else 4 * self.p
+        n = sum(lengths or [4] * self.p)
         name, starts = re.sub("(first )?empty", "uneven", self.name), self.cu_seqlens and (*self.cu_seqlens[:-1], n)
         return replace(self, name=name, n=n, lengths=lengths, cu_seqlens=starts)
 
@@ -398,13 +398,11 @@ FACTORS: dict[str, tuple[tuple[str, str, dict[str, Any]], ...]] = {
         ("kv", "decode", {"queries": "decode", "plan": "inference"}),
     ),
 }  # fmt: skip
-SIMPLER = tuple(  # fields that go together, in the order in which a failing case is freed of them
-    tuple(names.split())
-    for names in (
-        *("mask window dilation cu_seqlens", "score_mod", "sink", "scale", "value_dim", "dout", "views", "plan"),
-        *("zeros shift spread sharp", "d value_dim", "dtype sharp", "causal"),
-    )
-)
+SIMPLER = [  # fields that go together, in the order in which a failing case is freed of them
+    names.split()
+    for names in "mask window dilation cu_seqlens, score_mod, sink, scale, value_dim, dout, views, plan, "
+    "zeros shift spread sharp, d value_dim, dtype sharp, causal".split(", ")
+]
 LOW = {"dtype": "bfloat16", "per": 16, "sharp": 0.3}
 GROWTH = {"plan": "growth", "b": 1, "d": 32, "h": 8, "g": 8}
 ONCE = (  # what a candidate must be able to do, name, the p it runs at, what differs; causal if the candidate can

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import one_hot, pad
+from torch.nn.functional import pad
 
 from ..shard import LAYOUTS
 from .cases import together_in
@@ -24,6 +24,7 @@ from .scene import Scene, row_sums, rows
 
 CALLS = "a call's result depends on another call:"
 GRADS = ["dq", "dk", "dv"]
+SKIPPED = ", but for blocks of which nothing is seen"
 TILES = (128, 64, 32, 16)  # rows of a kernel's tile, or of a chunk of queries
 
 Guess = tuple[str, Callable[[], dict[str, Tensor]]]
@@ -69,10 +70,9 @@ def rules_of(s: Scene) -> tuple[dict[str, Callable], dict[str, dict[str, Any]]]:
         usual = (branch % r, own) if case.heads == "grouped" else (head % r, True)
         kept = lambda i, j, w=w, at=usual: (i % w % r == at[0]) & (j % w % r == at[0]) & at[1]
         rules["dilation offsets"], rules["segments"] = kept, lambda i, j: i // w == j // w
-        kept_j, kept_i = (((x % w % r == usual[0]) & usual[1]).expand(len(w), 1, h, *i.shape) for x in (j, i))
         instead["dilation offsets"] = {
-            "of keys only": kept_j,
-            "of queries only": kept_i,
+            "of keys only": (j % w % r == usual[0]) & usual[1],
+            "of queries only": (i % w % r == usual[0]) & usual[1],
             "by the key/value head": kept(i, j, at=(head // s.e % r, True)),
             "r − 1 − j mod r": kept(i, j, at=((r - 1 - head) % r, True)),
             "none where a segment is as long as the sequence": kept(i, j) | (w >= n),
@@ -109,8 +109,9 @@ def views_of(s: Scene) -> Iterator[tuple[str, Tensor, Tensor]]:
     for layout in LAYOUTS if case.lengths is None and not callable(case.layout) and not case.queries else ():
         frames[f"as in a {layout} layout"] = [torch.cat(replace(case, layout=layout).shards)[s.order[1]]] * 2
     for text, size in {"n div p": n // p, "the longest shard": max(map(len, case.shards))}.items():
-        at = [o * size + x for o, x in zip(s.owner, s.loc, strict=True)]
-        frames[f"with rank · {text} for its first position"] = at
+        frames[f"with rank · {text} for its first position"] = [
+            o * size + x for o, x in zip(s.owner, s.loc, strict=True)
+        ]
     for text, (a, b) in frames.items():
         a, b = a[:, None].expand_as(i), b.expand_as(i)
         yield from ((text, a, b), (f"{text}, queries only", a, j), (f"{text}, keys only", i, b))
@@ -118,16 +119,16 @@ def views_of(s: Scene) -> Iterator[tuple[str, Tensor, Tensor]]:
     if s.even:
         at = torch.stack(case.shards)
         yield "of the own block at every hop", at[mine, here], at[mine, there]
-        told = "of the own block at every hop that is not skipped: one flag for all, or kept by its shape"
-        yield told, i + first_of_shape(s, n), j
-        yield "with ranks counted from the end", at[p - 1 - mine, here], at[p - 1 - theirs, there]
+        yield "of the own block at every hop not skipped: one flag, or kept by its shape", i + first_of_shape(s, n), j
         yield "as for an earlier block", at[1][here], at[0][there]
         yield "as for a later block", at[0][here], at[1][there]
+        yield "with ranks counted from the end", at[p - 1 - mine, here], at[p - 1 - theirs, there]
         for text, x in {"rank + hop for rank − hop": 2 * mine - theirs, "+1": theirs + 1, "−1": theirs - 1}.items():
             yield f"with the wrong source rank for a hop ({text})", i, at[x % p, there]
 
     for x in (x for x in TILES if x < max(map(len, case.asks))):
         yield f"kept by its shape, as the first tile of {x} had it", i + first_of_shape(s, x), j
+    yield "ignored for the first token", i, torch.where(j == 0, i, j)
 
 
 def first_of_shape(s: Scene, size: int) -> Tensor:
@@ -158,11 +159,13 @@ def sights(s: Scene, most: int) -> Iterator[Change]:
         for text, rule in choices.items():
             yield f"{name}: {text}", partial(seen, rules.keys() - {name}, rule=rule)
     some = [names for m in range(min(most, len(rules))) for names in itertools.combinations(rules, m + 1)]
+    met = s.among_blocks(s.times > 0) > 0
     for names in some:
         what, right = " and ".join(names), rules.keys() - set(names)
         yield f"{what} ignored", partial(seen, right)
-        for text, *view in views:
-            yield f"{what} {text}", partial(seen, right, names, view)
+        yield f"{what} ignored{SKIPPED}", partial(seen, right, rule=met)
+        for (after, rule), (text, *view) in itertools.product([("", 1.0), (SKIPPED, met)][: most - 1], views):
+            yield f"{what} {text}{after}", partial(seen, right, names, view, rule)
 
 
 def counted(s: Scene) -> Iterator[Change]:
@@ -170,10 +173,8 @@ def counted(s: Scene) -> Iterator[Change]:
     case, n, p, there = s.case, s.case.n, s.p, s.there
     some = s.places() | {"the last key": s.j == n - 1} | {f"hops 0 to {t}": s.hop <= t for t in range(1, p - 1)}
     some |= {f"the block of rank {rank}": s.theirs == rank for rank in range(p)}
-    if p > 1:
-        blocks = (one_hot(x, p).double() for x in s.owner)
-        meet = torch.einsum("bhij,ir,jt->rt", (s.times > 0).double(), *blocks) / (case.b * case.h)
-        some["blocks of which one pair is seen: a bound that is off by one skips them"] = (meet <= 1)[s.mine, s.theirs]
+    corner = s.among_blocks(s.times > 0) <= case.b * case.h
+    some["blocks of which one pair is seen: a bound that is off by one skips them"] = corner
     held = torch.tensor([*map(len, case.shards)])[s.theirs]
     for x in TILES:
         some[f"the keys after the last whole tile of {x}"] = s.j >= n // x * x
@@ -223,6 +224,7 @@ def pairwise(s: Scene, everywhere: bool = True) -> Iterator[Change]:
         **{f"the scale is that of a head dim padded to {x}": x**-0.5 for x in (8, 16, 32, 64) if x / 2 < d < x},
         "the scale is that of v's head dim": s.V.shape[3] ** -0.5,
         "the scale is that of all heads together: 1/√(h·d)": (s.case.h * d) ** -0.5,
+        "the scale is that of a rank's heads together: 1/√(h/p·d)": (s.case.h / s.p * d) ** -0.5,
         "scores are taken as base 2 (log2 e missing or doubled)": s.scale * math.log2(math.e),
         "scores are taken as base 2 (ln 2)": s.scale * math.log(2),
     }.items():
@@ -343,6 +345,10 @@ def forwards(s: Scene) -> Iterator[Guess]:
     yield "out is divided by lse instead of exp(lse − max)", lambda: {"out": s.O * rows((s.L - s.top).exp() / s.L)}
     yield "out is divided by lse instead of exp(lse)", lambda: {"out": s.O * rows(s.L.exp() / s.L)}
     yield "out is not normalised", lambda: {"out": s.O * rows(s.L.exp())}
+    if s.sink is not None:
+        out, lse, _ = s.forward(sink=None).values()
+        yield "the sink is missing in out, but not in lse", partial(dict, out=out)
+        yield "the sink is missing in lse, but not in out", partial(dict, lse=lse)
     for count in sorted({1, s.case.n // s.p, 2 * s.p, s.p * max(map(len, s.case.shards)) - s.case.n} - {0}):
         lse = torch.logaddexp(s.L, torch.tensor(math.log(count)))
         text = "a zero key is attended: a sum that starts at 1, or padding" if count == 1 else "padding is attended"
@@ -378,7 +384,7 @@ STEPS: dict[str, Callable] = {
 
 def merges(s: Scene) -> Iterator[Guess]:
     """Right parts, merged wrongly: all at once, or one after the other."""
-    for what, parts in s.parts(s.hop, -s.hop % s.p, s.owner[1].expand_as(s.hop)):
+    for what, parts in s.parts(*(s.hop, -s.hop % s.p, s.owner[1].expand_as(s.hop))[: 3 * (s.p > 1 or s.sink is None)]):
         outs, lses, top = s.forward(times=parts, sink=None).values()
         there = lses.isfinite()
         finite = lses.masked_fill(~there, 0.0)
@@ -389,6 +395,7 @@ def merges(s: Scene) -> Iterator[Guess]:
             f"the outputs of {what} are averaged": there / there.sum(0),
             f"the outputs of {what} are averaged, empty ones too": there / len(parts),
             f"the outputs of {what} are added": there.double(),
+            f"out is divided by the sum of the first of {what} alone": (low - low[0]).exp(),
             f"natural lse merged as base 2 ({what})": (low * math.log(2)).softmax(0),
             f"base-2 lse merged as natural ({what})": (low / math.log(2)).softmax(0),
             f"{what} that a query does not see have lse 0 and take weight": finite.softmax(0),
@@ -400,6 +407,7 @@ def merges(s: Scene) -> Iterator[Guess]:
         }.items():
             yield text, partial(dict, out=(outs * rows(weights.nan_to_num())).sum(0))
         yield f"lse is that of the last of the {what}", partial(dict, lse=lses[-1])
+        yield f"lse takes the maximum of the first of {what} alone", partial(dict, lse=s.L - s.top + top[0])
         yield f"the lse of {what} is added instead of merged", partial(dict, lse=finite.sum(0))
         for (text, step), zero in itertools.product(STEPS.items(), (False, True)):
             yield f"merging {what}: {text}{' (from zero)' * zero}", partial(stepwise, outs, low, step, zero)

@@ -53,8 +53,7 @@ def main(argv: list[str] | None = None) -> int:
         if pool and pool.rank:
             pool.follow()
             return 0
-        more = {"deadline": told.deadline, "fail_fast": told.fail_fast, "pool": pool}
-        report = check(fn, backend=told.backend, **more, **sweep)
+        report = check(fn, backend=told.backend, deadline=told.deadline, fail_fast=told.fail_fast, pool=pool, **sweep)
     print(report.to_json() if told.json else report)
     return 0 if report else 1
 

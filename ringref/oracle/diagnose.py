@@ -34,6 +34,7 @@ MESSAGES = {
     "unfinished": "unfinished work",
 }
 GROUP = "a rank, size or group of the world is used for the group's own (group rank used as global rank?)"
+SILENT = "no answer"
 LARGE = "large scores overflow or underflow: exp without the maximum, or one that starts at 0 or is for several rows"
 NOT_LARGE = ("a masked score", "accumulates in low precision")  # what may show in large scores and is no overflow
 SPREAD = "rows whose scores lie far apart spoil each other: one maximum for several rows"
@@ -89,10 +90,9 @@ def mismatched(results: dict[int, dict]) -> list[tuple[str, str, int, Any]]:
 
 def direction(results: dict[int, dict]) -> int:
     """+1 if messages go to the next rank, −1 if to the one before; where that is the same, +1."""
-    steps = [
-        (op["peer"] - rank) % len(results) for rank, r in results.items() for op in r["ops"] if op["kind"] == "send"
-    ]
-    return -1 if steps and len(results) > 2 and set(steps) == {len(results) - 1} else 1
+    p = len(results)
+    steps = {(op["peer"] - rank) % p for rank, r in results.items() for op in r["ops"] if op["kind"] == "send"}
+    return -1 if p > 2 and steps == {p - 1} else 1
 
 
 def crash(error: dict) -> tuple[str, str]:
@@ -111,7 +111,7 @@ def hang(case: Any, results: dict[int, dict]) -> tuple[str, str, int, Any]:
     waits = {rank: r["waiting"] for rank, r in stuck.items() if r["waiting"]}
     if not waits:
         rank, r = next(iter(stuck.items()))
-        return "no answer", f"after {r['hang']:.0f} s, and not waiting for a message", rank, r["line"]
+        return SILENT, f"after {r['hang']:.0f} s, and not waiting for a message", rank, r["line"]
     rank, op = next(iter(waits.items()))
     peer, at = "" if op["peer"] is None else f" with rank {op['peer']}", f"({op['phase']}, hop {op['hop']})"
     cause, text = "deadlock", f"rank {rank} waits in {op['kind']}{peer} {at}"
@@ -162,20 +162,18 @@ def not_finite(case: Any, truth: Any, got: dict[str, list[Tensor]], wrong: list[
 # ---------------------------------------------------------------------------------------- the judge
 
 
-def name(
-    case: Any, truth: Any, got: dict, wrong: list[str], others: list, known: list[str], way=1, deep=True, quickly=False
-) -> list[str]:
+def name(truth: Any, got: dict, wrong: list, others: list, known: list, way=1, deep=True, quickly=False) -> list[str]:
     """What explains the wrong tensors, the best first; where the error lives, when nothing does. `known` are causes of
     other findings, which are asked first, and `quickly` no others; `deep` looks for what is wrong on some blocks only.
     """
     if quickly and not known:
         return []
-    s = Scene(case, truth, way)
+    s = Scene(truth.case, truth, way)
     whole = {n: assembled(s, n, pieces) for n, pieces in got.items()}
     about = [n for n in ("out", "lse") if n in wrong][:1] or [n for n in (*GRADS, "dsink") if n in wrong]
     fine = [n for n in ("out", "lse") if n in whole and n not in wrong]  # which a guess must leave so
     small = precision(whole, truth, about)
-    if small and case.dtype in ("bfloat16", "float16"):  # a wrong term would have shown in a float32 case before
+    if small and truth.case.dtype in ("bfloat16", "float16"):  # a wrong term would have shown in a float32 case before
         return [small]
     left: dict[str, float] = {}
 

@@ -27,7 +27,7 @@ from .truth import Truth
 TENSORS = ("out", "lse", "dq", "dk", "dv", "dsink")
 SIMPLIFIED = 3  # findings after which a failing case is told as it is
 LOW = ("bfloat16", "float16")
-VALUES = ("value", "property")  # findings that a simpler case must have too: it may lack an argument, and crash
+VALUES = ("value", "property")  # kinds of findings that are about numbers
 DEEP = 2  # unknown findings after which mistakes on some blocks only are not looked for
 PATIENCE = {True: 15.0, False: 45.0}  # seconds, quick or not, after which a wrong candidate has been seen enough
 DEADLINE = {True: 10.0, False: 30.0}  # seconds for a case
@@ -71,9 +71,8 @@ def check(
     features = _names(features)
     todo = cases(features=features, layout=layout, ranks=ranks, quick=quick, claims=claims, seed=seed)
     size = max(case.world for case in todo)
-    if pool is None:
-        made = Pool(min(size, torch.cuda.device_count()) if backend == "nccl" else size, backend)
-    with made if pool is None else nullcontext(pool) as workers:
+    size = min(size, torch.cuda.device_count()) if backend == "nccl" else size
+    with nullcontext(pool) if pool else Pool(size, backend) as workers:
         fits = [case for case in todo if case.world <= workers.size]
         report = _sweep(fn, fits, workers, deadline, stop_after, fail_fast, progress, PATIENCE[bool(quick)])
     missing = [f"feature {name}" for name in FEATURES if name not in features]
@@ -110,9 +109,7 @@ def _more_than_0(x: Any) -> bool:
     return isinstance(x, (int, float)) and not isinstance(x, bool) and x > 0
 
 
-@functools.cache
-def _shared_pool() -> Pool:
-    return Pool(8)
+_shared_pool = functools.cache(functools.partial(Pool, 8))
 
 
 def _sweep(
@@ -166,7 +163,7 @@ class Judge:
         if looked is None:
             return []
         culprit, found, told = None, looked, case
-        if self.wrong(found) and not self.known(case, found):
+        if found and found[-1].causes[0] != diagnose.SILENT and not self.known(case, found):
             culprit, case, found = self.alone(case, found)
         for finding in found:
             if finding.evidence:
@@ -206,7 +203,7 @@ class Judge:
 
     def alone(self, case: Case, found: list[Finding]) -> tuple[Case | None, Case, list[Finding]]:
         """A failing case in new processes: as simple as it still fails, or what came before it that it needs."""
-        if not self.wrong(again := self.look(case, new=True)):
+        if not (again := self.look(case, new=True)):
             # one search is enough: what is kept between calls is kept in all cases
             before = [one for one in self.ran if one.world == case.world and self.cause != diagnose.EARLIER]
             while len(before) > 1:  # halves, of which one is enough
@@ -214,11 +211,11 @@ class Judge:
                 before = half if self.after(half, case) else before[: len(before) // 2]
             culprit = before[0] if before and self.after(before, case) else None
             self.cause = diagnose.EARLIER if culprit else self.cause
-            for f in found:
+            for f in found if self.cause == diagnose.EARLIER or found[-1].kind not in ("message", "hang") else ():
                 causes = [self.cause]
                 if culprit and f.evidence:  # is it that case's numbers?
                     got, wrong, truths, i = f.evidence
-                    told = diagnose.name(case, truths[i], got, wrong, [Truth(culprit, culprit.data())], [], deep=False)
+                    told = diagnose.name(truths[i], got, wrong, [Truth(culprit, culprit.data())], [], deep=False)
                     causes = told if told[0].startswith(diagnose.CALLS) else causes
                 f.diagnosis, f.causes, f.evidence = causes[0], causes, None
             return culprit, case, found
@@ -231,13 +228,14 @@ class Judge:
                     return None, other, trial
                 if trial == [] and again[-1].causes[0].startswith("it raises"):
                     again[-1].causes, again[-1].diagnosis = [cause], f"{cause}: {again[-1].diagnosis}"
-            return None, case, again
-        self.simplified += 1
-        if self.simplified > SIMPLIFIED:
+        self.simplified += again[-1].kind in VALUES
+        if self.simplified > SIMPLIFIED or again[-1].kind not in VALUES:
             return None, case, again
         for _ in range(2):  # what could not go at first may go once other things have gone
             for names in SIMPLER:
-                if (less := case.without(names)) != case and self.wrong(trial := self.look(less), VALUES):
+                # numbers must be wrong: a simpler case may lack an argument, and crash
+                less = case.without(names)
+                if less != case and (trial := self.look(less)) and trial[-1].kind in VALUES:
                     case, again = less, trial
         self.simplest = case
         return None, case, again
@@ -251,16 +249,14 @@ class Judge:
                 return False
             last.diagnosis, last.evidence = last.causes[0], None
             return True
-        return any(last.diagnosis == f.diagnosis for f in self.report.findings)
+        told = last.kind in ("message", "hang")  # in numbers of its own
+        return any(last.causes == f.causes if told else last.diagnosis == f.diagnosis for f in self.report.findings)
 
     def after(self, before: list[Case], case: Case) -> bool:
         """Whether a case fails after these, in new processes."""
         for i, one in enumerate(before):
             self.run(one, new=i == 0)
-        return self.wrong(self.look(case))
-
-    def wrong(self, found: list[Finding] | None, kinds: Sequence[str] = (*VALUES, "crash")) -> bool:
-        return any(f.kind in kinds for f in found or ())
+        return bool(self.look(case))
 
     def run(self, case: Case, poison: float = math.nan, fresh: float = math.nan, new=False) -> dict[int, dict]:
         """Every rank's results."""
@@ -296,9 +292,9 @@ class Judge:
             return _finding(case, kind, cause, detail, rank=rank, where=where(line) if line else None)
 
         died = [rank for rank, r in results.items() if "crash" in r]
-        errors = {rank: r["error"] for rank, r in results.items() if r["error"]}
-        # nor does a rank that lost its connection to one that died have a story of its own
-        errors = {rank: e for rank, e in errors.items() if not died or "onnection" not in e["text"]}
+        # a rank that lost its connection to one that died has no story of its own
+        told = ((rank, r["error"]) for rank, r in results.items() if r["error"])
+        errors = {rank: e for rank, e in told if not died or "onnection" not in e["text"]}
         seen = [(rank, f) for rank, r in results.items() for f in r.get("findings", ())]
         seen = [(rank, f) for rank, f in seen if not ((errors or died) and f["kind"] == "unfinished")]
         if differ := diagnose.mismatched(results):
@@ -433,7 +429,7 @@ class Judge:
             return [where]
         others = truths[:index] + truths[index + 1 :]
         unknown = sum(f.causes[0].startswith(diagnose.UNKNOWN) for f in found)
-        causes = diagnose.name(case, truth, got, wrong, others, known, self.way, unknown < DEEP, quickly)
+        causes = diagnose.name(truth, got, wrong, others, known, self.way, unknown < DEEP, quickly)
         if quickly and not causes:
             return []
         if causes[0].startswith(diagnose.UNKNOWN) and any((x.isinf() & ~want.isinf()).any() for x, want in pairs):
@@ -465,8 +461,8 @@ class Judge:
         slope = facts["exponent of the peak in p (n/p fixed)"]
         if slope > 0.4:
             text = f"claims a ring, holds O(n): with n/p fixed the peak grows as p^{slope:.2f}"
-            told = {"tensor": "bytes", "error": slope, "budget": 0.4}
-            self.report.findings.append(_finding(Case("growth", 8), "growth", text, **told))
+            told = _finding(Case("growth", 8), "growth", text, tensor="bytes", error=slope, budget=0.4)
+            self.report.findings.append(told)
 
 
 def _misfit(name: str, x: Tensor | None, want: Tensor, case: Case) -> str | None:

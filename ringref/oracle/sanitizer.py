@@ -164,9 +164,7 @@ class Post(dist.Work):
     A message names its `peer`, as the group counts; a collective has none. `sent` are the bytes that must leave.
     """
 
-    def __init__(
-        self, group: Watched, kind: str, reads: list, writes: list, sent: float, peer: Any = None, tag: int = 0
-    ):
+    def __init__(self, group: Watched, kind: str, reads: list, writes: list, sent: float, peer: Any = None, tag=0):
         super().__init__()
         self.group, self.kind, self.reads, self.writes, self.peer = group, kind, reads, writes, peer
         self.spans = [_span(x, False) for x in reads if x.numel()] + [_span(x, True) for x in writes if x.numel()]

@@ -14,8 +14,6 @@ from torch import Tensor
 
 from .cases import SCORE_MODS, index, modified, sunk
 
-PAIRED = {"times", "scale", "K_of", "V_of"}  # ingredients that may differ from pair to pair
-
 
 class Scene:
     """One step of a case in float64. Its attributes are the ingredients; `forward` and `backward` take others by name.
@@ -129,12 +127,16 @@ class Scene:
         some = {"the own block": hop == 0, "received blocks": hop > 0, "the last hop": hop == p - 1}
         some |= {"hop 1": hop == 1, "hops after 1": hop > 1} | {f"hop {t}": hop == t for t in range(2, p - 1)}
         some |= {"blocks of earlier ranks": self.theirs < self.mine, "blocks of later ranks": self.theirs > self.mine}
+        some |= {"the first rank's block elsewhere": (self.theirs == 0) & (self.mine > 0)}
         return {text: pairs for text, pairs in some.items() if pairs.any() and not pairs.all()}
+
+    def among_blocks(self, pairs: Tensor) -> Tensor:
+        """How many of some pairs, b h m n, are in a pair's block."""
+        block = self.mine * self.p + self.theirs
+        return torch.zeros(self.p**2).index_add(0, block.flatten(), pairs.sum((0, 1)).flatten().float())[block]
 
     def on(self, pairs: Tensor, changed: dict[str, Any]) -> dict[str, Any]:
         """Ingredients that are changed for some pairs only."""
-        if changed.keys() - PAIRED:
-            raise ValueError("this is no pair's own")
         each = ((name, torch.as_tensor(x), torch.as_tensor(getattr(self, name))) for name, x in changed.items())
         return {name: torch.where(pairs, x, usual) for name, x, usual in each}
 
