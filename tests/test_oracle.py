@@ -20,8 +20,10 @@ import torch.distributed as dist
 import zoo
 
 import ringref
-from ringref.oracle import FEATURES, Case, Pool, Report, adapt, cases, check
+from ringref.oracle import FEATURES, Case, Pool, Report, adapt, cases, check, diagnose
 from ringref.oracle.cli import main
+from ringref.oracle.scene import Scene, rows
+from ringref.oracle.truth import Truth
 
 # ------------------------------------------------------------- two correct candidates, as somebody
 # would write them
@@ -285,6 +287,77 @@ def test_mistakes_are_named(bug, pool):
     assert MISTAKES[bug] in report.diagnosis, str(report)
     assert max(map(len, str(report).splitlines())) <= 80
     json.loads(report.to_json())
+
+
+def own_sum(s):
+    outs, lses, _ = s.forward(times=next(s.parts(s.hop))[1]).values()
+    return {"out": (outs * rows((lses - lses[0]).exp())).sum(0), "lse": lses[0]}
+
+
+def own_maximum(s):
+    return {"lse": s.L - s.top + s.forward(times=s.times * (s.hop == 0))["top"]}
+
+
+def seen(s, pairs):
+    return {name: x for name, x in s.forward(times=s.times.clamp(max=0) + pairs).items() if name != "top"}
+
+
+def later_block(s):  # the first rank's block sees what a later rank's sees, the late half of the queries all of it
+    late = 2 * s.here >= s.case.n // s.p
+    return seen(s, torch.where((s.theirs == 0) & (s.mine > 0), late, s.j <= s.i))
+
+
+NEAR, SUNK = Case("near", p=4, n=32, window=(3, 2)), Case("sink", p=2, n=12, sink=True)
+ALTERED = {  # numbers that a mistake would give, and what they are called
+    "the sink is missing in lse, but not in out": (SUNK, lambda s: {"lse": s.forward(sink=None)["lse"]}),
+    "the sink is missing in out, but not in lse": (SUNK, lambda s: {"out": s.forward(sink=None)["out"]}),
+    "divided by the sum of the first of blocks alone": (Case("full", p=3, n=18), own_sum),
+    "the maximum of the first of blocks alone": (Case("full", p=3, n=18), own_maximum),
+    "window (left) ignored for the first token": (
+        NEAR, lambda s: seen(s, ((s.i - s.j <= 3) | (s.j == 0)) & (s.j - s.i <= 2))
+    ),
+    "ignored, but for blocks of which nothing is seen": (
+        NEAR, lambda s: seen(s, (s.mine - s.theirs).abs() <= 1)
+    ),
+    "as for a later block, on the first rank's block": (
+        Case("causal", p=3, n=24, causal=True, layout="zigzag"), later_block
+    ),
+    "kept by its shape": (
+        Case("causal", p=2, n=12, causal=True), lambda s: seen(s, (s.here >= s.there) & (s.mine >= s.theirs))
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("says", ALTERED)
+def test_numbers_are_named(says):
+    case, change = ALTERED[says]
+    truth = Truth(case, case.data())
+    wrong = change(Scene(case, truth))
+    got = {name: [truth.part(name, r, truth.whole | wrong) for r in range(case.p)] for name in ("out", "lse")}
+    assert says in diagnose.name(truth, got, list(wrong), [], [])[0]
+
+
+def test_a_simpler_case_is_one_that_was_asked(pool):
+    decode = {"queries": 1, "replicated": True, "plan": "inference"}
+    case = Case("causal + d 12 + decode", p=2, n=12, d=12, causal=True, **decode)
+    assert case.without(["plan", "causal"]) == Case("full + d 12 + decode", p=2, n=12, d=12, **decode)
+    assert case.without(["d"]).name == "causal + decode"
+    report = check(zoo.build("serving_kv_positions_ignored"), only=[case], pool=pool)
+    assert "positions of queries taken for those of keys" in report.diagnosis, str(report)
+
+
+@pytest.mark.parametrize(
+    "name, kind, says",
+    [
+        ("rotating_one_shift_for_all", "crash", "a rank without tokens makes it raise: it raises RuntimeError"),
+        ("rotating_equal_shards_assumed", "message", "message of the wrong size"),
+    ],
+)
+def test_an_empty_rank_is_told_from_what_it_hides(name, kind, says, pool):
+    case = Case("full + empty", p=2, n=4, lengths=(0, 4), positions=True)
+    report = check(zoo.build(name), only=[case], pool=pool)
+    assert says in report.diagnosis or says in report.findings[0].diagnosis, str(report)
+    assert [f.kind for f in report.findings] == [kind]
 
 
 @pytest.mark.parametrize("fn, holds", [(ring, True), (gathering, False)])

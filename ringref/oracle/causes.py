@@ -341,14 +341,14 @@ def forwards(s: Scene) -> Iterator[Guess]:
         yield f"rows of out {text}", lambda change=change: {"out": s.moved(s.O, change)}
         yield f"rows of lse {text}", lambda change=change: {"lse": s.moved(rows(s.L), change)[..., 0].transpose(1, 2)}
     yield from tried(s, s.forward)
-    yield from merges(s)
-    yield "out is divided by lse instead of exp(lse − max)", lambda: {"out": s.O * rows((s.L - s.top).exp() / s.L)}
-    yield "out is divided by lse instead of exp(lse)", lambda: {"out": s.O * rows(s.L.exp() / s.L)}
-    yield "out is not normalised", lambda: {"out": s.O * rows(s.L.exp())}
     if s.sink is not None:
         out, lse, _ = s.forward(sink=None).values()
         yield "the sink is missing in out, but not in lse", partial(dict, out=out)
         yield "the sink is missing in lse, but not in out", partial(dict, lse=lse)
+    yield from merges(s)
+    yield "out is divided by lse instead of exp(lse − max)", lambda: {"out": s.O * rows((s.L - s.top).exp() / s.L)}
+    yield "out is divided by lse instead of exp(lse)", lambda: {"out": s.O * rows(s.L.exp() / s.L)}
+    yield "out is not normalised", lambda: {"out": s.O * rows(s.L.exp())}
     for count in sorted({1, s.case.n // s.p, 2 * s.p, s.p * max(map(len, s.case.shards)) - s.case.n} - {0}):
         lse = torch.logaddexp(s.L, torch.tensor(math.log(count)))
         text = "a zero key is attended: a sum that starts at 1, or padding" if count == 1 else "padding is attended"
@@ -384,8 +384,9 @@ STEPS: dict[str, Callable] = {
 
 def merges(s: Scene) -> Iterator[Guess]:
     """Right parts, merged wrongly: all at once, or one after the other."""
-    for what, parts in s.parts(*(s.hop, -s.hop % s.p, s.owner[1].expand_as(s.hop))[: 3 * (s.p > 1 or s.sink is None)]):
+    for what, parts in s.parts(s.hop, -s.hop % s.p, s.owner[1].expand_as(s.hop)):
         outs, lses, top = s.forward(times=parts, sink=None).values()
+        outs = outs * rows((lses.logsumexp(0) - s.L).exp().nan_to_num())  # a sink comes after the merging
         there = lses.isfinite()
         finite = lses.masked_fill(~there, 0.0)
         low, top = (x.masked_fill(~there, -1e30) for x in (lses, top))
