@@ -249,8 +249,12 @@ class Judge:
                 return False
             last.diagnosis, last.evidence = last.causes[0], None
             return True
-        told = last.kind in ("message", "hang")  # in numbers of its own
-        return any(last.causes == f.causes if told else last.diagnosis == f.diagnosis for f in self.report.findings)
+        # messages and hangs have numbers of their own; what raises is told in the same words
+        told = last.kind in ("message", "hang")
+        same = [f for f in self.report.findings if (f.causes == last.causes if told else last.diagnosis in f.diagnosis)]
+        if same and not told:
+            last.causes, last.diagnosis = same[0].causes, same[0].diagnosis
+        return bool(same)
 
     def after(self, before: list[Case], case: Case) -> bool:
         """Whether a case fails after these, in new processes."""
