@@ -97,7 +97,8 @@ def views_of(s: Scene) -> Iterator[tuple[str, Tensor, Tensor]]:
     i, j, mine, theirs, here, there = s.i, s.j, s.mine, s.theirs, s.here, s.there
     late = n - case.m  # a query's index is its position less this
     yield "with query and key swapped", j, i
-    yield "by rank instead of position", mine, theirs
+    if not case.window:  # which is no number of ranks
+        yield "by rank instead of position", mine, theirs
     yield from ((f"off by one (key j taken for j {by:+d})", i, j + by) for by in (1, -1))
     yield from ((f"a token too {text}", i + by, j + by) for text, by in (("late", -1), ("early", 1)))
     if case.queries:
@@ -109,9 +110,7 @@ def views_of(s: Scene) -> Iterator[tuple[str, Tensor, Tensor]]:
     for layout in LAYOUTS if case.lengths is None and not callable(case.layout) and not case.queries else ():
         frames[f"as in a {layout} layout"] = [torch.cat(replace(case, layout=layout).shards)[s.order[1]]] * 2
     for text, size in {"n div p": n // p, "the longest shard": max(map(len, case.shards))}.items():
-        frames[f"with rank · {text} for its first position"] = [
-            o * size + x for o, x in zip(s.owner, s.loc, strict=True)
-        ]
+        frames[f"with rank · {text} for its first position"] = [s.owner[x] * size + s.loc[x] for x in (0, 1)]
     for text, (a, b) in frames.items():
         a, b = a[:, None].expand_as(i), b.expand_as(i)
         yield from ((text, a, b), (f"{text}, queries only", a, j), (f"{text}, keys only", i, b))
@@ -162,10 +161,9 @@ def sights(s: Scene, most: int) -> Iterator[Change]:
     met = s.among_blocks(s.times > 0) > 0
     for names in some:
         what, right = " and ".join(names), rules.keys() - set(names)
-        yield f"{what} ignored", partial(seen, right)
-        yield f"{what} ignored{SKIPPED}", partial(seen, right, rule=met)
-        for (after, rule), (text, *view) in itertools.product([("", 1.0), (SKIPPED, met)][: most - 1], views):
-            yield f"{what} {text}{after}", partial(seen, right, names, view, rule)
+        each = itertools.product([("", 1.0), (SKIPPED, met)][: most - 1], [("ignored",), *views])
+        for (after, rule), (text, *view) in each:
+            yield f"{what} {text}{after}", partial(seen, right, names if view else (), view, rule)
 
 
 def counted(s: Scene) -> Iterator[Change]:

@@ -205,18 +205,19 @@ class Judge:
         """A failing case in new processes: as simple as it still fails, or what came before it that it needs."""
         if not (again := self.look(case, new=True)):
             # one search is enough: what is kept between calls is kept in all cases
-            before = [one for one in self.ran if one.world == case.world and self.cause != diagnose.EARLIER]
+            before = [one for one in self.ran if one.world == case.world and self.cause == diagnose.RACE]
             while len(before) > 1:  # halves, of which one is enough
                 half = before[len(before) // 2 :]
                 before = half if self.after(half, case) else before[: len(before) // 2]
             culprit = before[0] if before and self.after(before, case) else None
             self.cause = diagnose.EARLIER if culprit else self.cause
-            for f in found if self.cause == diagnose.EARLIER or found[-1].kind not in ("message", "hang") else ():
+            for f in found if self.cause != diagnose.RACE or found[-1].kind not in ("message", "hang") else ():
                 causes = [self.cause]
                 if culprit and f.evidence:  # is it that case's numbers?
                     got, wrong, truths, i = f.evidence
                     told = diagnose.name(truths[i], got, wrong, [Truth(culprit, culprit.data())], [], deep=False)
                     causes = told if told[0].startswith(diagnose.CALLS) else causes
+                    self.cause = causes[0]
                 f.diagnosis, f.causes, f.evidence = causes[0], causes, None
             return culprit, case, found
         if again[-1].kind == "crash":
