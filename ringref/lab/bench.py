@@ -31,8 +31,8 @@ from ..comm.process import ProcessRing
 from ..comm.simulate import simulate
 from ..engine import kernels
 from ..shard import Attended, Dilation, Shard, partition, wide
-from . import folder, whole
 from .memory import measured, predicted
+from .shell import folder, whole
 
 METHODS = {"ring": ring_attention, "collective": collective_attention}
 HEADS, HEAD_DIM, REPEATS = 16, 128, 10

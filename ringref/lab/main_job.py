@@ -20,9 +20,10 @@ import ringref
 from ringref import Dilation, Shard, launch, partition
 
 from ..comm.launch import MOST
-from . import draw, folder, whole
+from . import draw
 from .memory import METHODS, measured, predicted
 from .model import ByteLM, text
+from .shell import folder, whole
 
 _ABOUT = """Run four versions of attention on a real text over processes; judge each against float64.
 
