@@ -89,7 +89,6 @@ class ProcessRing(Ring):
     def _post(self, outgoing, into):
         self._hop += 1
         where = f"rank {self.rank}, hop {self._hop}: the exchange with ranks {sorted({*outgoing, *into})}"
-        _tell(f"{where} is posted")
         self._begin(where)
         with self._named(where):
             if self._peers and all(x.is_cuda for message in (*outgoing.values(), *into.values()) for x in message):
@@ -100,8 +99,7 @@ class ProcessRing(Ring):
         def finish():
             with self._named(where):
                 wait()
-            self._under_way -= 1
-            _tell(f"{where} is done")
+            self._end(where, "is done")
 
         return finish
 
@@ -128,20 +126,19 @@ class ProcessRing(Ring):
         # a stream of its own, so that reading a header does not wait for the computation queued
         # before it
         where = f"rank {self.rank}, hop {self._hop}: the header after it"
-        _tell(f"{where} is posted")
         self._begin(where)
         with torch.cuda.stream(self._side) if self._side else nullcontext(), self._named(where):
             mine = torch.nn.functional.pad(row, (0, max(lengths) - len(row))).to(device)
             rows = mine.new_empty(self.size, len(mine))
             dist.all_gather(list(rows), mine, group=self.group)
             every = rows.cpu()
-        self._under_way -= 1
-        _tell(f"{where} is done")
+        self._end(where, "is done")
         return [every[r, : lengths[r]] for r in range(self.size)]
 
     def _begin(self, where: str) -> None:
-        """Count what is under way, which is one thread's: the messages of two would be taken for each other's. On a GPU
-        autograd goes backward in a thread of its own, and what was broken off before is no second user.
+        """Tell what is posted, and count what is under way, which is one thread's: the messages of two would be taken
+        for each other's. On a GPU autograd goes backward in a thread of its own, and what was broken off before is no
+        second user.
         """
         me = threading.get_ident()
         if self._under_way and self._thread != me and self.transport == "gloo":
@@ -149,20 +146,26 @@ class ProcessRing(Ring):
                 f"{where}: two threads of rank {self.rank} use its ring at once; give each its own group"
             )
         self._under_way, self._thread = self._under_way + 1, me
+        _tell(f"{where} is posted")
+
+    def _end(self, where: str, how: str) -> None:
+        """Tell how it has ended, and count it no more."""
+        self._under_way -= 1
+        _tell(f"{where} {how}")
 
     @contextmanager
     def _named(self, where: str) -> Iterator[None]:
         """Say where a transport's error broke in, and after a timeout who did not come."""
         try:
             yield
-        except BaseException as error:
-            self._under_way -= 1
-            if not isinstance(error, (RuntimeError, OSError)):
-                raise
-            _tell(f"{where} broke off")
+        except (RuntimeError, OSError) as error:
+            self._end(where, "broke off")
             late = self._late(where) if "timed out" in str(error).lower() else ""
             told = "".join(f"; {word}" for word in _notes(self._world_ranks))
             raise BrokenOff(f"{where} broke off: {error}{late}{told}") from error
+        except BaseException:
+            self._under_way -= 1
+            raise
 
     def _report(self, words):
         _leave_note(words)

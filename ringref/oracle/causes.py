@@ -544,7 +544,7 @@ def somewhere(s: Scene, about: list[str], whole: dict[str, Tensor]) -> Iterator[
 def crossed(s: Scene, truth: Any, others: list) -> Iterator[Guess]:
     """What calls do to each other."""
     for other in others:
-        o = Scene(other.case, other)
+        o = other.scene
         yield f"{CALLS} what one forward saved is overwritten by the next", partial(o.backward, do=s.do, dlse=s.dlse)
         yield f"{CALLS} it is the other's", partial(dict, other.whole)
         grads = {n: x for n, x in other.whole.items() if n in GRADS}

@@ -49,13 +49,8 @@ TAKES = {  # what a case has that fails no more without it, where no number says
     ("plan", "steps"): f"{CALLS} something is kept from step to step",
 }
 VAGUE = (UNKNOWN, "NaN or inf", "it raises", EARLIER, RACE)  # what a finding says when it has nothing better
-NO_ROOM = (
-    RuntimeError,
-    IndexError,
-    ValueError,
-    TypeError,
-    KeyError,
-)  # what a mistake gives that a case has no room for
+# what a mistake gives that a case has no room for
+NO_ROOM = (RuntimeError, IndexError, ValueError, TypeError, KeyError)
 HARMLESS = ("unfinished work", "an input was written to")  # values are worth a look all the same
 
 
@@ -137,7 +132,7 @@ def far(case: Any) -> str | None:
 
 def not_finite(case: Any, truth: Any, got: dict[str, list[Tensor]], wrong: list[str]) -> str:
     """NaN or inf that the oracle did not plant, by the rows where it is."""
-    s, name = Scene(case, truth), wrong[0]
+    s, name = truth.scene, wrong[0]
     blind = s.L == -math.inf
     lses = torch.cat([s.forward(times=parts)["lse"] for _, parts in s.parts(s.hop)])
     partly = (lses == -math.inf).any(0) & ~blind

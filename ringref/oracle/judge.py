@@ -109,7 +109,9 @@ def _more_than_0(x: Any) -> bool:
     return isinstance(x, (int, float)) and not isinstance(x, bool) and x > 0
 
 
-_shared_pool = functools.cache(functools.partial(Pool, 8))
+@functools.cache
+def _shared_pool() -> Pool:
+    return Pool(8)
 
 
 def _sweep(

@@ -437,7 +437,7 @@ def fresh(value: float, device: str) -> Iterator[None]:
             yield
         return
     before = torch.get_deterministic_debug_mode()
-    try:  # what has a longer name imports the compiler, for a second in each process
+    try:  # use_deterministic_algorithms would import the compiler too, a second in each process
         torch.set_deterministic_debug_mode("warn" if device == "cpu" else "default")
         yield
     finally:
