@@ -55,7 +55,8 @@ def ring_attention(
 
 def rotating(trip: Trip):
     """My own keys, then those of the rank before me, the one before that …; their gradients follow one hop behind, and
-    leave for home from the last rank that sees any of them.
+    leave for home from the last rank that sees any of them. In the backward my own come last, under the message that
+    brings my gradients home.
     """
     ring, me, p = trip.ring, trip.ring.rank, trip.ring.size
     after, before = (me + 1) % p, (me - 1) % p
@@ -64,7 +65,8 @@ def rotating(trip: Trip):
         return trip.load((me - back) % p, hop)
 
     arriving = ring.exchange({after: trip.pack(load(0, 1))}, {before: trip.space(load(1, 1))}) if p > 1 else None
-    yield trip.own
+    if not trip.backward:
+        yield trip.own
     returning, home = None, None
     for hop in range(1, p):
         here, onward = load(hop, hop), load(hop, hop + 1)
@@ -75,7 +77,7 @@ def rotating(trip: Trip):
             del keys_on
         gradients = yield trip.blocks(here, keys)
         keys = None  # before the gradients' buffers are made
-        if gradients is None:
+        if not trip.backward:
             continue
         arrived = returning.wait() if returning else {}
         if len(here):
@@ -87,6 +89,8 @@ def rotating(trip: Trip):
             home = into[(me + hop) % p] = trip.space(load(0, 1), summed=hop > 1)
         returning = ring.exchange({to: gradients} if len(here) else {}, into)
         gradients = came = arrived = into = None
+    if trip.backward:
+        yield trip.own
     yield None
     if returning:
         returning.wait()

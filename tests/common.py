@@ -224,9 +224,9 @@ def sweep(kernel, dtype, d, device, queries, keys) -> tuple[int, dict]:
             x, y = (z[..., None] if name == "lse" else z for z in (x.double(), y))
             norm = partial(torch.linalg.vector_norm, dim=(0, 1, 2, 4))
             most = 1e-5 if name == "lse" else 16 * torch.finfo(dtype).eps + 1e-3
-            # what is 0 but for rounding is measured by what it is a difference of
+            # what is 0 but for rounding is measured by what it is a difference of, in units of float32 at the least
             parts = norm(dout) * norm(v) * (norm(k) / n if name == "dq" else norm(q) / c**0.5)
-            least = 1e-5 * parts if name in ("dq", "dk") else 1e-30
+            least = max(1e-5, torch.finfo(torch.float32).eps / 2 / most) * parts if name in ("dq", "dk") else 1e-30
             for at, error in zip(LEVELS, (norm(x - y) / (norm(y) + least)).tolist(), strict=True):
                 if not error <= most:
                     wrong[kind, c, n, at, name] = error

@@ -8,12 +8,14 @@ import queue
 import random
 import threading
 import time
+from itertools import product
 
 import pytest
 import torch
 import torch.distributed as dist
-from common import everything
+from common import Results, assert_close, both_ways, everything, inputs
 
+import ringref
 from ringref.comm.peer import _WAIT, Mailbox, Peers, Unreachable
 from ringref.comm.ring import Ring, Traffic
 from ringref.comm.simulate import simulate
@@ -68,7 +70,11 @@ class Host:
         return False
 
     def begin(self):
-        self._tasks.put(lambda: time.sleep(self._dice.random() * self._lateness))
+        return time.sleep, self._dice.random() * self._lateness
+
+    def follow(self, start):
+        sleep, seconds = start
+        self._tasks.put(lambda: sleep(seconds))
 
     def prepare(self, operations):
         return operations
@@ -113,11 +119,14 @@ class PeerRing(Ring):
     """A rank of a ring over `Peers` and a `Host`."""
 
     def __init__(self, rank, size, store, timeout=20.0, **how):
-        self.rank, self.size, self.traffic, self.calls = rank, size, Traffic(), 0
+        self.rank, self.size, self.traffic = rank, size, Traffic()
         self.peers = Peers(rank, size, store, lambda: Host(**how), timeout)
 
-    def _post(self, outgoing, into):
-        return self.peers.post(outgoing, into, self.calls, f"rank {self.rank}'s exchange")
+    def _post(self, outgoing, into, number=0):
+        return self.peers.post(outgoing, into, number, f"rank {self.rank}'s exchange")
+
+    def numbers(self, outgoing, into):
+        return True
 
 
 def ranks(fn, p, each=lambda rank: {}, **how):
@@ -178,6 +187,72 @@ def test_a_late_rank_is_waited_for():
     assert good(ranks(late, 3)) == [2, 0, 1]
 
 
+def test_who_does_not_wait_for_what_it_posted_holds_nobody_up():
+    came = threading.Event()
+
+    def dawdle(ring):
+        if ring.rank == 1:
+            time.sleep(0.2)  # so that the others find no offer of its when they post
+        posted = ring.rotate((torch.full((7,), ring.rank),), (torch.empty(7, dtype=torch.int64),))
+        if ring.rank == 0:
+            assert came.wait(20)
+        found = posted.wait()[0][0].item()
+        if ring.rank == 1:
+            came.set()
+        return found
+
+    assert good(ranks(dawdle, 3)) == [2, 0, 1]
+
+
+def test_a_host_need_not_wait_to_post():
+    def ahead(ring):
+        if ring.rank == 1:
+            time.sleep(0.5)
+        start = time.monotonic()
+        posted = [
+            ring.rotate((torch.full((7,), i + ring.rank),), (torch.empty(7, dtype=torch.int64),)) for i in range(3)
+        ]
+        taken = time.monotonic() - start
+        return taken, [x.wait()[0][0].item() for x in reversed(posted)]  # in whatever order
+
+    found = good(ranks(ahead, 3))
+    assert all(taken < 0.4 for taken, _ in found)
+    assert [came for _, came in found] == [[4, 3, 2], [2, 1, 0], [3, 2, 1]]
+
+
+def test_short_rows_are_told_by_the_hosts():
+    def tell(ring):
+        rows = [[r, 10**18 + r] for r in range(3)]
+        assert all(ring.peers.tell(rows[ring.rank]) == rows for _ in range(20))
+        everything(ring, rounds=1)
+        assert ring.peers.tell([]) == [[]] * 3
+
+    good(ranks(tell, 3))
+
+
+METHODS = [ringref.dilated_attention, ringref.collective_attention, ringref.ring_attention]
+
+
+@pytest.mark.parametrize("p", [2, 4])
+def test_every_method(p):
+    given = inputs(36, d=4)
+    true = both_ways(ringref.dense_attention, given, causal=True)
+
+    def on_a_rank(ring):
+        found = []
+        for method, layout in product(METHODS, ("contiguous", "zigzag")):
+            shard = ringref.partition(36, ring, layout)
+            mine = given.cut(shard.positions, shard.positions)
+            both_ways(method, mine, causal=True, shard=shard)
+            method(*mine[:3], causal=True, shard=shard)  # a forward whose backward never comes
+            found.append((both_ways(method, mine, causal=True, shard=shard), shard.positions))
+        return found
+
+    for found in good(ranks(on_a_rank, p, lambda rank: {"lateness": 0.002 * rank})):
+        for one, at in found:
+            assert_close(one, Results(true.out[:, at], true.lse[:, :, at], *(x[:, at] for x in true[2:])))
+
+
 def hurry(ring, seconds):
     """From now on (a busy machine may need longer to come here)."""
     ring.peers.timeout = ring.peers._mailbox._timeout = seconds
@@ -218,12 +293,12 @@ def test_a_message_that_never_leaves_is_an_error_for_who_waits_for_it():
     good(ranks(stop, 2))
 
 
-@pytest.mark.parametrize("what", ["bytes", "call"])
+@pytest.mark.parametrize("what", ["bytes", "pass"])
 def test_ranks_in_different_exchanges_get_an_error(what):
     def differ(ring):
         everything(ring)
-        if what == "call":
-            ring.calls = ring.rank
+        if what == "pass":
+            ring = ring.numbered(1 + ring.rank)
         size = 4 + (what == "bytes") * ring.rank
         ring.rotate((torch.ones(size),), (torch.empty(size),)).wait()
 
@@ -269,8 +344,8 @@ def test_a_full_mailbox_is_emptied_by_who_waits_for_a_place_in_another():
     def flood(mine):
         other = 1 - mine
         for i in range(3000):
-            boxes[mine].send(other, f"[{mine}, {i}]")
-        return [boxes[mine].receive(other) for _ in range(3000)]
+            boxes[mine].send(other, f'[{mine}, "offer", {i}]')
+        return [boxes[mine].receive(other, "offer") for _ in range(3000)]
 
     found = [None, None]
     threads = [threading.Thread(target=lambda i=i: found.__setitem__(i, flood(i)), daemon=True) for i in range(2)]

@@ -4,16 +4,20 @@ A sender maps the receiver's memory into its own address space and copies straig
 is wanted: no buffer lies between. The hosts agree on the addresses, the streams on the moment:
 
     receiver's host     offers the addresses of `into`, and for memory that is new to the sender a handle to map it
-    sender's host       waits for the offer, and checks that it is for this message of this call
+    sender's host       takes the offer, and checks that it is for this message of this pass
     receiver's stream   ready = 1 at the sender · wait full == 1 · full = 0
     sender's stream     wait ready == 1 · ready = 0 · copy · full = 1 at the receiver
 
-Signals are integers in GPU memory that streams write and wait for, two for each pair of ranks and direction. Each rank
-queues an exchange on one stream of its own, first what others wait for: so its waits are for the same exchange on other
-ranks, and ranks that post alike cannot lock each other, whatever hardware queue a stream is in. All that a stream is
-told is constant: a captured exchange can be replayed, as long as its ring lives, though nobody looks at the clock then.
-`Peers` is this protocol, `Mailbox` carries the offers, and `Cuda` is what is asked of a device; the tests have a device
-of their own.
+Hosts offer when they post and take offers when they have come, at the latest in `wait`: meanwhile they launch what is
+computed under the message, and need not be in step. A thread takes the offers of who is long in coming to that, so that
+others do not wait for what it does in between. Signals are integers in GPU memory that streams write and wait for,
+two for each pair of ranks and direction. Each rank queues its exchanges on one stream of its own in the order in which
+it posted them, first what others wait for: so its waits are for the same exchange on other ranks, and ranks that post
+alike cannot lock each other, whatever hardware queue a stream is in. All that a stream is told is constant: a captured
+exchange can be replayed, as long as its ring lives, though nobody looks at the clock then. NCCL hides nothing under an
+attention kernel, be its stream of high priority or its CTA policy zero (four H200, NCCL 2.28).
+`Peers` is this protocol, `Mailbox` carries what hosts say, and `Cuda` is what is asked of a device; the tests have a
+device of their own.
 """
 
 from __future__ import annotations
@@ -28,7 +32,7 @@ import time
 import uuid
 import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 
 import torch
@@ -55,7 +59,9 @@ class Peers:
         self._maps = {r: {} for r in self._others}  # where its segments are for me
         self._offered, self._accepted = dict.fromkeys(self._others, 0), dict.fromkeys(self._others, 0)
         self._prepared: dict = {}
+        self._posted: deque[_Exchange] = deque()  # whose offers have not been taken yet
         self._flying: deque = deque()  # (mark, what it keeps alive, since when, what it is)
+        self._lock = threading.Lock()  # whoever speaks with other hosts
         self._reach(store, make_device)
         threading.Thread(target=_watch, args=(weakref.ref(self), self._closed), daemon=True).start()
 
@@ -98,33 +104,70 @@ class Peers:
         """Where the receiver is told that a sender has written it."""
         return self._pages[receiver] + 8 * sender + 4
 
-    def post(self, outgoing: dict[int, Message], into: dict[int, Message], call: int, what: str) -> Callable[[], None]:
-        """Queue an exchange after what the current stream holds; the returned function lets that stream wait for it.
-
-        The host waits for the hosts of the ranks that it sends to, until they have posted the same exchange.
+    def post(
+        self, outgoing: dict[int, Message], into: dict[int, Message], number: int, what: str
+    ) -> Callable[[], None]:
+        """Post an exchange that follows what the current stream holds; the returned function lets that stream wait for
+        it. `number` must be the same on both sides of a message.
         """
-        device = self._device
         self._check()
         outgoing = {r: tuple(x.contiguous() for x in message) for r, message in outgoing.items()}
+        one = _Exchange(outgoing, into, number, what, self._device.begin(), self._device.capturing())
+        with self._lock:
+            with self._or_broken():
+                for peer, message in into.items():
+                    self._offer(peer, message, number)
+            self._posted.append(one)
+            self._take_offers()
+
+        def finish():
+            with self._lock:
+                self._check()
+                while one.mark is None:
+                    self._queue(self._posted.popleft())
+            one.mark.join()
+            one.kept.clear()
+
+        return finish
+
+    def _take_offers(self, captured: bool = True) -> None:
+        """Queue the exchanges that need not be waited for."""
+        while self._posted and captured >= self._posted[0].captured and self._mailbox.has(self._posted[0].outgoing):
+            self._queue(self._posted.popleft())
+
+    def look_after(self) -> None:
+        """What must not wait for this rank's host, which may be busy, or held up by its device."""
+        if self._lock.acquire(blocking=False):
+            try:
+                self._take_offers(captured=False)
+            except RuntimeError:  # it is kept for whoever uses the ring next
+                pass
+            finally:
+                self._lock.release()
+        self.overdue()
+
+    def _queue(self, one: _Exchange) -> None:
+        """Take the offers for an exchange, and queue it."""
+        device = self._device
         with self._or_broken():
-            for peer, message in into.items():
-                self._offer(peer, message, call)
-            copies = [copy for peer, message in outgoing.items() for copy in self._accept(peer, message, call)]
-        first, last = self._signals_of(tuple(outgoing), tuple(into))
-        device.begin()
+            copies = [x for peer, message in one.outgoing.items() for x in self._accept(peer, message, one.number)]
+        first, last = self._signals_of(tuple(one.outgoing), tuple(one.into))
+        device.follow(one.start)
         device.signal(first)
         device.copy(copies)
         device.signal(last)
-        mark, kept = device.end(), [outgoing, into]  # until the stream that may reuse their memory waits for the mark
-        if not device.capturing():  # a mark in a graph cannot be looked at
-            self._flying.append((mark, kept, time.monotonic(), what))
+        one.mark = device.end()
+        if not one.captured:  # a mark in a graph cannot be looked at
+            self._flying.append((one.mark, one.kept, time.monotonic(), one.what))
+        one.outgoing = one.into = None
 
-        def finish():
-            self._check()
-            mark.join()
-            kept.clear()
-
-        return finish
+    def tell(self, row: list[int]) -> list[list[int]]:
+        """Every rank's row of a few integers, in rank order."""
+        self._check()
+        with self._lock, self._or_broken():
+            for peer in self._others:
+                self._mailbox.send(peer, json.dumps([self.rank, "row", row]))
+            return [row if r == self.rank else self._mailbox.receive(r, "row")[0] for r in range(self.size)]
 
     def _signals_of(self, to: tuple[int, ...], sources: tuple[int, ...]) -> tuple:
         """What a stream is told before and after the copies of an exchange."""
@@ -137,7 +180,7 @@ class Peers:
             self._prepared[to, sources] = prepare(first), prepare(last)
         return self._prepared[to, sources]
 
-    def _offer(self, peer: int, message: Message, call: int) -> None:
+    def _offer(self, peer: int, message: Message, number: int) -> None:
         if not all(x.is_contiguous() for x in message):
             raise ValueError("into: received tensors must be contiguous")
         places = [(*self._device.locate(x.data_ptr()), x.nbytes) for x in message]
@@ -149,18 +192,19 @@ class Peers:
             told -= set(gone)
         self._offered[peer] += 1
         handles = [(key, self._device.export(key).hex()) for key in fresh]
-        self._mailbox.send(peer, json.dumps([self.rank, call, self._offered[peer], places, handles, gone]))
+        self._mailbox.send(peer, json.dumps([self.rank, "offer", number, self._offered[peer], places, handles, gone]))
 
-    def _accept(self, peer: int, message: Message, call: int) -> list[tuple[int, int, int]]:
+    def _accept(self, peer: int, message: Message, number: int) -> list[tuple[int, int, int]]:
         """(to, from, bytes) of each tensor of a message, once the peer has said where it wants them."""
-        its_call, number, places, handles, gone = self._mailbox.receive(peer)
+        its_number, count, places, handles, gone = self._mailbox.receive(peer, "offer")
         self._accepted[peer] += 1
-        mine = call, self._accepted[peer], [x.nbytes for x in message]
-        its = its_call, number, [count for *_, count in places]
+        mine = number, self._accepted[peer], [x.nbytes for x in message]
+        its = its_number, count, [size for *_, size in places]
         if mine != its:
             raise RuntimeError(
-                "the ranks are not in the same exchange: (call, message, bytes of its tensors) "
-                f"are {mine} on rank {self.rank} and {its} on rank {peer}"
+                "the ranks are not in the same exchange: (pass, message, bytes of its tensors) "
+                f"are {mine} on rank {self.rank} and {its} on rank {peer}; all ranks must make the same calls, and run "
+                "backward of the same, in the same order"
             )
         maps = self._maps[peer]
         for key in gone:
@@ -195,12 +239,24 @@ class Peers:
 
     def __del__(self):
         self._closed.set()
-        if self.broken or not all(mark.done() for mark, *_ in self._flying):
+        if self.broken or self._posted or not all(mark.done() for mark, *_ in self._flying):
             _abandoned.append((self._signals, self._flying))  # others may still write to it
             return
         for maps in self._maps.values():
             for base in maps.values():
                 self._device.close(base)
+
+
+class _Exchange:
+    """What has been posted; `mark` is set when it is queued, `kept` emptied when the stream that may reuse that memory
+    waits for the mark.
+    """
+
+    def __init__(
+        self, outgoing: dict[int, Message], into: dict[int, Message], number: int, what: str, start, captured: bool
+    ):
+        self.outgoing, self.into, self.number, self.what = outgoing, into, number, what
+        self.start, self.captured, self.kept, self.mark = start, captured, [outgoing, into], None
 
 
 def together(rank: int, size: int, store, what: str, step: Callable[[], str | None]) -> list[str]:
@@ -221,21 +277,21 @@ def _watch(reference: weakref.ref, closed: threading.Event) -> None:
     peers, pause = reference(), 0.0
     if peers is not None:
         peers._device.watch_only()
-        pause = min(1.0, peers.timeout / 10)
+        pause = min(0.05, peers.timeout / 10)
     del peers
     while not closed.wait(pause):
         peers = reference()
         if peers is None:
             return
         try:
-            peers.overdue()
+            peers.look_after()
         except RuntimeError:  # the device is lost, and says so wherever it is used next
             return
         del peers
 
 
 class Mailbox:
-    """Short messages between processes of one machine, in order from each."""
+    """Short messages between processes of one machine, in order from each and of each kind."""
 
     def __init__(self, timeout: float):
         self.name, self._timeout = f"\0ringref-{uuid.uuid4().hex}", timeout
@@ -245,12 +301,13 @@ class Mailbox:
         self._arrival = select.poll()
         self._arrival.register(self._socket, select.POLLIN)
         self._names: dict[int, str] = {}
-        self._backlog: dict[int, deque] = {}
+        self._backlog: dict[tuple[int, str], deque] = {}
 
     def meet(self, peer: int, name: str) -> None:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as trial:
             trial.connect(name)
-        self._names[peer], self._backlog[peer] = name, deque()
+        self._names[peer] = name
+        self._backlog |= {(peer, kind): deque() for kind in ("offer", "row")}
 
     def send(self, peer: int, text: str) -> None:
         end = time.monotonic() + self._timeout
@@ -264,21 +321,27 @@ class Mailbox:
             except OSError as error:
                 raise RuntimeError(f"rank {peer} is gone: {error}") from error
 
-    def receive(self, peer: int) -> list:
+    def receive(self, peer: int, kind: str) -> list:
         """The next message of this rank."""
-        end = time.monotonic() + self._timeout
-        while not self._backlog[peer]:
+        end, backlog = time.monotonic() + self._timeout, self._backlog[peer, kind]
+        while not backlog:
             left = end - time.monotonic()
             if left <= 0 or not self._take(left):
                 raise TimeoutError(f"rank {peer} did not post its side within {self._timeout:g} s")
-        return self._backlog[peer].popleft()
+        return backlog.popleft()
+
+    def has(self, peers: Iterable[int]) -> bool:
+        """Whether an offer of each of these ranks has come."""
+        while self._take(0.0):
+            pass
+        return all(self._backlog[peer, "offer"] for peer in peers)
 
     def _take(self, seconds: float) -> bool:
         """Put the next message where it belongs, if one comes in time."""
         if not self._arrival.poll(1e3 * seconds):
             return False
-        peer, *rest = json.loads(self._socket.recv(2**18))
-        self._backlog[peer].append(rest)
+        peer, kind, *rest = json.loads(self._socket.recv(2**18))
+        self._backlog[peer, kind].append(rest)
         return True
 
     def __del__(self):
@@ -293,9 +356,9 @@ class _Handle(ctypes.Structure):
 
 
 class _Mark:
-    def __init__(self, event: torch.cuda.Event):
+    def __init__(self, event: torch.cuda.Event, device: int):
         self.done = event.query
-        self.join = lambda: torch.cuda.current_stream().wait_event(event)
+        self.join = lambda: torch.cuda.current_stream(device).wait_event(event)
 
 
 class Cuda:
@@ -366,8 +429,12 @@ class Cuda:
     def capturing(self) -> bool:
         return torch.cuda.is_current_stream_capturing()
 
-    def begin(self) -> None:
-        self._stream.wait_stream(torch.cuda.current_stream())
+    def begin(self) -> torch.cuda.Event:
+        """What the current stream holds now."""
+        return torch.cuda.current_stream(self._index).record_event()
+
+    def follow(self, start: torch.cuda.Event) -> None:
+        self._stream.wait_event(start)
 
     def prepare(self, operations: list[tuple[int, int, int]]) -> tuple:
         """Waits and writes (which, address, value), one after the other, for `signal`."""
@@ -384,9 +451,7 @@ class Cuda:
             self._call("cuMemcpyAsync", to, source, count, self._queue)
 
     def end(self) -> _Mark:
-        event = torch.cuda.Event()
-        event.record(self._stream)
-        return _Mark(event)
+        return _Mark(self._stream.record_event(), self._index)
 
     def watch_only(self) -> None:
         """This thread looks at marks while others may capture."""

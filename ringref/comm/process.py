@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from .peer import Cuda, Peers, Unreachable, together
-from .ring import BrokenOff, Ring, Traffic, _tell
+from .ring import HEADER, BrokenOff, Ring, Traffic, _tell
 
 _made: dict[str, int] = {}  # how many rings each group has had
 
@@ -48,7 +48,7 @@ class ProcessRing(Ring):
         self.rank, self.size = dist.get_rank(self.group), dist.get_world_size(self.group)
         self.traffic, self._hop, self._side = Traffic(), 0, None
         self._world_ranks = dist.get_process_group_ranks(self.group)
-        self._calls, self._peers, self.unreachable = 0, None, None
+        self._peers, self.unreachable = None, None
         self._under_way, self._thread = 0, threading.get_ident()
         self.transport = self._connect(transport)
 
@@ -86,13 +86,13 @@ class ProcessRing(Ring):
             self.unreachable = str(why)
             return "nccl"
 
-    def _post(self, outgoing, into):
+    def _post(self, outgoing, into, number=0):
         self._hop += 1
         where = f"rank {self.rank}, hop {self._hop}: the exchange with ranks {sorted({*outgoing, *into})}"
         self._begin(where)
         with self._named(where):
-            if self._peers and all(x.is_cuda for message in (*outgoing.values(), *into.values()) for x in message):
-                wait = self._peers.post(outgoing, into, self._calls, where)
+            if self.numbers(outgoing, into):
+                wait = self._peers.post(outgoing, into, number, where)
             else:
                 wait = self._over_group(outgoing, into)
 
@@ -102,6 +102,11 @@ class ProcessRing(Ring):
             self._end(where, "is done")
 
         return finish
+
+    def numbers(self, outgoing, into):
+        return self._peers is not None and all(
+            x.is_cuda for message in (*outgoing.values(), *into.values()) for x in message
+        )
 
     def _over_group(self, outgoing, into):
         sends = [(r, x.contiguous()) for r, message in outgoing.items() for x in message]
@@ -117,16 +122,20 @@ class ProcessRing(Ring):
         return wait
 
     def share(self, row, lengths):
-        self._calls += 1
         if self.size == 1:
             return [row]
+        where = f"rank {self.rank}, hop {self._hop}: the header after it"
+        self._begin(where)
+        if self._peers and max(lengths) <= HEADER:  # 0.2 ms for 48 integers, over gloo 1.1
+            with self._named(where):
+                every = [torch.tensor(x, dtype=torch.int64, device="cpu") for x in self._peers.tell(row.tolist())]
+            self._end(where, "is done")
+            return every
         device = "cpu" if "cpu" in dist.get_backend_config(self.group) else "cuda"
         if device == "cuda" and self._side is None:
             self._side = torch.cuda.Stream()
         # a stream of its own, so that reading a header does not wait for the computation queued
         # before it
-        where = f"rank {self.rank}, hop {self._hop}: the header after it"
-        self._begin(where)
         with torch.cuda.stream(self._side) if self._side else nullcontext(), self._named(where):
             mine = torch.nn.functional.pad(row, (0, max(lengths) - len(row))).to(device)
             rows = mine.new_empty(self.size, len(mine))

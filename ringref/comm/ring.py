@@ -20,7 +20,7 @@ from torch import Tensor
 Message = Sequence[Tensor]
 log = logging.getLogger(__name__)  # at DEBUG: every hop, so that a survivor's log names its last
 watchers: list[Callable[[str], Any]] = []  # told the same, whatever is logged
-_HEADER = 48  # integers in a header
+HEADER = 48  # integers in a header
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.bool)
 
 
@@ -67,6 +67,10 @@ class Ring:
         """
         raise NotImplementedError
 
+    def numbers(self, outgoing: dict[int, Message], into: dict[int, Message]) -> bool:
+        """Whether `_post` takes a third argument here, and says with these messages which pass they are of."""
+        return False
+
     def exchange(self, outgoing: dict[int, Message], into: dict[int, Message]) -> Pending:
         """Send `outgoing[peer]` and receive `into[peer]`, buffers that the peer's tensors match one
         by one.
@@ -98,11 +102,11 @@ class Ring:
         One size for all calls, so that ranks that are not in the same one get an error and not a
         short message.
         """
-        if len(row) >= _HEADER:
-            raise ValueError(f"row: at most {_HEADER - 1} integers can be announced, got {len(row)}")
-        mine = [len(row), *row, *[0] * (_HEADER - 1 - len(row))]
+        if len(row) >= HEADER:
+            raise ValueError(f"row: at most {HEADER - 1} integers can be announced, got {len(row)}")
+        mine = [len(row), *row, *[0] * (HEADER - 1 - len(row))]
         rows = [
-            x.tolist() for x in self.share(torch.tensor(mine, dtype=torch.int64, device="cpu"), [_HEADER] * self.size)
+            x.tolist() for x in self.share(torch.tensor(mine, dtype=torch.int64, device="cpu"), [HEADER] * self.size)
         ]
         if len({x[0] for x in rows}) > 1:
             raise ValueError(f"the ranks are not in the same call: they announce {[x[0] for x in rows]} integers")
@@ -173,8 +177,8 @@ class Ring:
         carries it, and the first from each must, or the two ranks are in different passes and the exchange raises.
 
         On the CPU the number goes ahead, a hop of its own, for gloo ends a process that is sent more than it expects;
-        on a GPU it rides along, costs no wait of the host, and is compared by the device, whose error then ends the
-        process.
+        over NCCL it rides along, costs no wait of the host, and is compared by the device, whose error then ends the
+        process. Between copy engines the hosts say it with every message.
         """
         return NumberedRing(self, number)
 
@@ -209,8 +213,11 @@ class SubRing(Ring):
         self.rank, self.size, self.traffic = (self.members.index(whole.rank), len(self.members), whole.traffic)
         self.transport = whole.transport
 
-    def _post(self, outgoing, into):
-        return self.whole._post(*({self.members[r]: m for r, m in x.items()} for x in (outgoing, into)))
+    def _post(self, outgoing, into, *number):
+        return self.whole._post(*({self.members[r]: m for r, m in x.items()} for x in (outgoing, into)), *number)
+
+    def numbers(self, outgoing, into):
+        return self.whole.numbers(outgoing, into)
 
     def _report(self, words):
         self.whole._report(words)
@@ -226,6 +233,8 @@ class NumberedRing(Ring):
         self._heard: set[int] = set()
 
     def _post(self, outgoing, into):
+        if self.whole.numbers(outgoing, into):
+            return self.whole._post(outgoing, into, self.number)
         first_to, first_from = outgoing.keys() - self._told, sorted(into.keys() - self._heard)
         self._told |= first_to
         self._heard.update(first_from)

@@ -121,7 +121,7 @@ def _backward(call: Call, conduct: Conductor, part: Part, mine: list, theirs: li
     (q, *_), (k, v) = mine, theirs
     sums, group = [Sum(x.shape, x) for x in (q, k, v)], q.shape[2] // k.shape[2]
     for route in part.routes:
-        trip = Trip(call.ring, route, group, k, v)
+        trip = Trip(call.ring, route, group, k, v, backward=True)
         walk = conduct(trip)
         blocks = next(walk)
         while blocks is not None:

@@ -153,8 +153,9 @@ class Trip:
     the route's members.
     """
 
-    def __init__(self, ring: Ring, route: Route, group: int, k: Tensor, v: Tensor):
+    def __init__(self, ring: Ring, route: Route, group: int, k: Tensor, v: Tensor, backward: bool = False):
         self.ring, self._route, self._k, self._v = ring.among(route.members), route, k, v
+        self.backward = backward
         self.seen, self.load, self.gathered = route.seen, route.load, route.gathered
         self._kv_heads = [serving(strand.heads, group) for strand in route.strands]
         self.own = (Block(route.keys[self.ring.rank], k, v, route.strands, range(k.shape[2])),)

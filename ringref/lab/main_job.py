@@ -96,6 +96,8 @@ def forward_backward(attention, q, k, v, dout, dlse):
     """{name: tensor} of everything that can be wrong; dlse may be None."""
     q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
     out, lse = attention(q, k, v)
+    if dlse is None:  # its graph would live on through the backward
+        lse = lse.detach()
     given = [(y, dy.to(y.dtype)) for y, dy in ((out, dout), (lse, dlse)) if dy is not None]
     torch.autograd.backward(*zip(*given, strict=True))
     return dict(zip(TENSORS, (out.detach(), lse.detach(), q.grad, k.grad, v.grad), strict=True))
