@@ -41,6 +41,7 @@ def test_over_budget_is_exit_code_1(capsys, tmp_path, monkeypatch):
 def test_the_table_fits_and_names_everything(capsys, tmp_path):
     told = main_job.options(["--ranks", "1", "--tokens", "24", "--q-chunk", "8"])
     rows = main_job.run(told, main_job.Console(stderr=True))
+    assert all(0.9 < row["peak"] / row["predicted"] < 1.1 for row in rows)
     console = main_job.Console(width=main_job.WIDTH)
     console.print(main_job.as_table(rows, told))
     shown = capsys.readouterr().out

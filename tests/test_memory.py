@@ -118,11 +118,15 @@ def test_a_long_prediction_takes_moments_and_grows_as_the_tokens_do():
 
 
 def test_a_rings_step_holds_at_most_twelve_shards_however_many_ranks_share_it():
-    for s in (2**13, 2**14, 2**15):
+    """From 16k tokens of 16 heads on; a shorter one, in one part for the host's sake, 0.65 GiB at the most."""
+    for s in (2**12, 2**13, 2**14, 2**15):
         held = [
             predicted("ring", s * p, p, 16, 128, dtype=torch.bfloat16, kernel="cudnn", layout="zigzag") for p in (4, 8)
         ]
-        assert all(8 < x / (s * 16 * 128 * 2) < 10 for x in held), (s, held)  # 12 is the promise
+        if s < 2**14:
+            assert max(held) < 0.65 * 2**30 and held[1] < 1.15 * held[0], (s, held)
+        else:
+            assert all(8 < x / (s * 16 * 128 * 2) < 10 for x in held), (s, held)  # 12 is the promise
 
 
 def test_a_window_is_predicted_through_the_kernel_that_has_windows():

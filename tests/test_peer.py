@@ -16,7 +16,7 @@ import torch.distributed as dist
 from common import Results, assert_close, both_ways, everything, inputs
 
 import ringref
-from ringref.comm.peer import _WAIT, Mailbox, Peers, Unreachable
+from ringref.comm.peer import _WAIT, Line, Mailbox, Peers, Unreachable
 from ringref.comm.ring import Ring, Traffic
 from ringref.comm.simulate import simulate
 
@@ -39,7 +39,7 @@ class Host:
     def __init__(self, reach=True, lateness=0.0):
         self.lost, self._reach, self._lateness = False, reach, lateness
         self._tasks, self._dice = queue.Queue(), random.Random(int(lateness * 1e6))
-        self.opened, self.closed = 0, 0
+        self.opened, self.closed, self.line = 0, 0, Line()
         threading.Thread(target=_live, args=(self._tasks,), daemon=True).start()
 
     def __del__(self):
@@ -120,7 +120,7 @@ class PeerRing(Ring):
 
     def __init__(self, rank, size, store, timeout=20.0, **how):
         self.rank, self.size, self.traffic = rank, size, Traffic()
-        self.peers = Peers(rank, size, store, lambda: Host(**how), timeout)
+        self.peers = Peers(rank, size, store, lambda: how.get("device") or Host(**how), timeout)
 
     def _post(self, outgoing, into, number=0):
         return self.peers.post(outgoing, into, number, f"rank {self.rank}'s exchange")
@@ -174,6 +174,22 @@ def test_two_rings_of_the_same_ranks_are_apart():
         second = other.rotate((torch.full((5,), -ring.rank),), (torch.empty(5, dtype=torch.int64),))
         before = (ring.rank - 1) % ring.size
         assert (second.wait()[0] == -before).all() and (first.wait()[0] == before).all()
+
+    good(ranks(both, 3))
+
+
+def test_rings_whose_streams_share_a_hardware_queue_do_not_lock_each_other():
+    """What is posted first is queued first, whichever ring is waited for: a device of one queue shows it."""
+    store = dist.HashStore()
+
+    def both(ring):
+        other = PeerRing(ring.rank, ring.size, dist.PrefixStore("other", store), device=ring.peers._device)
+        for turn in range(10):
+            if turn % ring.size == ring.rank:
+                time.sleep(0.02)  # a host that comes late is the first to find every offer
+            posted = other.rotate((torch.full((9,), ring.rank),), (torch.empty(9, dtype=torch.int64),))
+            everything(ring, rounds=1)
+            assert (posted.wait()[0] == (ring.rank - 1) % ring.size).all()
 
     good(ranks(both, 3))
 

@@ -11,9 +11,9 @@ is wanted: no buffer lies between. The hosts agree on the addresses, the streams
 Hosts offer when they post and take offers when they have come, at the latest in `wait`: meanwhile they launch what is
 computed under the message, and need not be in step. A thread takes the offers of who is long in coming to that, so that
 others do not wait for what it does in between. Signals are integers in GPU memory that streams write and wait for,
-two for each pair of ranks and direction. Each rank queues its exchanges on one stream of its own in the order in which
-it posted them, first what others wait for: so its waits are for the same exchange on other ranks, and ranks that post
-alike cannot lock each other, whatever hardware queue a stream is in. All that a stream is told is constant: a captured
+two for each pair of ranks and direction. A rank queues the exchanges of all its rings in the order in which it posted
+them, each ring's on one stream, first what others wait for: so its waits are for the same exchange on other ranks, and
+ranks that post alike cannot lock each other, whatever hardware queue a stream is in. All that a stream is told is constant: a captured
 exchange can be replayed, as long as its ring lives, though nobody looks at the clock then. NCCL hides nothing under an
 attention kernel, be its stream of high priority or its CTA policy zero (four H200, NCCL 2.28).
 `Peers` is this protocol, `Mailbox` carries what hosts say, and `Cuda` is what is asked of a device; the tests have a
@@ -59,9 +59,7 @@ class Peers:
         self._maps = {r: {} for r in self._others}  # where its segments are for me
         self._offered, self._accepted = dict.fromkeys(self._others, 0), dict.fromkeys(self._others, 0)
         self._prepared: dict = {}
-        self._posted: deque[_Exchange] = deque()  # whose offers have not been taken yet
         self._flying: deque = deque()  # (mark, what it keeps alive, since when, what it is)
-        self._lock = threading.Lock()  # whoever speaks with other hosts
         self._reach(store, make_device)
         threading.Thread(target=_watch, args=(weakref.ref(self), self._closed), daemon=True).start()
 
@@ -70,6 +68,7 @@ class Peers:
 
         def offer():
             self._device, self._mailbox = make_device(), Mailbox(self.timeout)
+            self._line = self._device.line
             self._signals = self._device.signals(2 * self.size)
             key, offset = self._device.locate(self._signals.data_ptr())
             return json.dumps([self._mailbox.name, key, self._device.export(key).hex(), offset])
@@ -112,39 +111,37 @@ class Peers:
         """
         self._check()
         outgoing = {r: tuple(x.contiguous() for x in message) for r, message in outgoing.items()}
-        one = _Exchange(outgoing, into, number, what, self._device.begin(), self._device.capturing())
-        with self._lock:
+        one = _Exchange(self, outgoing, into, number, what)
+        with self._line.lock:
             with self._or_broken():
                 for peer, message in into.items():
                     self._offer(peer, message, number)
-            self._posted.append(one)
-            self._take_offers()
+            self._line.posted.append(one)
+            self._line.take_offers()
 
         def finish():
-            with self._lock:
+            with self._line.lock:
                 self._check()
                 while one.mark is None:
-                    self._queue(self._posted.popleft())
+                    self._line.queue_next()
             one.mark.join()
             one.kept.clear()
 
         return finish
 
-    def _take_offers(self, captured: bool = True) -> None:
-        """Queue the exchanges that need not be waited for."""
-        while self._posted and captured >= self._posted[0].captured and self._mailbox.has(self._posted[0].outgoing):
-            self._queue(self._posted.popleft())
-
     def look_after(self) -> None:
         """What must not wait for this rank's host, which may be busy, or held up by its device."""
-        if self._lock.acquire(blocking=False):
+        if self._line.lock.acquire(blocking=False):
             try:
-                self._take_offers(captured=False)
+                self._line.take_offers(captured=False)
             except RuntimeError:  # it is kept for whoever uses the ring next
                 pass
             finally:
-                self._lock.release()
+                self._line.lock.release()
         self.overdue()
+
+    def _has_offers(self, one: _Exchange) -> bool:
+        return self._mailbox.has(one.outgoing)
 
     def _queue(self, one: _Exchange) -> None:
         """Take the offers for an exchange, and queue it."""
@@ -164,7 +161,7 @@ class Peers:
     def tell(self, row: list[int]) -> list[list[int]]:
         """Every rank's row of a few integers, in rank order."""
         self._check()
-        with self._lock, self._or_broken():
+        with self._line.lock, self._or_broken():
             for peer in self._others:
                 self._mailbox.send(peer, json.dumps([self.rank, "row", row]))
             return [row if r == self.rank else self._mailbox.receive(r, "row")[0] for r in range(self.size)]
@@ -222,6 +219,7 @@ class Peers:
             yield
         except BaseException as error:
             self.broken = self.broken or f"an exchange of this ring broke off before: {error}"
+            self._line.posted = deque(one for one in self._line.posted if one.peers is not self)
             raise
 
     def _check(self) -> None:
@@ -239,7 +237,7 @@ class Peers:
 
     def __del__(self):
         self._closed.set()
-        if self.broken or self._posted or not all(mark.done() for mark, *_ in self._flying):
+        if self.broken or not all(mark.done() for mark, *_ in self._flying):
             _abandoned.append((self._signals, self._flying))  # others may still write to it
             return
         for maps in self._maps.values():
@@ -253,10 +251,29 @@ class _Exchange:
     """
 
     def __init__(
-        self, outgoing: dict[int, Message], into: dict[int, Message], number: int, what: str, start, captured: bool
+        self, peers: Peers, outgoing: dict[int, Message], into: dict[int, Message], number: int, what: str
     ):
-        self.outgoing, self.into, self.number, self.what = outgoing, into, number, what
-        self.start, self.captured, self.kept, self.mark = start, captured, [outgoing, into], None
+        self.peers, self.outgoing, self.into, self.number, self.what = peers, outgoing, into, number, what
+        self.start, self.captured = peers._device.begin(), peers._device.capturing()
+        self.kept, self.mark = [outgoing, into], None
+
+
+class Line:
+    """The exchanges of a device's rings that have been posted and not queued, in order. One at a time speaks with other
+    hosts, and holds the lock.
+    """
+
+    def __init__(self):
+        self.lock, self.posted = threading.Lock(), deque()
+
+    def queue_next(self) -> None:
+        one = self.posted.popleft()
+        one.peers._queue(one)
+
+    def take_offers(self, captured: bool = True) -> None:
+        """Queue the exchanges that need not be waited for."""
+        while self.posted and captured >= self.posted[0].captured and self.posted[0].peers._has_offers(self.posted[0]):
+            self.queue_next()
 
 
 def together(rank: int, size: int, store, what: str, step: Callable[[], str | None]) -> list[str]:
@@ -363,6 +380,8 @@ class _Mark:
 
 class Cuda:
     """What `Peers` asks of a GPU: memory that other processes map, and copies and signals queued on a stream."""
+
+    line = Line()  # of all rings of this process, whose streams may share a hardware queue
 
     def __init__(self):
         self._index, self._driver = torch.cuda.current_device(), ctypes.CDLL("libcuda.so.1")

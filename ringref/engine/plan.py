@@ -13,9 +13,10 @@ from ..shard import Dilation, Positions, Table
 from .route import Route, most_linked, routes
 from .visits import Bounds, Strand, Visit, regular, serving, strands, visits
 
-# of q, that a part has: where three ranks or more share keys, their sums are in flight beside the shares of one, and
-# a ring's step at 8k tokens of 16 heads holds 21 times q in one part, 9.4 in three
-_PART_BYTES_OF_TWO, _PART_BYTES, _MOST_PARTS = 2**30, 10 * 2**20, 4
+# of q, that a part has: where three ranks or more share keys, their sums are in flight beside the shares of one. Where
+# q is small a part costs more host time than it saves memory: with 8k tokens of 16 heads on each of four H200 a ring's
+# step takes 9.3 ms in one part and holds 0.6 GB, 18 times q; in two 14.5 ms and 11 times, in four 23.6 ms and 9 times
+_PART_BYTES_OF_TWO, _PART_BYTES, _MOST_PARTS = 2**30, 20 * 2**20, 4
 
 
 class Part(NamedTuple):
@@ -44,6 +45,8 @@ def parts(
     if dilation is not None or (linked > 1 and not forward):
         share = _PART_BYTES if linked > 2 else _PART_BYTES_OF_TWO
         count = max(1, min(rows * row_bytes // share, g, _MOST_PARTS))
+        # as many heads in each: 16 in three parts take a kernel 15 % longer than in four
+        count = next((x for x in range(count, _MOST_PARTS + 1) if g % x == 0), count)
 
     def serves(kv_head: int) -> list[tuple[int, int]]:
         heads = range(kv_head * group, (kv_head + 1) * group)

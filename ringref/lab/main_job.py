@@ -185,22 +185,25 @@ def run(told, console):
         both = exact(dilation, *here), forward_backward(partial(plain, dilation=dilation), *here)
         return [{name: x.cpu() for name, x in one.items()} for one in both]
 
+    def held(method, dilation):
+        how = {"g": told.heads // 2, "dtype": dtype, "c": told.q_chunk, "layout": told.layout, "causal": True}
+        how |= {"kernel": "cudnn" if told.backend == "nccl" else "cpu_flash", "dilation": dilation}
+        return predicted(method, n, told.ranks, told.heads, told.head_dim, **how)
+
     columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
     with Progress(*columns, console=console, transient=True) as bar, ThreadPoolExecutor(1) as beside:
         task = bar.add_task("float64 truth", total=2)
         truths = {case: beside.submit(known, dilation) for case, dilation in cases.items()}
+        expected = {(case, method): beside.submit(held, method, cases[case]) for case, method in product(cases, METHODS)}
         if told.backend == "gloo":  # the ranks want the cores; on GPUs it is done while they start
-            wait(truths.values())
+            wait([*truths.values(), *expected.values()])
         bar.update(task, advance=1, description=f"{told.ranks} ranks")
         ranks = launch(partial(ranks_job, inputs=inputs, cases=cases, told=told), told.ranks, told.backend)
-        truths = {case: truth.result() for case, truth in truths.items()}
-    kernel = "cudnn" if told.backend == "nccl" else "cpu_flash"
-    sizes = {"g": told.heads // 2, "dtype": dtype, "c": told.q_chunk, "kernel": kernel, "layout": told.layout}
+        truths, expected = ({key: x.result() for key, x in some.items()} for some in (truths, expected))
     for case, method in product(cases, METHODS):
         row = {"case": case, "method": method, "layout": told.layout}
         row |= {key: max(facts[case, method][key] for _, facts, _ in ranks) for key in ("peak", "sent", "seconds")}
-        how = {"causal": True, "dilation": cases[case], **sizes}
-        row["predicted"] = predicted(method, n, told.ranks, told.heads, told.head_dim, **how)
+        row["predicted"] = expected[case, method]
         pieces = [(positions, tensors[case, method]) for positions, _, tensors in ranks]
         rows.append({**row, **judge(pieces, *truths[case], torch.finfo(dtype).eps)})
     return rows
