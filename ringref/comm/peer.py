@@ -13,9 +13,9 @@ computed under the message, and need not be in step. A thread takes the offers o
 others do not wait for what it does in between. Signals are integers in GPU memory that streams write and wait for,
 two for each pair of ranks and direction. A rank queues the exchanges of all its rings in the order in which it posted
 them, each ring's on one stream, first what others wait for: so its waits are for the same exchange on other ranks, and
-ranks that post alike cannot lock each other, whatever hardware queue a stream is in. All that a stream is told is constant: a captured
-exchange can be replayed, as long as its ring lives, though nobody looks at the clock then. NCCL hides nothing under an
-attention kernel, be its stream of high priority or its CTA policy zero (four H200, NCCL 2.28).
+ranks that post alike cannot lock each other, whatever hardware queue a stream is in. All that a stream is told is
+constant: a captured exchange can be replayed, as long as its ring lives, though nobody looks at the clock then. NCCL
+hides nothing under an attention kernel, be its stream of high priority or its CTA policy zero (four H200, NCCL 2.28).
 `Peers` is this protocol, `Mailbox` carries what hosts say, and `Cuda` is what is asked of a device; the tests have a
 device of their own.
 """
@@ -250,9 +250,7 @@ class _Exchange:
     waits for the mark.
     """
 
-    def __init__(
-        self, peers: Peers, outgoing: dict[int, Message], into: dict[int, Message], number: int, what: str
-    ):
+    def __init__(self, peers: Peers, outgoing: dict[int, Message], into: dict[int, Message], number: int, what: str):
         self.peers, self.outgoing, self.into, self.number, self.what = peers, outgoing, into, number, what
         self.start, self.captured = peers._device.begin(), peers._device.capturing()
         self.kept, self.mark = [outgoing, into], None

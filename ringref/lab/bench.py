@@ -2,8 +2,8 @@
 
 `python -m ringref bench` runs on all GPUs of the machine (or a few CPU ranks), `torchrun … -m ringref bench` on the
 ranks that there are. Times are medians after warm-up, of the slower rank, between events on ranks that start together.
-Every section prints its rows as they are measured, then a table, and writes `figures/data/SECTION-MACHINE-xP.json`
-with machine, versions, date, command.
+Every section prints its rows as they are measured and writes them to `figures/data/SECTION-MACHINE-xP.json` with
+machine, versions, date, command, and prints a table at the end.
 """
 
 import argparse
@@ -66,15 +66,26 @@ def _run(args, ring):
         rows = []
         for row in SECTIONS[name](bench, args):
             rows.append(row)
+            if ring.rank == 0:
+                _record(bench, name, rows, args)
             bench.say(f"{name}: {', '.join(f'{c} {x}' for c, x in _cells(row).items())}")
         good &= all(row.get("checked", True) for row in rows)
         if ring.rank == 0 and rows:
-            _report(bench, name, rows, args)
+            _show(bench, name, rows)
     return good
 
 
-def _report(bench, section, rows, args):
-    """Print a table and write the JSON."""
+def _record(bench, section, rows, args):
+    """Write the rows that there are, so that a run that is ended loses none."""
+    record = {"section": section, "machine": f"{bench.ring.size} × {bench.machine}", "versions": bench.versions()}
+    record |= {"command": args.command, "date": datetime.date.today().isoformat()}
+    record |= {"transport": bench.ring.transport, "rows": rows}
+    slug = "-".join(bench.machine.lower().removeprefix("nvidia ").split()[:2])
+    (args.data / f"{section}-{slug}-x{bench.ring.size}.json").write_text(json.dumps(record, indent=1) + "\n")
+
+
+def _show(bench, section, rows):
+    """Print a table."""
     machine = f"{bench.ring.size} × {bench.machine}"
     cells = [_cells(row) for row in rows]
     columns = list(dict.fromkeys(c for row in cells for c in row))
@@ -82,10 +93,6 @@ def _report(bench, section, rows, args):
     for row in cells:
         table.add_row(*(row.get(c, "") for c in columns))
     Console(width=180).print(table)
-    record = {"section": section, "machine": machine, "versions": bench.versions(), "command": args.command}
-    record |= {"date": datetime.date.today().isoformat(), "transport": bench.ring.transport, "rows": rows}
-    slug = "-".join(bench.machine.lower().removeprefix("nvidia ").split()[:2])
-    (args.data / f"{section}-{slug}-x{bench.ring.size}.json").write_text(json.dumps(record, indent=1) + "\n")
 
 
 def _cells(row):

@@ -194,13 +194,14 @@ def run(told, console):
     with Progress(*columns, console=console, transient=True) as bar, ThreadPoolExecutor(1) as beside:
         task = bar.add_task("float64 truth", total=2)
         truths = {case: beside.submit(known, dilation) for case, dilation in cases.items()}
-        expected = {(case, method): beside.submit(held, method, cases[case]) for case, method in product(cases, METHODS)}
+        both = list(product(cases, METHODS))
+        expected = {(case, method): beside.submit(held, method, cases[case]) for case, method in both}
         if told.backend == "gloo":  # the ranks want the cores; on GPUs it is done while they start
             wait([*truths.values(), *expected.values()])
         bar.update(task, advance=1, description=f"{told.ranks} ranks")
         ranks = launch(partial(ranks_job, inputs=inputs, cases=cases, told=told), told.ranks, told.backend)
         truths, expected = ({key: x.result() for key, x in some.items()} for some in (truths, expected))
-    for case, method in product(cases, METHODS):
+    for case, method in both:
         row = {"case": case, "method": method, "layout": told.layout}
         row |= {key: max(facts[case, method][key] for _, facts, _ in ranks) for key in ("peak", "sent", "seconds")}
         row["predicted"] = expected[case, method]
