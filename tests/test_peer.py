@@ -249,19 +249,20 @@ def test_short_rows_are_told_by_the_hosts():
 METHODS = [ringref.dilated_attention, ringref.collective_attention, ringref.ring_attention]
 
 
+@pytest.mark.parametrize("how", [{"causal": True}, {"cu_seqlens": torch.tensor([0, 1, 9, 30, 36])}, {"window": (5, 0)}])
 @pytest.mark.parametrize("p", [2, 4])
-def test_every_method(p):
+def test_every_method(p, how):
     given = inputs(36, d=4)
-    true = both_ways(ringref.dense_attention, given, causal=True)
+    true = both_ways(ringref.dense_attention, given, **how)
 
     def on_a_rank(ring):
         found = []
         for method, layout in product(METHODS, ("contiguous", "zigzag")):
             shard = ringref.partition(36, ring, layout)
             mine = given.cut(shard.positions, shard.positions)
-            both_ways(method, mine, causal=True, shard=shard)
-            method(*mine[:3], causal=True, shard=shard)  # a forward whose backward never comes
-            found.append((both_ways(method, mine, causal=True, shard=shard), shard.positions))
+            both_ways(method, mine, shard=shard, **how)
+            method(*mine[:3], shard=shard, **how)  # a forward whose backward never comes
+            found.append((both_ways(method, mine, shard=shard, **how), shard.positions))
         return found
 
     for found in good(ranks(on_a_rank, p, lambda rank: {"lateness": 0.002 * rank})):
