@@ -1,5 +1,5 @@
-"""On CUDA devices: every kernel, every method over simulated ranks, NCCL. Run with `pytest -m gpu`;
-the last recorded run is figures/data/tests-h200-x4.xml.
+"""On CUDA devices: every kernel, every method over simulated ranks, NCCL, copy engines. Run with `pytest -m gpu`; the
+last recorded runs are figures/data/tests-*.xml, of one GPU and of the tests that want several.
 """
 
 import time
