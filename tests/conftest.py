@@ -1,8 +1,10 @@
 """One deterministic hypothesis profile, and what the swap test took and skipped."""
 
+import gc
+
 import hypothesis
 import pytest
-import torch
+import torch._dynamo  # a second in every rank that checkpoints or measures, which here fork from what has it
 
 hypothesis.settings.register_profile("exact", derandomize=True, deadline=None, database=None)
 hypothesis.settings.load_profile("exact")
@@ -20,6 +22,10 @@ def pool():
 
     with Pool(8) as workers:
         yield workers
+
+
+def pytest_collection_finish():
+    gc.freeze()  # torch, its compiler and the tests stay: no collection need look at them again
 
 
 def pytest_sessionfinish(session):

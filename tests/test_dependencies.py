@@ -9,7 +9,7 @@ on; `.ci/run` runs them on the newest of everything and, torch aside, on the low
 import ast
 import functools
 import gc
-import importlib
+import importlib.util
 import inspect
 import linecache
 import multiprocessing.spawn
@@ -34,6 +34,7 @@ import ringref
 from ringref import dense_attention, launch
 from ringref.comm.launch import Pickler, RankError, pickled
 from ringref.engine.kernels import aten
+from ringref.oracle import pool
 
 SOURCE = Path(ringref.__file__).parent
 DOCUMENTED = {"_current_frames", "_exit", "_getframe", "_replace"}  # underscored, and yet promised by Python
@@ -412,6 +413,11 @@ def test_a_process_without_a_main_module_runs_no_script():
     with mock.patch.dict(sys.modules, __main__=types.ModuleType("__main__")):
         told = multiprocessing.spawn.get_preparation_data("a rank")
     assert not {"init_main_from_name", "init_main_from_path"} & set(told)
+
+
+def test_what_a_worker_is_to_find_imported_is_there():
+    """oracle/pool.py: a fork server passes in silence over what it cannot import, and each worker then takes longer."""
+    assert all(map(importlib.util.find_spec, pool.NEEDED + pool.ASKED))
 
 
 # --------------------------------------------------------------------------- torch: context parallelism

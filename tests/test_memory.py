@@ -48,6 +48,19 @@ def test_the_meter_sees_backward_and_only_its_own_rank():
     assert large == pytest.approx(2 * small, rel=0.02)
 
 
+def test_without_data_what_is_written_to_comes_back_and_what_is_new_is_counted_each_time():
+    with measured("meta") as usage:
+        for _ in range(3):  # the first asks torch, the others remember
+            x, y, z = (torch.ones(4, device="meta") for _ in range(3))
+            assert torch.logaddexp(x, y, out=z) is z and torch.add(x, x, out=x) is x and torch.add(x, y, out=x) is x
+            assert x.mul_(y) is x and x.nan_to_num_(0.0) is x and (x * y).shape == (4,)
+            grown = torch.empty(0, device="meta")
+            torch.add(x, y, out=grown)
+            held = torch.empty(0, device="meta").set_(y)
+            assert grown.shape == held.shape == (4,) and held.untyped_storage() is y.untyped_storage()
+    assert usage.peak == 2 * 3 * 16  # three, while the names still hold those of the round before
+
+
 def rank(ring, method, dtype, c, dilation, backend, backward):
     shard = partition(N, ring)
     s = len(shard.positions)

@@ -4,6 +4,7 @@ import ast
 import io
 import sys
 import tokenize
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -69,9 +70,15 @@ def read():
 ROOMS = read()
 
 
+@cache  # a planted breach changes one room of many
 def identifiers(source):
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
     return {token.string for token in tokens if token.type == tokenize.NAME}
+
+
+@cache
+def nodes(source):
+    return [*ast.walk(ast.parse(source))]
 
 
 def imports(room, source, rooms):
@@ -87,7 +94,7 @@ def imports(room, source, rooms):
         deeper = f"{inside}.{leaf}" if inside and leaf else leaf
         own.add(deeper if deeper in rooms else inside or "ringref")
 
-    for node in ast.walk(ast.parse(source)):
+    for node in nodes(source):
         if isinstance(node, ast.Import):
             for alias in node.names:
                 add(alias.name.split("."))
@@ -106,7 +113,7 @@ def reaches(source):
         and node.attr == "distributed"
         and isinstance(node.value, ast.Name)
         and node.value.id == "torch"
-        for node in ast.walk(ast.parse(source))
+        for node in nodes(source)
     )
 
 

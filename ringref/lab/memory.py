@@ -163,26 +163,40 @@ class _LiveStorage(TorchDispatchMode):
 def _without_data(func, args, kwargs):
     """What an operator gives on tensors without data, asked once for each form of its arguments: torch takes long."""
     given = list(_tensors((args, kwargs)))
-    if not given or any(x.device.type != "meta" for x in given) or not _makes_new(func):
+    if not given or any(x.device.type != "meta" for x in given) or _gives_views(func):
         return func(*args, **kwargs)
-    key = func, _form(args), _form(tuple(kwargs.items()))
+    key, into = (func, _form(args), _form(tuple(kwargs.items()))), _written(func, args, kwargs)
     if key not in _forms:
+        was = _form(into), [x.untyped_storage() for x in given]  # _unsafe_view does not say that it is a view
         result = func(*args, **kwargs)
-        storages = [x.untyped_storage() for x in given]  # _unsafe_view does not say that it is a view
-        if len(_forms) < 10_000 and isinstance(result, torch.Tensor) and result.untyped_storage() not in storages:
-            _forms[key] = result.shape, result.stride(), result.dtype
+        if len(_forms) < 10_000 and isinstance(result, torch.Tensor):
+            same = result is into and (_form(into), [x.untyped_storage() for x in given]) == was
+            if same or (into is None and result.untyped_storage() not in was[1]):
+                _forms[key] = result.shape, result.stride(), result.dtype
         return result
     shape, stride, dtype = _forms[key]
-    return torch.empty_strided(shape, stride, dtype=dtype, device="meta")
+    return torch.empty_strided(shape, stride, dtype=dtype, device="meta") if into is None else into
 
 
 _forms = {}
 
 
 @cache
-def _makes_new(func):
-    """Neither a view nor a write."""
-    return not func._schema.is_mutable and not any(x.alias_info for x in func._schema.returns)
+def _gives_views(func):
+    """Whether it says that it gives views of what it takes."""
+    return any(x.alias_info and not x.alias_info.is_write for x in func._schema.returns)
+
+
+def _written(func, args, kwargs):
+    """The first argument that is written to."""
+    name, at = _first_written(func)
+    return kwargs[name] if name in kwargs else None if name is None else args[at]
+
+
+@cache
+def _first_written(func):
+    every = enumerate(func._schema.arguments)
+    return next(((x.name, i) for i, x in every if x.alias_info and x.alias_info.is_write), (None, 0))
 
 
 def _form(x):

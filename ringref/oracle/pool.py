@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import multiprocessing
 import os
@@ -24,12 +25,15 @@ from ..comm.launch import preloaded
 from . import sanitizer
 from .sanitizer import FOREVER, Ledger, Watched, run
 
+# what a worker finds imported besides: a backward imports sympy by the third, a candidate's test module pytest
+NEEDED, ASKED = ["rich.progress", "rich.table", "torch.fx.experimental.symbolic_shapes"], ["pytest"]
 # what is known of a worker that cannot answer
 SILENT = Ledger().dump() | {"steps": [], "error": None, "written": [], "line": None}
 
 
 def serve(rank: int, world: int, backend: str, store: tuple[str, int], door: tuple[str, int], key: bytes) -> None:
     """A worker's life: run the cases that come; a second thread tells how they stand."""
+    gc.freeze()  # a collection would touch, and so copy, all pages that came by the fork
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.setsid()  # what a candidate forks is in this group, and ends with it
     for stream in (1, 2):
@@ -63,7 +67,7 @@ def _answer(line: connection.Connection, respond: Callable) -> None:
 def _hire(rank: int, *told: Any, method: str = "forkserver") -> Any:
     """A worker process, forked from a server that has imported torch but not ringref, which somebody may be editing."""
     context = multiprocessing.get_context(method)
-    context.set_forkserver_preload([*preloaded(), "rich.progress", "rich.table"])
+    context.set_forkserver_preload([*preloaded(), *NEEDED, *(name for name in ASKED if name in sys.modules)])
     main, sys.modules["__main__"] = sys.modules["__main__"], ModuleType("__main__")  # a script must not run again
     try:
         worker = context.Process(target=serve, args=(rank, *told), daemon=True)
