@@ -11,6 +11,7 @@ already, and `ring = from_env()` joins them.
 import atexit
 import ctypes
 import fcntl
+import gc
 import io
 import linecache
 import logging
@@ -43,7 +44,7 @@ from .process import ProcessRing
 from .ring import BrokenOff, Elsewhere, watchers
 
 BACKENDS = {"gloo": "gloo", "nccl": "cpu:gloo,cuda:nccl"}  # nccl ranks may exchange CPU tensors too
-PRELOAD = ["torch.distributed.launcher.api", "numpy", "cloudpickle", "einops"]
+PRELOAD = ["torch.distributed.launcher.api", "torch.fx.experimental.symbolic_shapes", "numpy", "cloudpickle", "einops"]
 LARGE = ["torch._dynamo", "torch.distributed.tensor"]  # a second to import; an optimiser does
 SIGNALS = [s for s in signal.Signals if s.name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT")]
 ELASTIC_ENV = ("RANK", "WORLD_SIZE", "MASTER_", "LOCAL_", "GROUP_", "ROLE_", "TORCHELASTIC_")
@@ -330,6 +331,7 @@ def _first_failure(error, p, folder):
 
 
 def _rank_main(job, environ, folder):
+    gc.freeze()  # a collection would touch, and so copy, all pages that came by the fork
     rank = int(os.environ["RANK"])
     threading.Thread(target=_leave_with, args=(folder,), daemon=True).start()
     try:
