@@ -8,6 +8,7 @@ import queue
 import random
 import threading
 import time
+import weakref
 from itertools import product
 
 import pytest
@@ -246,6 +247,152 @@ def test_short_rows_are_told_by_the_hosts():
     good(ranks(tell, 3))
 
 
+def hurry(ring, seconds):
+    """From now on (a busy machine may need longer to come here)."""
+    ring.peers.timeout = ring.peers._mailbox._timeout = seconds
+
+
+def around(ring, size=9):
+    """Post one's rank to the next one."""
+    return ring.rotate((torch.full((size,), ring.rank),), (torch.empty(size, dtype=torch.int64),))
+
+
+def beside(ring, store, **how):
+    """Another ring of the same ranks, whose exchanges are in one line with the first one's."""
+    how.setdefault("device", ring.peers._device)
+    return PeerRing(ring.rank, ring.size, dist.PrefixStore("beside", store), **how)
+
+
+def test_what_was_posted_is_queued_while_rows_are_awaited():
+    """The others may not come to their rows before what this rank has posted and not waited for is there."""
+
+    def tell(ring):
+        if ring.rank == 1:
+            time.sleep(0.2)  # rank 0 finds no offer of its when it posts
+        posted = around(ring)
+        if ring.rank:
+            posted.wait()
+        rows = ring.peers.tell([ring.rank])
+        return rows, posted.wait()[0][0].item()
+
+    assert good(ranks(tell, 3)) == [([[0], [1], [2]], before) for before in (2, 0, 1)]
+
+
+def test_two_threads_may_use_a_ring_each_in_any_order():
+    store = dist.HashStore()
+
+    def both(ring):
+        device = Host()
+        device.line = ring.peers._device.line
+        rings, found = [ring, beside(ring, store, device=device)], [None, None]
+
+        def use(i):
+            time.sleep(0.2 * (i != ring.rank))
+            found[i] = around(rings[i]).wait()[0][0].item()
+
+        threads = [threading.Thread(target=use, args=(i,), daemon=True) for i in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(10)
+        return found
+
+    assert good(ranks(both, 2)) == [[1, 1], [0, 0]]
+
+
+def test_an_error_of_one_ring_is_no_error_of_another():
+    store = dist.HashStore()
+
+    def differ(ring):
+        other = beside(ring, store)
+        if ring.rank == 0:  # it finds out when it uses the other ring, or its thread does
+            around(ring, 4)
+        else:
+            time.sleep(0.1)
+            with pytest.raises(RuntimeError, match="not in the same exchange"):
+                around(ring, 5).wait()
+        assert around(other).wait()[0][0] == 1 - ring.rank
+        everything(other)
+        with pytest.raises(RuntimeError, match="broke off before: the ranks are not in the same exchange"):
+            around(ring)
+
+    good(ranks(differ, 2))
+
+
+@pytest.mark.parametrize("waits", [True, False])
+def test_what_others_never_post_breaks_its_ring_in_time_and_no_other(waits):
+    store, ends = dist.HashStore(), {}
+
+    def forget(ring):
+        other = beside(ring, store)
+        if ring.rank == 0:
+            hurry(ring, 0.5)
+            around(ring)  # on this rank alone, and never waited for
+        ends[ring.rank] = weakref.ref(ring.peers)
+        posted = around(other)
+        if ring.rank == 0 and not waits:
+            time.sleep(1.5)
+        start = time.monotonic()
+        posted.wait()
+        return time.monotonic() - start
+
+    took = good(ranks(forget, 2))
+    assert max(took) < 1.4, took
+    time.sleep(0.2)
+    assert not any(end() for end in ends.values()), "what is posted keeps its ring"
+
+
+class Failing(Host):
+    fails = False
+
+    def copy(self, copies):
+        if self.fails:
+            raise RuntimeError("no copy")
+        super().copy(copies)
+
+
+@pytest.mark.parametrize("late", [0, 1])
+def test_an_error_of_the_device_is_an_error_for_who_waits(late):
+    """Whether its own post finds it, or the thread that takes the offers."""
+
+    def fail(ring):
+        if ring.rank == 1:
+            ring.peers._device.fails = True
+        time.sleep(0.2 * (ring.rank == late))
+        if ring.rank == 0:
+            around(ring)
+            return
+        with pytest.raises(RuntimeError, match="no copy"):
+            posted = around(ring)
+            time.sleep(0.4)
+            posted.wait()
+        with pytest.raises(RuntimeError, match="broke off before: no copy"):
+            around(ring)
+
+    good(ranks(fail, 2, lambda rank: {"device": Failing()}))
+
+
+def test_a_ring_may_end_by_garbage_collection_in_the_thread_that_looks_after_it():
+    def use(ring):
+        ring.itself = ring  # a cycle
+        return weakref.ref(ring.peers)
+
+    gc.disable()
+    usual = gc.get_threshold()
+    try:
+        found = good(ranks(use, 2))
+        gc.set_threshold(1, 1, 1)
+        gc.enable()
+        time.sleep(1.0)  # this thread collects nothing meanwhile
+    finally:
+        gc.set_threshold(*usual)
+        gc.enable()
+    use.itself, use = use, weakref.ref(use)
+    gc.collect()
+    assert use() is None, "a collection hangs, and there will never be another"
+    assert all(x() is None for x in found)
+
+
 METHODS = [ringref.dilated_attention, ringref.collective_attention, ringref.ring_attention]
 
 
@@ -268,11 +415,6 @@ def test_every_method(p, how):
     for found in good(ranks(on_a_rank, p, lambda rank: {"lateness": 0.002 * rank})):
         for one, at in found:
             assert_close(one, Results(true.out[:, at], true.lse[:, :, at], *(x[:, at] for x in true[2:])))
-
-
-def hurry(ring, seconds):
-    """From now on (a busy machine may need longer to come here)."""
-    ring.peers.timeout = ring.peers._mailbox._timeout = seconds
 
 
 def test_a_rank_that_is_gone_is_an_error_for_the_others_in_time():
@@ -362,7 +504,11 @@ def test_a_full_mailbox_is_emptied_by_who_waits_for_a_place_in_another():
         other = 1 - mine
         for i in range(3000):
             boxes[mine].send(other, f'[{mine}, "offer", {i}]')
-        return [boxes[mine].receive(other, "offer") for _ in range(3000)]
+        found = []
+        while len(found) < 3000:
+            if not boxes[mine].late([other], "offer") or boxes[mine].take(10.0):
+                found.append(boxes[mine].receive(other, "offer"))
+        return found
 
     found = [None, None]
     threads = [threading.Thread(target=lambda i=i: found.__setitem__(i, flood(i)), daemon=True) for i in range(2)]

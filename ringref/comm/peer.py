@@ -10,14 +10,14 @@ is wanted: no buffer lies between. The hosts agree on the addresses, the streams
 
 Hosts offer when they post and take offers when they have come, at the latest in `wait`: meanwhile they launch what is
 computed under the message, and need not be in step. A thread takes the offers of who is long in coming to that, so that
-others do not wait for what it does in between. Signals are integers in GPU memory that streams write and wait for,
-two for each pair of ranks and direction. A rank queues the exchanges of all its rings in the order in which it posted
-them, each ring's on one stream, first what others wait for: so its waits are for the same exchange on other ranks, and
-ranks that post alike cannot lock each other, whatever hardware queue a stream is in. All that a stream is told is
-constant: a captured exchange can be replayed, as long as its ring lives, though nobody looks at the clock then. NCCL
-hides nothing under an attention kernel, be its stream of high priority or its CTA policy zero (four H200, NCCL 2.28).
-`Peers` is this protocol, `Mailbox` carries what hosts say, and `Cuda` is what is asked of a device; the tests have a
-device of their own.
+others do not wait for what it does in between; what nobody has offered in time breaks its ring, and no other. Signals
+are integers in GPU memory that streams write and wait for, two for each pair of ranks and direction. A rank queues the
+exchanges of all its rings in the order in which it posted them, each ring's on one stream, first what others wait for:
+so its waits are for the same exchange on other ranks, and ranks that post alike cannot lock each other, whatever
+hardware queue a stream is in. All that a stream is told is constant: a captured exchange can be replayed, as long as
+its ring lives, though nobody looks at the clock then. NCCL hides nothing under an attention kernel, be its stream of
+high priority or its CTA policy zero (four H200, NCCL 2.28). `Peers` is this protocol, `Mailbox` carries what hosts say,
+and `Cuda` is what is asked of a device; the tests have a device of their own.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Peers:
 
     def __init__(self, rank: int, size: int, store, make_device: Callable, timeout: float):
         self.rank, self.size, self.timeout = rank, size, timeout
-        self.broken, self._closed, self._signals = None, threading.Event(), None
+        self.broken, self._signals = None, None
         self._others = [r for r in range(size) if r != rank]
         self._told = {r: set() for r in self._others}  # the segments of mine that a rank knows
         self._maps = {r: {} for r in self._others}  # where its segments are for me
@@ -61,7 +61,7 @@ class Peers:
         self._prepared: dict = {}
         self._flying: deque = deque()  # (mark, what it keeps alive, since when, what it is)
         self._reach(store, make_device)
-        threading.Thread(target=_watch, args=(weakref.ref(self), self._closed), daemon=True).start()
+        threading.Thread(target=_watch, args=(weakref.ref(self),), daemon=True).start()
 
     def _reach(self, store, make_device: Callable) -> None:
         """Map everybody's signals and exchange something; that it worked everywhere is what all ranks know then."""
@@ -117,13 +117,10 @@ class Peers:
                 for peer, message in into.items():
                     self._offer(peer, message, number)
             self._line.posted.append(one)
-            self._line.take_offers()
+            self._line.take_offers(self)
 
         def finish():
-            with self._line.lock:
-                self._check()
-                while one.mark is None:
-                    self._line.queue_next()
+            self._serve(lambda: one.mark is not None)
             one.mark.join()
             one.kept.clear()
 
@@ -134,26 +131,44 @@ class Peers:
         if self._line.lock.acquire(blocking=False):
             try:
                 self._line.take_offers(captured=False)
-            except RuntimeError:  # it is kept for whoever uses the ring next
-                pass
             finally:
                 self._line.lock.release()
         self.overdue()
 
-    def _has_offers(self, one: _Exchange) -> bool:
-        return self._mailbox.has(one.outgoing)
+    def _serve(self, done: Callable[[], bool], captured: bool = True) -> None:
+        """Queue what can be queued until `done`, which may wait for any of it on another rank."""
+        while True:
+            with self._line.lock:
+                self._check()
+                self._line.take_offers(self, captured)
+                if done():
+                    return
+                first = self._line.posted[0].peers if captured and self._line.posted else self
+                came = first._mailbox.take(0.02)
+            if not came:
+                time.sleep(0.001)  # who waits for the lock gets it
+
+    def _due(self, one: _Exchange) -> bool:
+        """Whether an exchange need not be waited for, or no longer."""
+        expired = time.monotonic() - one.since > self.timeout
+        return bool(self.broken) or not self._mailbox.late(one.outgoing, "offer") or expired
 
     def _queue(self, one: _Exchange) -> None:
         """Take the offers for an exchange, and queue it."""
         device = self._device
         with self._or_broken():
+            self._come(one.outgoing, "offer", one.since)
             copies = [x for peer, message in one.outgoing.items() for x in self._accept(peer, message, one.number)]
-        first, last = self._signals_of(tuple(one.outgoing), tuple(one.into))
-        device.follow(one.start)
-        device.signal(first)
-        device.copy(copies)
-        device.signal(last)
-        one.mark = device.end()
+            first, last = self._signals_of(tuple(one.outgoing), tuple(one.into))
+            try:
+                device.follow(one.start)
+                device.signal(first)
+                device.copy(copies)
+                device.signal(last)
+                one.mark = device.end()
+            except BaseException:
+                _abandoned.append(one.kept)  # others may have been told to write to it
+                raise
         if not one.captured:  # a mark in a graph cannot be looked at
             self._flying.append((one.mark, one.kept, time.monotonic(), one.what))
         one.outgoing = one.into = None
@@ -161,10 +176,20 @@ class Peers:
     def tell(self, row: list[int]) -> list[list[int]]:
         """Every rank's row of a few integers, in rank order."""
         self._check()
-        with self._line.lock, self._or_broken():
-            for peer in self._others:
-                self._mailbox.send(peer, json.dumps([self.rank, "row", row]))
+        with self._or_broken():
+            with self._line.lock:
+                for peer in self._others:
+                    self._mailbox.send(peer, json.dumps([self.rank, "row", row]))
+            since = time.monotonic()
+            self._serve(lambda: self._come(self._others, "row", since), captured=False)
             return [row if r == self.rank else self._mailbox.receive(r, "row")[0] for r in range(self.size)]
+
+    def _come(self, peers: Iterable[int], kind: str, since: float) -> bool:
+        """Whether each of these ranks has sent such a message; raises if one has not in time."""
+        late = self._mailbox.late(peers, kind)
+        if late and time.monotonic() - since > self.timeout:
+            raise TimeoutError(f"rank {late[0]} did not post its side within {self.timeout:g} s")
+        return not late
 
     def _signals_of(self, to: tuple[int, ...], sources: tuple[int, ...]) -> tuple:
         """What a stream is told before and after the copies of an exchange."""
@@ -219,7 +244,6 @@ class Peers:
             yield
         except BaseException as error:
             self.broken = self.broken or f"an exchange of this ring broke off before: {error}"
-            self._line.posted = deque(one for one in self._line.posted if one.peers is not self)
             raise
 
     def _check(self) -> None:
@@ -236,7 +260,6 @@ class Peers:
             self._device.fail()
 
     def __del__(self):
-        self._closed.set()
         if self.broken or not all(mark.done() for mark, *_ in self._flying):
             _abandoned.append((self._signals, self._flying))  # others may still write to it
             return
@@ -253,7 +276,7 @@ class _Exchange:
     def __init__(self, peers: Peers, outgoing: dict[int, Message], into: dict[int, Message], number: int, what: str):
         self.peers, self.outgoing, self.into, self.number, self.what = peers, outgoing, into, number, what
         self.start, self.captured = peers._device.begin(), peers._device.capturing()
-        self.kept, self.mark = [outgoing, into], None
+        self.kept, self.mark, self.since = [outgoing, into], None, time.monotonic()
 
 
 class Line:
@@ -264,14 +287,18 @@ class Line:
     def __init__(self):
         self.lock, self.posted = threading.Lock(), deque()
 
-    def queue_next(self) -> None:
-        one = self.posted.popleft()
-        one.peers._queue(one)
-
-    def take_offers(self, captured: bool = True) -> None:
-        """Queue the exchanges that need not be waited for."""
-        while self.posted and captured >= self.posted[0].captured and self.posted[0].peers._has_offers(self.posted[0]):
-            self.queue_next()
+    def take_offers(self, mine: Peers | None = None, captured: bool = True) -> None:
+        """Queue the exchanges that need not be waited for. What breaks another ring than mine is for who uses that."""
+        while self.posted and captured >= self.posted[0].captured and self.posted[0].peers._due(self.posted[0]):
+            one = self.posted.popleft()
+            if one.peers.broken:
+                continue
+            try:
+                one.peers._queue(one)
+            except Exception:
+                if one.peers is mine:
+                    raise
+                log.error("%s: %s", one.what, one.peers.broken)
 
 
 def together(rank: int, size: int, store, what: str, step: Callable[[], str | None]) -> list[str]:
@@ -287,14 +314,17 @@ def together(rank: int, size: int, store, what: str, step: Callable[[], str | No
     return [x[1:] for x in every]
 
 
-def _watch(reference: weakref.ref, closed: threading.Event) -> None:
-    """Look after exchanges that hosts have queued and left; keeps no ring alive."""
+def _watch(reference: weakref.ref) -> None:
+    """Look after exchanges that hosts have posted and left; keeps no ring alive, and holds no lock that a ring's end
+    wants: that may come in this very thread, by garbage collection.
+    """
     peers, pause = reference(), 0.0
     if peers is not None:
         peers._device.watch_only()
         pause = min(0.05, peers.timeout / 10)
     del peers
-    while not closed.wait(pause):
+    while True:
+        time.sleep(pause)
         peers = reference()
         if peers is None:
             return
@@ -331,27 +361,22 @@ class Mailbox:
                 self._socket.sendto(text.encode(), self._names[peer])
                 return
             except BlockingIOError:  # the peer's queue is full: it may wait for a place in mine
-                if not self._take(0.01) and time.monotonic() > end:
+                if not self.take(0.01) and time.monotonic() > end:
                     raise TimeoutError(f"rank {peer} took no message for {self._timeout:g} s") from None
             except OSError as error:
                 raise RuntimeError(f"rank {peer} is gone: {error}") from error
 
     def receive(self, peer: int, kind: str) -> list:
-        """The next message of this rank."""
-        end, backlog = time.monotonic() + self._timeout, self._backlog[peer, kind]
-        while not backlog:
-            left = end - time.monotonic()
-            if left <= 0 or not self._take(left):
-                raise TimeoutError(f"rank {peer} did not post its side within {self._timeout:g} s")
-        return backlog.popleft()
+        """The next message of this rank, which has come."""
+        return self._backlog[peer, kind].popleft()
 
-    def has(self, peers: Iterable[int]) -> bool:
-        """Whether an offer of each of these ranks has come."""
-        while self._take(0.0):
+    def late(self, peers: Iterable[int], kind: str) -> list[int]:
+        """Those of these ranks of which no such message has come."""
+        while self.take(0.0):
             pass
-        return all(self._backlog[peer, "offer"] for peer in peers)
+        return [r for r in peers if not self._backlog[r, kind]]
 
-    def _take(self, seconds: float) -> bool:
+    def take(self, seconds: float) -> bool:
         """Put the next message where it belongs, if one comes in time."""
         if not self._arrival.poll(1e3 * seconds):
             return False
