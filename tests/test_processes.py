@@ -181,6 +181,8 @@ def test_ranks_one_and_three_of_four():
             for method in METHODS.values():
                 mine = given.cut(*split.rows[part.rank])
                 assert_close(both_ways(method, mine, shard=split.shard(part), causal=True), true)
+            nothing = inputs(0)  # nobody's rows: no message is posted
+            assert both_ways(METHODS["ring"], nothing, shard=partition(0, part)).dq.shape[1] == 0
             assert part.transport == "gloo"
         with pytest.raises(ValueError, match="transport: 'peer' needs a group with NCCL, this one has gloo"):
             ProcessRing(transport="peer")

@@ -93,7 +93,9 @@ class Ring:
             return [row]
         rows = [row if r == self.rank else row.new_empty(lengths[r]) for r in range(self.size)]
         others = [r for r in range(self.size) if r != self.rank]
-        self._post(_solid(dict.fromkeys(others, (row,))), _solid({r: (rows[r],) for r in others}))()
+        outgoing, into = _solid(dict.fromkeys(others, (row,))), _solid({r: (rows[r],) for r in others})
+        if outgoing or into:
+            self._post(outgoing, into)()
         return rows
 
     def announce(self, row: Sequence[int]) -> list[list[int]]:
