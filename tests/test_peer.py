@@ -278,6 +278,26 @@ def test_what_was_posted_is_queued_while_rows_are_awaited():
     assert good(ranks(tell, 3)) == [([[0], [1], [2]], before) for before in (2, 0, 1)]
 
 
+def test_a_host_that_is_held_up_takes_what_others_say_meanwhile():
+    """Or who is far ahead, and finds its mailbox full, does not queue what it is held up by."""
+    store = dist.HashStore()
+
+    def ahead(ring):
+        other = beside(ring, store)
+        if ring.rank == 1:
+            time.sleep(0.2)
+        first = around(other)
+        if ring.rank == 1:
+            first.wait()
+        start = time.monotonic()
+        posted = [around(ring) for _ in range(40)]
+        taken = time.monotonic() - start
+        assert all(x.wait()[0][0] == 1 - ring.rank for x in (first, *posted))
+        return taken
+
+    assert max(good(ranks(ahead, 2))) < 2.0
+
+
 def test_two_threads_may_use_a_ring_each_in_any_order():
     store = dist.HashStore()
 

@@ -128,8 +128,9 @@ class Peers:
 
     def look_after(self) -> None:
         """What must not wait for this rank's host, which may be busy, or held up by its device."""
-        if self._line.lock.acquire(blocking=False):
+        if self._line.lock.acquire(timeout=0.05):
             try:
+                self._mailbox.late((), "offer")  # a place in it for who is ahead
                 self._line.take_offers(captured=False)
             finally:
                 self._line.lock.release()
