@@ -112,7 +112,7 @@ def _forward(call: Call, conduct: Conductor, part: Part, q: Tensor, k: Tensor, v
                     running.merge(rows, heads, *piece)
             block = blocks = None  # let go of them, or they live on beside the next two
             blocks = walk.send(None)
-        walk.close()
+        walk = walk.close()  # and gone: Python 3.12 keeps what a closed generator held
     return list(running.result())
 
 
