@@ -13,8 +13,9 @@ from common import everything, sweep
 import ringref
 from ringref import block
 from ringref.comm.launch import RankError
-from ringref.engine import kernels
+from ringref.engine import kernels, sums
 from ringref.engine.call import Call
+from ringref.engine.visits import Rows
 from ringref.shard import Table, alone, counted
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -203,6 +204,32 @@ def test_the_kernel_for_many_segments_stands_its_proof(dtype, d):
     for lse_gradient, backward in ((False, False), (False, True), (True, True)):
         task = kernels.Task("cuda", dtype, d, "ragged", lse_gradient, backward=backward)
         assert flash.why_not(task) is None and kernels.fault(flash, task) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_large_blocks_merge_and_add_in_one_pass(dtype):
+    """And come out alike each time: several threads read what one of them writes."""
+    torch.manual_seed(0)
+    out, lse = torch.randn(2, 4096, 8, 128, device="cuda").to(dtype), torch.randn(2, 4096, 8, device="cuda")
+    rows = {
+        "all": torch.arange(4096)[None], "the later half": torch.arange(2048, 4096)[None],
+        "every third of segments": torch.arange(4095).view(5, 273, 3)[..., 1],
+    }  # fmt: skip
+    for name, index in rows.items():
+        some, heads = Rows(index), slice(None) if name == "all" else slice(1, 8, 2)
+        view = some.of(out, heads)
+        piece, other = torch.randn_like(view, dtype=torch.bfloat16), torch.randn_like(some.of(lse, heads))
+        found = []
+        for way in (sums._PLAIN, *[sums._way(view, piece)] * 10):
+            mine, its = out.clone(), lse.clone()
+            way.merge(some.of(mine, heads), some.of(its, heads), piece, other)
+            way.add(some.of(mine, heads), some.of(mine, heads), piece)
+            found.append((mine, its))
+        assert way is sums._proofs[out.device] is not None, name
+        for mine, its in found[1:]:
+            assert torch.equal(mine, found[1][0]) and torch.equal(its, found[1][1]), name
+        for x, y in zip(found[0], found[1], strict=True):
+            assert relative(y, x.double()) < 2 * torch.finfo(x.dtype).eps, name
 
 
 def test_forward_repeats_to_the_bit():

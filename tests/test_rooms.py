@@ -15,6 +15,7 @@ SOURCE = Path(ringref.__file__).parent
 STANDARD = set(sys.stdlib_module_names)
 PACKAGES = {"cloudpickle", "einops", "matplotlib", "numpy", "rich", "torch"}
 OPTIONAL = {
+    "engine.fused": {"triton"},
     "engine.kernels": {"xformers"},
     "lab.bench": {"dilated_attention_pytorch"},
     "lab.engines": {"ipyparallel", "psutil"},
@@ -27,7 +28,7 @@ FLOORS = (  # from the ground up: a room imports from floors below its own, and 
     {"comm.peer", "comm.simulate"},
     {"comm.process"},
     {"comm.launch", "shard"},
-    {"block", "engine.call", "engine.visits"},
+    {"block", "engine.call", "engine.fused", "engine.visits"},
     {"dense", "engine.kernels", "engine.route", "engine.sums"},
     {"engine.plan"},
     {"engine.attend"},

@@ -1,12 +1,14 @@
 """What accumulates: the running merge of outputs, and sums of gradients.
 
-Both keep the first block as it came, in the inputs' dtype, and the second waiting: two blocks are added as the result
-is written, and cost no copy. From the third on they accumulate in float32 (float64 for float64).
+Both keep the first block as it came, in the inputs' dtype, and the second of each head waiting: two blocks are added
+as the result is written, and cost no copy. From the third on they accumulate in float32 (float64 for float64).
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
+from types import ModuleType, SimpleNamespace
 
 import torch
 from torch import Tensor
@@ -50,17 +52,62 @@ class Running:
             block, self.waiting = self.waiting, None
             self._merge(*block)
 
-    def _merge(self, rows: Rows, heads: slice, out: Tensor, lse: Tensor) -> None:
-        # exp(lse − logaddexp(lse, before)); two that saw nothing are 0 whatever they weigh
-        weight = torch.sigmoid((lse - rows.of(self.lse, heads)).nan_to_num_(0.0))[..., None]
-        kept = 1 - weight
-        rows.change(self.lse, heads, lambda part: torch.logaddexp(part, lse, out=part))
-        rows.change(self.out, heads, lambda part: torch.addcmul(_scaled(part, kept), out, weight, out=part))
+    def _merge(self, rows: Rows, heads: slice, piece: Tensor, other: Tensor) -> None:
+        def write(out: Tensor) -> None:
+            rows.change(self.lse, heads, lambda lse: _way(out, piece).merge(out, lse, piece, other))
+
+        rows.change(self.out, heads, write)
 
 
-def _scaled(x: Tensor, factor: Tensor) -> Tensor:
-    """x · factor in the factor's dtype, in place where that is x's own."""
-    return x.mul_(factor) if x.dtype == factor.dtype else x * factor
+def merge(out: Tensor, lse: Tensor, piece: Tensor, other: Tensor) -> None:
+    """Merge a piece and its lse `other` into out and lse, in place."""
+    # exp(other − logaddexp(lse, other)); two that saw nothing are 0 whatever they weigh
+    weight = torch.sigmoid((other - lse).nan_to_num_(0.0))[..., None]
+    torch.logaddexp(lse, other, out=lse)
+    kept = out.mul_(1 - weight) if out.dtype == weight.dtype else out * (1 - weight)
+    torch.addcmul(kept, piece, weight, out=out)
+
+
+def add(total: Tensor, one: Tensor, other: Tensor) -> None:
+    """total = one + other; total may be one."""
+    (total if total is one else total.copy_(one)).add_(other)
+
+
+_PLAIN = SimpleNamespace(merge=merge, add=add)
+_LARGE = 2**20  # elements: of fewer, compiling two kernels is not worth what a launch saves
+_proofs: dict[torch.device, ModuleType | None] = {}
+
+
+def _way(*blocks: Tensor) -> ModuleType | SimpleNamespace:
+    """What merges and adds these blocks `b m c h d`: fused.py, in one pass over memory, where it can and has shown it
+    on this device; else the two above.
+    """
+    x = blocks[0]
+    if not x.is_cuda or x.numel() < _LARGE or torch._C._len_torch_dispatch_stack():  # a mode counts, traces or fakes
+        return _PLAIN
+    if x.device not in _proofs and not torch.cuda.is_current_stream_capturing():
+        _proofs[x.device] = _proved(x.device)
+    module = _proofs.get(x.device)
+    return module if module and module.takes(*blocks) else _PLAIN
+
+
+def _proved(device: torch.device) -> ModuleType | None:
+    """fused.py, if this machine has Triton and the same comes out."""
+    try:
+        from . import fused
+    except ImportError:
+        return None
+    if fault := fused.fault(_PLAIN, device):
+        warnings.warn(f"Triton's merge and sum are passed over on {device}: {fault}", RuntimeWarning, stacklevel=2)
+    return None if fault else fused
+
+
+def plus(one: Tensor, other: Tensor, dtype: torch.dtype) -> Tensor:
+    """one + other, `b s h d`, in this dtype: in one's memory where it has that."""
+    one, other = one[:, None], other[:, None]
+    total = one if one.dtype == dtype else torch.empty_like(one, dtype=dtype)
+    _way(total, one, other).add(total, one, other)
+    return total[:, 0]
 
 
 class Sum:
@@ -68,16 +115,23 @@ class Sum:
 
     def __init__(self, shape: Sequence[int], like: Tensor):
         self.shape, self.like, self.dtype = tuple(shape), like, wide(like.dtype)
-        self.total = self.waiting = None
+        self.total, self.waiting = None, []
 
     def add(self, rows: Rows, heads: slice, x: Tensor) -> None:
         if self.total is None and _covers(rows, x, self.shape):
             self.total = x.flatten(1, 2)
-        elif self.waiting is None and (self.total is None or self.total.dtype != self.dtype):
-            self.waiting = rows, heads, x
+        elif self._waits(heads):
+            self.waiting.append((rows, heads, x))
         else:
             self._start(self.dtype)
-            rows.change(self.total, heads, lambda part: part.add_(x))
+            self._add(rows, heads, x)
+
+    def _waits(self, heads: slice) -> bool:
+        """Whether these heads' blocks have not begun to accumulate, and none of them waits yet."""
+        if self.total is not None and self.total.dtype == self.dtype:
+            return False
+        every = range(self.shape[2])
+        return not any(set(every[heads]) & set(every[others]) for _, others, _ in self.waiting)
 
     def result(self) -> Tensor:
         """The sum in the inputs' dtype."""
@@ -86,8 +140,12 @@ class Sum:
 
     def onto(self, total: Tensor, where: Tensor | None) -> Tensor:
         """The sum added to a larger one, all of it or the rows `where`, in the accumulating dtype."""
-        mine, total = self.result() if self.waiting is None else self.wide(), total.to(self.dtype)
-        return total.add_(mine) if where is None else total.index_add_(1, where.to(total.device), mine.to(self.dtype))
+        if where is not None:
+            return total.to(self.dtype).index_add_(1, where.to(total.device), self.wide())
+        mine, self.total = self.total, total
+        if mine is not None:
+            self.total = plus(total, mine, self.dtype)
+        return self.wide()
 
     def wide(self) -> Tensor:
         self._start(self.dtype)
@@ -97,9 +155,11 @@ class Sum:
         if self.total is None:
             self.total = self.like.new_zeros(self.shape, dtype=dtype)
         self.total = self.total.to(dtype)
-        if self.waiting:
-            (rows, heads, x), self.waiting = self.waiting, None
-            rows.change(self.total, heads, lambda part: part.add_(x))
+        while self.waiting:
+            self._add(*self.waiting.pop(0))
+
+    def _add(self, rows: Rows, heads: slice, x: Tensor) -> None:
+        rows.change(self.total, heads, lambda part: _way(part, x).add(part, part, x))
 
 
 def _covers(rows: Rows, x: Tensor, shape: Sequence[int]) -> bool:
@@ -125,5 +185,5 @@ class Gradients:
         message = []
         for i, mine in enumerate(x for both in self.sums for x in both):
             message.append(finish(mine, i))
-            mine.total = mine.waiting = None  # before the next buffers are made
+            mine.total, mine.waiting = None, []  # before the next buffers are made
         return tuple(message)

@@ -171,21 +171,38 @@ class Bench:
             step()
         return int(self.worst(usage.peak)[0])
 
-    def measure(self, fn, inputs, dout):
-        """Times, and peaks in units of q's shard, of fn(q, k, v) -> out, forward and forward+backward."""
+    def measure(self, fn, inputs, dout, captured=False):
+        """Times, and peaks in units of q's shard, of fn(q, k, v) -> out, forward and forward+backward; also those of a
+        CUDA graph's replay, if asked.
+        """
 
         def forward():
             with torch.no_grad():
-                fn(*inputs)
+                return fn(*inputs)
 
         def both():
-            torch.autograd.grad(fn(*inputs), inputs, dout)
+            return torch.autograd.grad(fn(*inputs), inputs, dout)
 
         row = {}
         for name, step in (("forward", forward), ("both", both)):
             row[f"{name}_ms"], row[f"{name}_spread_ms"] = self.milliseconds(step)
             row[f"peak_{name}_q"] = self.peak(step) / inputs[0].nbytes
+            if captured:
+                with self.captured(step) as replay:
+                    row[f"{name}_captured_ms"] = self.milliseconds(replay)[0]
         return row
+
+    @contextmanager
+    def captured(self, step):
+        """What replays a step that has run before: a CUDA graph, which the host launches in one go."""
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            found = step()
+        yield graph.replay
+        torch.cuda.synchronize()
+        graph.reset()
+        del found
 
     def plain(self, causal):
         """PyTorch's attention on one device: cuDNN on a GPU."""
@@ -327,7 +344,7 @@ def ring_section(bench, args):
         verdicts = {name: _verdict(bench, _results(fn, *mine), *truth) for name, fn in ours.items()}
         del truth
         runs = {"ideal": (nullcontext, plain, *bench.inputs(s * p, HEADS, HEAD_DIM))}
-        runs |= {name: (nullcontext, partial(_out, fn), *mine) for name, fn in ours.items()}
+        runs |= {name: (nullcontext, partial(_out, fn), *mine, bench.cuda) for name, fn in ours.items()}
         for rotation in ("allgather", "alltoall") if bench.cuda and p > 1 else ():
             runs[f"context_parallel {rotation}"] = partial(_context_parallel, bench, rotation, causal), plain, *mine
         rounds = [{}, {}]
@@ -346,7 +363,8 @@ def ring_section(bench, args):
         ideal = {way: whole[f"{way}_ms"] / p for way in ("forward", "both")}
         yield {**facts, "method": "ideal", **{f"{way}_ms": x for way, x in ideal.items()}}
         for name, row in rows.items():
-            share = {f"share_{way}": 100 * x / row[f"{way}_ms"] for way, x in ideal.items() if "failed" not in row}
+            ways = {x: ideal[x.split("_")[0]] for x in (*ideal, *(f"{x}_captured" for x in ideal)) if f"{x}_ms" in row}
+            share = {f"share_{way}": 100 * x / row[f"{way}_ms"] for way, x in ways.items()}
             yield {**facts, "method": name, **row, **share, **verdicts.get(name, {})}
 
 

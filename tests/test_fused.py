@@ -1,0 +1,75 @@
+"""Merge and sum in one pass over memory: Triton's interpreter plays the GPU. Large blocks on a real one: test_gpu."""
+
+import warnings
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+if torch.cuda.is_available():
+    pytest.skip("what is compiled and what is interpreted do not live in one process", allow_module_level=True)
+
+
+@pytest.fixture
+def ways(monkeypatch):
+    """sums, and fused.py as the interpreter runs it."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    from ringref.engine import fused, sums
+
+    return sums, fused
+
+
+def strided(x):
+    """m 2, c 7, h 3 of b 2, s 40, h 6: rows and heads two apart, not from the first."""
+    b, row, head, *rest = x.stride()
+    return x.as_strided((2, 2, 7, 3, *x.shape[3:]), (b, 20 * row, 2 * row, 2 * head, *rest), row + head)
+
+
+@pytest.mark.parametrize("d", [64, 72, 24])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_views_of_any_strides_merge_and_add_in_place(ways, dtype, d):
+    sums, fused = ways
+    torch.manual_seed(0)
+    out, lse = torch.randn(2, 40, 6, d).to(dtype), torch.randn(2, 40, 6)
+    piece, other = torch.randn(2, 2, 7, 3, d).bfloat16(), torch.randn(2, 2, 7, 3)
+    strided(lse)[0, 0, :2] = other[0, 0, 1:3] = -torch.inf
+    strided(lse)[1, 1, 2], other[1, 1, 3], other[1, 0, 0] = torch.inf, torch.inf, torch.nan
+    found = []
+    for way in (sums._PLAIN, fused):
+        mine, its = out.clone(), lse.clone()
+        assert fused.takes(strided(mine), piece)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the interpreter's NumPy on inf − inf
+            way.merge(strided(mine), strided(its), piece, other)
+        total = torch.empty(2, 2, 7, 3, d)
+        way.add(total, strided(mine), piece)
+        way.add(strided(mine), strided(mine), piece)
+        found.append((mine, its, total))
+    for x, y in zip(*found, strict=True):
+        eps = torch.finfo(x.dtype).eps
+        torch.testing.assert_close(x, y, rtol=4 * eps, atol=4 * torch.finfo(dtype).eps, equal_nan=True)
+
+
+def test_what_it_cannot_address_goes_the_plain_way(ways):
+    _, fused = ways
+    x = torch.empty(1, 2, 8, 4, 64)
+    assert fused.takes(x) and not fused.takes(x.transpose(3, 4)) and not fused.takes(x.double())
+    assert not fused.takes(torch.empty(1, 2, 8, 4, 65)) and not fused.takes(x.expand(2**15, 2, 8, 4, 64))
+
+
+def test_it_is_proved_before_it_is_trusted(ways, monkeypatch):
+    sums, fused = ways
+    here = torch.device("cpu")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert sums._proved(here) is fused
+    monkeypatch.setattr(fused, "add", lambda total, one, other: total.copy_(one))
+    with pytest.warns(RuntimeWarning, match="Triton's merge and sum are passed over on cpu: wrong sum"):
+        assert sums._proved(here) is None
+
+    def without_a_compiler(*_):
+        raise RuntimeError("Failed to find C compiler")
+
+    monkeypatch.setattr(fused, "merge", without_a_compiler)
+    with pytest.warns(RuntimeWarning, match="passed over on cpu: RuntimeError: Failed to find C compiler"):
+        assert sums._proved(here) is None
