@@ -25,11 +25,11 @@ LONGEST_PROSE = 100  # words between two cells of code, formulas and folded answ
 IGNORED = "# NBVAL_IGNORE_OUTPUT"
 QUIETLY = ("-q", "-p", "no:cacheprovider", "-p", "no:ringref")  # our plugin would import torch, as the kernel does
 DEAR = ("04_memory", "08_oracle")  # a minute and more, which their own numbers take already
-SETTINGS = {  # other numbers that the first cells say may be chosen: one for every run, one more for the slow ones
+SETTINGS = {  # other numbers that the first cells say may be chosen: one for every run, more for the slow ones
     "00_one_block": ("cut, n, h, d = 2, 31, 3, 8", "cut, n, h, d = 7, 12, 1, 4"),
     "01_ring": ("p, n, h, d = 3, 17, 1, 4", "p, n, h, d = 6, 12, 2, 8"),
-    "02_who_holds_what": ("p, n = 3, 25", "p, n = 6, 48"),
-    "03_collective": ("p, n, h, d = 2, 13, 2, 4", "p, n, h, d = 3, 20, 6, 8"),
+    "02_who_holds_what": ("p, n = 3, 25", "p, n = 6, 48", "p, n = 2, 4"),
+    "03_collective": ("p, n, h, d = 2, 13, 2, 4", "p, n, h, d = 3, 20, 6, 8", "p, n, h, d = 5, 10, 5, 1"),
     "04_memory": ("d, longest = 8, 2048", "d, longest = 32, 2048"),
     "05_multi_gpu": ("p, n, h, d = 3, 36, 1, 8", "p, n, h, d = 4, 64, 2, 16"),
     "06_dilated": ("n, h, d = 24, 2, 4", "n, h, d = 12, 8, 8"),
