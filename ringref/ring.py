@@ -44,7 +44,7 @@ def ring_attention(
     b·g·(d + d_v)·min(w, a) elements in forward, for whoever is further on needs none but those; of documents
     (`cu_seqlens`) that no shard boundary cuts, nothing.
 
-    `q_chunk` bounds the query rows in work on this rank. `backend` is "auto", "math", "torch" or
+    `q_chunk` bounds the query rows worked on at a time on this rank. `backend` is "auto", "math", "torch" or
     "xformers".
     """
     return attend(

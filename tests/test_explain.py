@@ -70,7 +70,7 @@ def test_explain_gives_reasons():
     q = torch.zeros(1, 8, 4, 16)
     said = explain(q, causal=True)
     assert said.startswith("causal blocks: cpu_flash\n  not cudnn: runs on cuda, not on cpu")
-    assert said.endswith("all keys: keys stay; 1 visits (causal) of strided views")
+    assert said.endswith("all keys: keys stay; 1 visit (causal) of strided views")
     assert "not cpu_flash: backend='math' excludes it" in explain(q, backend="math")
     assert "not cpu_flash: needs a scale of at least 1.2e-38" in explain(q, scale=0.0)
     assert "not cpu_flash: takes full and causal blocks, not a mask" in explain(q, mask_mod=lambda *_: True)

@@ -224,7 +224,7 @@ def test_the_table_says_what_partitioning_queries_saves():
     assert rows["replicated Q"]["scores"] == rows["collective"]["scores"] == n * n / p
     assert rows["ring"]["scores"] == n**2 / p**2
     assert rows["ring, Q in chunks"]["scores"] == n**2 / p**3
-    assert rows["ring, Q in chunks"]["rows in work"] == n / p**2
+    assert rows["ring, Q in chunks"]["rows at a time"] == n / p**2
     assert rows["ring"]["K, V"] == 3 * 2 * (n / p) * d
     assert table(n, 2, d, 1)["ring"]["K, V"] == 2 * 2 * (n / 2) * d
 

@@ -25,11 +25,11 @@ LONGEST_PROSE = 100  # words between two cells of code, formulas and folded answ
 IGNORED = "# NBVAL_IGNORE_OUTPUT"
 QUIETLY = ("-q", "-p", "no:cacheprovider", "-p", "no:ringref")  # our plugin would import torch, as the kernel does
 DEAR = ("04_memory", "08_oracle")  # a minute and more, which their own numbers take already
-SETTINGS = {  # other numbers that the first cells say may be chosen: one for every run, one more for the slow ones
+SETTINGS = {  # other numbers that the first cells say may be chosen: one for every run, more for the slow ones
     "00_one_block": ("cut, n, h, d = 2, 31, 3, 8", "cut, n, h, d = 7, 12, 1, 4"),
     "01_ring": ("p, n, h, d = 3, 17, 1, 4", "p, n, h, d = 6, 12, 2, 8"),
-    "02_who_holds_what": ("p, n = 3, 25", "p, n = 6, 48"),
-    "03_collective": ("p, n, h, d = 2, 13, 2, 4", "p, n, h, d = 3, 20, 6, 8"),
+    "02_who_holds_what": ("p, n = 3, 25", "p, n = 6, 48", "p, n = 2, 4"),
+    "03_collective": ("p, n, h, d = 2, 13, 2, 4", "p, n, h, d = 3, 20, 6, 8", "p, n, h, d = 5, 10, 5, 1"),
     "04_memory": ("d, longest = 8, 2048", "d, longest = 32, 2048"),
     "05_multi_gpu": ("p, n, h, d = 3, 36, 1, 8", "p, n, h, d = 4, 64, 2, 16"),
     "06_dilated": ("n, h, d = 24, 2, 4", "n, h, d = 12, 8, 8"),
@@ -191,21 +191,39 @@ TWICE = [  # the one on memory measures for minutes
 ]
 
 
+def read(name):
+    return json.loads((ROOT / "notebooks" / f"{name}.ipynb").read_text())
+
+
+def passes(folder, name, notebook, how, **more):
+    """Run a changed notebook in a folder, beside what it reads from the checkout."""
+    for beside in ("figures", "tests", "ringref"):
+        (folder / beside).symlink_to(ROOT / beside)
+    copy = folder / "notebooks" / f"{name}.ipynb"
+    copy.parent.mkdir()
+    copy.write_text(json.dumps(notebook))
+    command = [sys.executable, "-m", "pytest", *QUIETLY, how, str(copy)]
+    env = {name: value for name, value in os.environ.items() if name != "RINGREF_FIGURES"}
+    run = subprocess.run(command, capture_output=True, text=True, cwd=folder, env={**env, **more})
+    assert run.returncode == 0, run.stdout[-6000:]
+
+
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(("name", "setting"), TWICE)
 def test_a_notebook_lives_with_other_numbers_and_its_answers_are_right(tmp_path, name, setting):
-    notebook = json.loads((ROOT / "notebooks" / f"{name}.ipynb").read_text())
+    notebook = read(name)
     with_numbers(notebook, setting)
     with_answers(notebook)
-    for beside in ("figures", "tests", "ringref"):
-        (tmp_path / beside).symlink_to(ROOT / beside)
-    copy = tmp_path / "notebooks" / f"{name}.ipynb"
-    copy.parent.mkdir()
-    copy.write_text(json.dumps(notebook))
-    command = [sys.executable, "-m", "pytest", *QUIETLY, "--nbval-lax", str(copy)]
-    env = {name: value for name, value in os.environ.items() if name != "RINGREF_FIGURES"}
-    run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env={**env, "RINGREF_EXERCISES": "1"})
-    assert run.returncode == 0, run.stdout[-6000:]
+    passes(tmp_path, name, notebook, "--nbval-lax", RINGREF_EXERCISES="1")
+
+
+@pytest.mark.slow
+def test_what_is_compared_is_the_same_where_two_gpus_make_two_ranks(tmp_path):
+    notebook = read("09_training")
+    source = notebook["cells"][1]["source"]
+    (at,) = [i for i, line in enumerate(source) if line.startswith("p = ")]
+    source[at] = "p = 2\n"
+    passes(tmp_path, "09_training", notebook, "--nbval")
 
 
 @pytest.mark.parametrize("address", ["https://github.com/us/ours", "git@github.com:us/ours.git", "https://us.org/ours"])

@@ -138,8 +138,8 @@ def test_explain_says_so(calls):
     said = explain(q, cu_seqlens=documents(29, 1), causal=True)
     assert said.startswith("ragged blocks: stand_in\n") and "not flash: runs on cuda, not on cpu" in said
     assert "not cpu_flash: takes no segments of lengths of their own here" in said
-    assert said.endswith("all keys: keys stay; 1 visits (ragged) of strided views")
-    assert explain(q, window=(3, 0)).endswith("1 visits (ragged) of strided views")
+    assert said.endswith("all keys: keys stay; 1 visit (ragged) of strided views")
+    assert explain(q, window=(3, 0)).endswith("1 visit (ragged) of strided views")
     assert "ragged" not in explain(q, cu_seqlens=documents(29, 1), causal=True, q_chunk=4)
 
 

@@ -75,6 +75,7 @@ def paths(q: Tensor, k: Tensor, v: Tensor, **arguments) -> tuple[set[tuple[str, 
             met = [x.visit for block in blocks for x in meet(call, part, block, q)]
             read = {"strided views" if x.queries.strided and x.keys.strided else "copied rows" for x in met}
             kinds |= {(x.kind, x.queries.c == 1) for x in met}
-            visited = f"{len(met)} visits ({', '.join(sorted({x.kind for x in met}))}) of {', '.join(sorted(read))}"
+            count = f"{len(met)} visit{'s' if len(met) > 1 else ''}"
+            visited = f"{count} ({', '.join(sorted({x.kind for x in met}))}) of {', '.join(sorted(read))}"
             lines.append(f"{named}: keys {where}; {visited if met else 'none are seen here'}")
     return kinds, list(dict.fromkeys(lines))

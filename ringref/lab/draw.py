@@ -27,6 +27,8 @@ INKS = ("#7F7F7F", "#882255", "#999933", "#44AA99", "#AA4499", "#661100", "#6699
 METHODS = {  # a method's colour, marker and dash, by the first word of a label
     "dense": ("#000000", "D", ":"),
     "dilated": ("#009E73", "^", "-."),
+    "grouped": ("#999933", "^", "-."),
+    "dilated-attention-pytorch": ("#882255", "^", "-."),
     "collective": ("#E69F00", "s", "--"),
     "ring": ("#0072B2", "o", "-"),
     "ulysses": ("#CC79A7", "v", (0, (5, 1))),

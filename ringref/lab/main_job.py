@@ -51,7 +51,7 @@ def options(argv):
     add("--head-dim", type=whole(1), default=16, help="numbers per head (default: 16)")
     add("--dtype", default="float32", choices=DTYPES, help="of q, k, v (default: float32)")
     add("--layout", default="zigzag", choices=("contiguous", "zigzag", "striped"), help="who holds which tokens")
-    add("--q-chunk", type=whole(1), help="query rows in work at a time on a rank (default: all)")
+    add("--q-chunk", type=whole(1), help="query rows worked on at a time on a rank (default: all)")
     add("--json", action="store_true", help="print JSON instead of the table")
     add("--figure", type=_figure, default="figures/main_job.svg", help="where the figure goes")
     told = parser.parse_args(argv)
@@ -241,7 +241,8 @@ def as_figure(rows, path):
         some = [row for row in rows if row["case"] == case]
         keys = {"measured peak": "peak", "predicted": "predicted", "sent": "sent"}
         groups = {label: {row["method"]: row[key] / 1024 for row in some} for label, key in keys.items()}
-        draw.bars(groups, ax=ax, title=case, y="KiB per rank" if ax is axes[0] else "", log=True)
+        y = "KiB per rank" if ax is axes[0] else ""
+        draw.bars(groups, ax=ax, title=f"{case}, a step of each method (KiB)", y=y, log=True)
         if ax is not axes[-1]:
             ax.get_legend().remove()
     return draw.save(fig, path.stem, path.parent)

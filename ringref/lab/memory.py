@@ -28,7 +28,7 @@ METHODS = ("dense", "dilated", "collective", "ring")
 def table(n, p, d, c):
     """What a rank holds for one head of one sequence, in elements: {method: {what: elements}}.
 
-    "O(n/p²)" is true of the query rows in work with c = n/p², and of nothing else: a rank that owns
+    "O(n/p²)" is true of the query rows at a time with c = n/p², and of nothing else: a rank that owns
     its inputs and its output never holds less than O(n/p).
     """
     s = n / p
@@ -36,7 +36,7 @@ def table(n, p, d, c):
 
     def row(queries, blocks, scores, gradients, working):
         held = {"Q, out": 2 * queries * d, "K, V": 2 * blocks * d, "scores": scores}
-        return {**held, "dK, dV": 2 * gradients * d, "rows in work": working}
+        return {**held, "dK, dV": 2 * gradients * d, "rows at a time": working}
 
     return {
         "replicated Q": row(n, hops * s, n * s, 2 * s, n),
