@@ -220,7 +220,7 @@ def test_large_blocks_merge_and_add_in_one_pass(dtype):
         view = some.of(out, heads)
         piece, other = torch.randn_like(view, dtype=torch.bfloat16), torch.randn_like(some.of(lse, heads))
         found = []
-        for way in (sums._PLAIN, *[sums._way(view, piece)] * 10):
+        for way in (sums._PLAIN, *[sums._way(2**20, view, piece)] * 10):
             mine, its = out.clone(), lse.clone()
             way.merge(some.of(mine, heads), some.of(its, heads), piece, other)
             way.add(some.of(mine, heads), some.of(mine, heads), piece)

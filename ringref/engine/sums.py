@@ -54,7 +54,7 @@ class Running:
 
     def _merge(self, rows: Rows, heads: slice, piece: Tensor, other: Tensor) -> None:
         def write(out: Tensor) -> None:
-            rows.change(self.lse, heads, lambda lse: _way(out, piece).merge(out, lse, piece, other))
+            rows.change(self.lse, heads, lambda lse: _way(_MERGED, out, piece).merge(out, lse, piece, other))
 
         rows.change(self.out, heads, write)
 
@@ -74,16 +74,18 @@ def add(total: Tensor, one: Tensor, other: Tensor) -> None:
 
 
 _PLAIN = SimpleNamespace(merge=merge, add=add)
-_LARGE = 2**20  # elements: of fewer, compiling two kernels is not worth what a launch saves
+# elements from which passes over memory cost more than a launch of Triton's, which takes the host 40 µs; a merge in
+# PyTorch's passes takes it 70, a sum 8
+_MERGED, _ADDED = 2**20, 2**23
 _proofs: dict[torch.device, ModuleType | None] = {}
 
 
-def _way(*blocks: Tensor) -> ModuleType | SimpleNamespace:
-    """What merges and adds these blocks `b m c h d`: fused.py, in one pass over memory, where it can and has shown it
-    on this device; else the two above.
+def _way(least: int, *blocks: Tensor) -> ModuleType | SimpleNamespace:
+    """What merges and adds these blocks `b m c h d`: fused.py, in one pass over memory, for large ones where it can and
+    has shown it on this device; else the two above.
     """
     x = blocks[0]
-    if not x.is_cuda or x.numel() < _LARGE or torch._C._len_torch_dispatch_stack():  # a mode counts, traces or fakes
+    if not x.is_cuda or x.numel() < least or torch._C._len_torch_dispatch_stack():  # a mode counts, traces or fakes
         return _PLAIN
     if x.device not in _proofs and not torch.cuda.is_current_stream_capturing():
         _proofs[x.device] = _proved(x.device)
@@ -106,7 +108,7 @@ def plus(one: Tensor, other: Tensor, dtype: torch.dtype) -> Tensor:
     """one + other, `b s h d`, in this dtype: in one's memory where it has that."""
     one, other = one[:, None], other[:, None]
     total = one if one.dtype == dtype else torch.empty_like(one, dtype=dtype)
-    _way(total, one, other).add(total, one, other)
+    _way(_ADDED, total, one, other).add(total, one, other)
     return total[:, 0]
 
 
@@ -159,7 +161,7 @@ class Sum:
             self._add(*self.waiting.pop(0))
 
     def _add(self, rows: Rows, heads: slice, x: Tensor) -> None:
-        rows.change(self.total, heads, lambda part: _way(part, x).add(part, part, x))
+        rows.change(self.total, heads, lambda part: _way(_ADDED, part, x).add(part, part, x))
 
 
 def _covers(rows: Rows, x: Tensor, shape: Sequence[int]) -> bool:
