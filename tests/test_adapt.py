@@ -129,12 +129,3 @@ def test_pytorch_context_parallel_is_declined_on_a_cpu_at_once(pool):
     assert not report and not report.findings and not report.passed
     assert any("aten._scaled_dot_product_flash_attention_for_cpu" in line for line in report.not_judged)
     assert "was not judged" in str(report) and report.seconds < 20
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-@pytest.mark.parametrize("rotate", ["allgather", "alltoall"])
-def test_pytorch_context_parallel_is_judged_on_gpus(rotate):
-    told = {"layout": "zigzag", "ranks": 2, "quick": True, "backend": "nccl"}
-    report = check(adapt.context_parallel(rotate=rotate), features={"causal"}, **told)
-    assert report.passed, str(report)

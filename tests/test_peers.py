@@ -292,3 +292,22 @@ def test_the_field(pool):
     facts = {"command": COMMAND, "machine": f"{os.cpu_count()} cores, {platform.machine()}", "versions": versions}
     record = facts | {"date": str(date.today()), "rows": rows}
     RECORD.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_context_parallel_on_gpus():
+    """On all that it claims, over NCCL: causal in zigzag and full attention, in float32 and bfloat16."""
+    rows, gpus = [], min(4, torch.cuda.device_count())
+    for rotate in ("allgather", "alltoall"):
+        told = {**BALANCED, "ranks": gpus, "backend": "nccl"}
+        report = check(adapt.context_parallel(rotate=rotate), **told)
+        print(report)
+        rows.append(row(f"PyTorch context_parallel, {rotate}, {gpus} GPUs", report, report.diagnosis))
+    device = torch.cuda.get_device_name()
+    facts = {"command": "python -m pytest -m gpu tests/test_peers.py", "machine": f"{gpus} × {device}"}
+    facts |= {"versions": {"torch": torch.__version__}, "date": str(date.today()), "rows": rows}
+    slug = "-".join(device.lower().removeprefix("nvidia ").split()[:2])
+    path = RECORD.with_name(f"oracle-peers-{slug}-x{gpus}.json")
+    path.write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
+    assert all(x["verdict"] != "was not judged" for x in rows), rows

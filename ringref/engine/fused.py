@@ -17,6 +17,8 @@ from torch import Tensor
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _LANES = tl.constexpr(8)  # elements that are loaded at once: what other strides are multiples of
 _TILE = 4096
+_STEPS = [f"{x}_{axis}" for x in "opql" for axis in "bmch"]
+_once = triton.jit(do_not_specialize=["M", "C", "H", *_STEPS])  # or it is compiled anew for every kind of shape
 _compiling = threading.Lock()  # ranks that are threads come here together
 
 
@@ -35,7 +37,7 @@ def _tile(C, H, D: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
     return row // H, row % H, d[None, :], some, some[:, None] & (d < D)[None, :]
 
 
-@triton.jit
+@_once
 def _merge_kernel(
     out, piece, lse, other,
     M, C, H, o_b, o_m, o_c, o_h, p_b, p_m, p_c, p_h, l_b, l_m, l_c, l_h, q_b, q_m, q_c, q_h,
@@ -56,7 +58,7 @@ def _merge_kernel(
     tl.store(out, x * (1 - weight) + y * weight, there)
 
 
-@triton.jit
+@_once
 def _add_kernel(
     out, one, other,
     M, C, H, o_b, o_m, o_c, o_h, p_b, p_m, p_c, p_h, q_b, q_m, q_c, q_h,

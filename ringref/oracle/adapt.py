@@ -135,7 +135,8 @@ def grouped(
 
 
 def context_parallel(*, rotate: str = "allgather") -> Callable:
-    """PyTorch's `context_parallel` around scaled_dot_product_attention, experimental there; causal wants zigzag.
+    """PyTorch's `context_parallel` around scaled_dot_product_attention, experimental there; causal wants zigzag, and
+    without causality any layout will do.
 
     `rotate` is how keys travel, "allgather" or "alltoall". PyTorch has rings for its CUDA kernels only.
     """
@@ -146,7 +147,9 @@ def context_parallel(*, rotate: str = "allgather") -> Callable:
                 "PyTorch's context_parallel has no ring for the CPU: it knows CUDA's flash, efficient and cuDNN "
                 "kernels, not aten._scaled_dot_product_flash_attention_for_cpu"
             )
-        scope = partial(entered, group, rotate, q.shape[1] * len(group_ranks(group)), q.device)
+        if q.dtype == torch.float64:
+            raise NotImplementedError("PyTorch's context_parallel has no ring for float64: its kernels take less")
+        scope = partial(entered, group, rotate, causal, q.shape[1] * len(group_ranks(group)), q.device)
         return _Within.apply(scope, causal, q, k, v)
 
     return context_parallel

@@ -382,12 +382,15 @@ for _kind in dir(dist.ProcessGroup):
 group_ranks = dist.get_process_group_ranks  # the world's ranks that are in a group
 
 
-def entered(group: Any, rotate: str, n: int, device: torch.device) -> Any:
-    """PyTorch's context_parallel over a group, for n tokens on this device whose shards are already cut."""
+def entered(group: Any, rotate: str, balanced: bool, n: int, device: torch.device) -> Any:
+    """PyTorch's context_parallel over a group, for n tokens on this device whose shards are already cut: for causal
+    attention balanced, which is zigzag.
+    """
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor.experimental import _attention as experimental
 
     experimental.set_rotate_method(rotate)
+    experimental._cp_options.enable_load_balance = balanced
     mesh = DeviceMesh.from_group(group, device.type, mesh_dim_names=("ring",))
     # it wants something to cut, and learns from it how the sequence is laid out
     return experimental.context_parallel(mesh, buffers=[torch.zeros(1, n, device=device)], buffer_seq_dims=[1])
