@@ -12,7 +12,7 @@ import operator
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, wraps
+from functools import cached_property, lru_cache, wraps
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -119,7 +119,7 @@ class Positions:
 
     def __init__(self, index: Tensor):
         self.index = index
-        self.digest = int.from_bytes(hashlib.blake2b(index.numpy().tobytes(), digest_size=7).digest(), "big")
+        self.digest = int.from_bytes(hashlib.blake2b(index.contiguous().numpy(), digest_size=7).digest(), "big")
 
     def __len__(self):
         return len(self.index)
@@ -132,6 +132,21 @@ class Positions:
 
     def __getitem__(self, rows: Tensor) -> Positions:
         return Positions(self.index[rows])
+
+    @cached_property
+    def runs(self) -> tuple[int, Tensor, Tensor, Tensor]:
+        """Rows that follow each other at positions a step apart, in order of position: the step, which is the smallest
+        distance; of each run its first row, that row's position, and how many there are. A layout has one or two.
+        """
+        at, order, apart = self.index, None, self.index.diff()
+        if len(apart) and int(apart.min()) < 0:
+            at, order = at.sort(stable=True)
+            apart = at.diff()
+        step = max(1, int(apart.min())) if len(apart) else 1
+        breaks = apart != step if order is None else (apart != step) | (order.diff() != 1)
+        ends = torch.cat([breaks.nonzero()[:, 0] + 1, at.new_full((min(1, len(at)),), len(at))])
+        begin = torch.nn.functional.pad(ends, (1, 0))[: len(ends)]
+        return step, begin if order is None else order[begin], at[begin], ends - begin
 
 
 @lru_cache(maxsize=16)
