@@ -11,7 +11,7 @@ import torch
 from common import DILATIONS, OTHERS, Split, inputs, layout, swap
 
 from ringref import Dilation, block, explain, simulate
-from ringref.engine import kernels, visits
+from ringref.engine import kernels, route, visits
 from ringref.engine.call import Sight
 from ringref.shard import Positions, counted
 
@@ -233,6 +233,9 @@ def test_a_plan_meets_whoever_sees_each_other_once(ragged, shapes, monkeypatch):
             (q_in, k_in), (w, r, *_) = (x - y for x, y in zip(at, starts)), strand
             kept = (q_in % w % r == strand.offset) & (k_in % w % r == strand.offset)
             kept &= (starts[0] == starts[1]) & (q_in // w == k_in // w)
+            seen, more = (kept & sight.keeps(*at)).any(0), some_positions(dice, n)
+            needed = [route._needed(strand, keys, by, bounds) for by in ([queries], [more], [more, queries])]
+            assert needed[0].equal(seen.nonzero()[:, 0]) and needed[2].equal(torch.cat(needed[:2]).unique())
             assert met.equal((kept & sight.keeps(*at)).long()), (strand, queries.index, keys.index, bounds, ends.index)
     assert kinds == {"full", "causal", "mask", *(["ragged"] if ragged else [])}
 

@@ -73,13 +73,13 @@ def _needed(strand: Strand, keys: Positions, by: Sequence[Positions], bounds: Bo
     """Which of the strand's rows of these keys any of these queries sees, in the tensors' order."""
     held, reach = strand.held(keys), [_reach(strand._replace(heads=range(0)), one, bounds) for one in by]
     if not by:
-        return held.rows[:0]
+        return held.row[:0]
     ends = torch.stack(_apart(*map(torch.cat, zip(*reach, strict=True))))
     begin, end = torch.searchsorted(held.positions, ends).unbind(0)
     if int((end - begin).sum()) == len(held.rows):
         return held.in_order
     rows = held.rows[joined(begin, end - begin)]
-    return rows if ascending(rows) else rows.sort().values
+    return rows if held.in_order is held.rows else rows.sort().values
 
 
 class Route:
@@ -124,25 +124,27 @@ class Route:
 
 
 @lru_cache(maxsize=256)
-def _linked(strand: Strand, table: Table, rank: int) -> tuple[int, ...]:
-    """The ranks that are linked to this one by segments they share, in rank order, this one among them."""
+def _linked(strand: Strand, table: Table) -> tuple[tuple[int, ...], ...]:
+    """Of each rank those that are linked to it by segments they share, in rank order, itself among them."""
     segments = [[strand.held(one).segment for one in side] for side in table]
 
     def shared(i: int, j: int) -> bool:
         return any(bool(torch.isin(segments[0][a], segments[1][b]).any()) for a, b in ((i, j), (j, i)))
 
-    members, fresh = {rank}, [rank]
-    while fresh:
-        i = fresh.pop()
-        new = {j for j in range(len(table.keys)) if j not in members and shared(i, j)}
-        members |= new
-        fresh += new
-    return tuple(sorted(members))
+    found, left = {}, set(range(len(table.keys)))
+    while left:
+        members, fresh = set(), {left.pop()}
+        while fresh:
+            members.add(i := fresh.pop())
+            fresh |= (new := {j for j in left if shared(i, j)})
+            left -= new
+        found |= dict.fromkeys(members, tuple(sorted(members)))
+    return tuple(found[rank] for rank in range(len(found)))
 
 
 def most_linked(strand: Strand, table: Table) -> int:
     """How many ranks a strand links at the most."""
-    return max(len(_linked(strand._replace(heads=range(0)), table, rank)) for rank in range(len(table.keys)))
+    return max(map(len, _linked(strand._replace(heads=range(0)), table)))
 
 
 @lru_cache(maxsize=64)
@@ -150,7 +152,7 @@ def routes(strands: tuple[Strand, ...], table: Table, rank: int, bounds: Bounds,
     """The strands by the ranks that share their keys: those that stay on this rank first, then in one order on all."""
     found: dict[tuple[int, ...], list[Strand]] = {(rank,): []}
     for strand in strands:
-        found.setdefault(_linked(strand._replace(heads=range(0)), table, rank), []).append(strand)
+        found.setdefault(_linked(strand._replace(heads=range(0)), table)[rank], []).append(strand)
     return tuple(Route(members, tuple(some), table, bounds, exact) for members, some in found.items() if some)
 
 

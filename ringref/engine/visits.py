@@ -38,7 +38,7 @@ class Strand(NamedTuple):
 
     def held(self, positions: Positions) -> Held:
         """The rows that this strand keeps."""
-        return _held(self._replace(heads=range(0)), positions)
+        return _held(self._replace(heads=range(0)) if self.heads else self, positions)
 
 
 class Held:
@@ -80,7 +80,7 @@ class Held:
         return Rows(index if inside.step > 0 else index.flip(1))
 
 
-_held = lru_cache(maxsize=256)(Held)  # written out, of n rows each; what is kept for long is plans, which are small
+_held = lru_cache(maxsize=256)(Held)  # n rows each, written out; what is kept for long is plans, which are small
 
 
 def _whole(strand: Strand, positions: Positions) -> tuple[int, int, Tensor]:
@@ -129,7 +129,7 @@ def _kept(strand: Strand, positions: Positions) -> tuple[int, int, Tensor]:
 
 def _even(begin: Tensor, count: Tensor, step: int) -> bool:
     """Whether these runs of numbers, a step apart, go on from each other."""
-    return bool((begin[1:] == (begin + step * count)[:-1]).all())
+    return len(begin) < 2 or bool((begin[1:] == (begin + step * count)[:-1]).all())
 
 
 def joined(begin: Tensor, count: Tensor, step: int = 1) -> Tensor:
@@ -197,9 +197,8 @@ class Rows:
 
     def _even(self) -> Tensor:
         if self.hop == self.c * self.step:
-            return torch.arange(self.start, self.start + self.m * self.hop, self.step, device="cpu").view(
-                self.m, self.c
-            )
+            end = self.start + self.m * self.hop
+            return torch.arange(self.start, end, self.step, device="cpu").view(self.m, self.c)
         segments, rows = torch.arange(self.m, device="cpu")[:, None], torch.arange(self.c, device="cpu")
         return self.start + self.hop * segments + self.step * rows
 
@@ -436,7 +435,7 @@ def _like_the_first(held: tuple[Held, Held], firsts: Tensor, shape: tuple[int, i
     """Which segments have the first one's positions, counted from a segment's first query."""
     if len(firsts) == 1:
         return torch.ones(1, dtype=torch.bool, device="cpu")
-    # of positions that are evenly spaced throughout the first says all
+    # of positions that are evenly spaced throughout, the first says all
     each = zip(held, firsts.unbind(1), shape, strict=True)
     at = [_segmented(x.positions, first, 1 if x.even else count) for x, first, count in each]
     pattern = torch.cat([x - at[0][:, :1] for x in at], 1)
