@@ -48,7 +48,7 @@ class Block(NamedTuple):
 @lru_cache(maxsize=256)
 def _reach(strand: Strand, queries: Positions, bounds: Bounds) -> tuple[Tensor, Tensor]:
     """Where what any of the strand's queries sees begins and ends: positions in order, apart from each other."""
-    held, (left, right) = strand.held(queries), (EVERYTHING if x is None else x for x in bounds)
+    held, (left, right) = strand.held(queries), (EVERYTHING - 1 if x is None else x for x in bounds)
     first, last, start, end = held.at, held.at + (held.count - 1) * held.step, held.start, held.end
     if held.step > left + right + 1:  # what two neighbours see is apart
         first = last = held.positions
@@ -71,7 +71,8 @@ def _apart(begin: Tensor, end: Tensor) -> tuple[Tensor, Tensor]:
 
 def _needed(strand: Strand, keys: Positions, by: Sequence[Positions], bounds: Bounds) -> Tensor:
     """Which of the strand's rows of these keys any of these queries sees, in the tensors' order."""
-    held, reach = strand.held(keys), [_reach(strand._replace(heads=range(0)), one, bounds) for one in by]
+    strand = strand._replace(heads=range(0))  # what is kept and seen is known for all heads
+    held, reach = strand.held(keys), [_reach(strand, one, bounds) for one in by]
     if not by:
         return held.row[:0]
     ends = torch.stack(_apart(*map(torch.cat, zip(*reach, strict=True))))
