@@ -12,7 +12,7 @@ import operator
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, wraps
+from functools import cached_property, lru_cache, wraps
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -119,7 +119,7 @@ class Positions:
 
     def __init__(self, index: Tensor):
         self.index = index
-        self.digest = int.from_bytes(hashlib.blake2b(index.numpy().tobytes(), digest_size=7).digest(), "big")
+        self.digest = int.from_bytes(hashlib.blake2b(index.contiguous().numpy(), digest_size=7).digest(), "big")
 
     def __len__(self):
         return len(self.index)
@@ -132,6 +132,24 @@ class Positions:
 
     def __getitem__(self, rows: Tensor) -> Positions:
         return Positions(self.index[rows])
+
+    @cached_property
+    def runs(self) -> tuple[int, Tensor, Tensor, Tensor]:
+        """Rows that follow each other at positions a step apart, in order of position: the step, which is the smallest
+        distance; of each run its first row, that row's position, and how many there are. A layout has one or two.
+        """
+        at, order, apart = self.index, None, self.index.diff()
+        step = int(apart.min()) if len(apart) else 1
+        if step < 0:
+            at, order = at.sort(stable=True)
+            apart = at.diff()
+            step = int(apart.min())
+        step = max(1, step)
+        breaks = torch.ones(len(at) + 1, dtype=torch.bool, device="cpu")
+        breaks[1:-1] = apart != step if order is None else (apart != step) | (order.diff() != 1)
+        edges = breaks.nonzero()[:, 0]
+        begin = edges[:-1]
+        return step, begin if order is None else order[begin], at[begin], edges.diff()
 
 
 @lru_cache(maxsize=16)
@@ -428,7 +446,12 @@ def _check_cover(table: Table) -> None:
         return f"{wrong[:5].tolist()}{' …' if len(wrong) > 5 else ''}"
 
     for name, every in (("positions", table.queries), ("kv_positions", table.keys)):
-        index, times = torch.cat([one.index for one in every]).unique(return_counts=True)
+        index = torch.cat([one.index for one in every])
+        marks = torch.zeros(len(index), dtype=torch.bool, device="cpu")
+        marks[index[index < len(index)]] = True
+        if bool(marks.all()):  # 0 … n−1, each once; to sort them takes forty times as long
+            continue
+        index, times = index.unique(return_counts=True)
         if bool((times > 1).any()):
             twice = described(index[times > 1])
             advice = "; let one rank ask (see Shard on replicated queries)" if every is table.queries else ""

@@ -11,7 +11,7 @@ import torch
 from common import DILATIONS, OTHERS, Split, inputs, layout, swap
 
 from ringref import Dilation, block, explain, simulate
-from ringref.engine import kernels, visits
+from ringref.engine import kernels, route, visits
 from ringref.engine.call import Sight
 from ringref.shard import Positions, counted
 
@@ -215,7 +215,7 @@ def test_a_plan_meets_whoever_sees_each_other_once(ragged, shapes, monkeypatch):
             ends.append(dice.randrange(n))
         ends = Positions(torch.tensor(sorted(set(ends))))
         bounds = tuple(dice.choice((None, 0, 1, 3, dice.randrange(n))) for _ in range(2))
-        dilation = dice.choice((None, None, Dilation([5, 40], [2, 3])))
+        dilation = dice.choice((None, None, Dilation([5, 40], [2, 3]), Dilation([2, 12, 7], [2, 4, 7])))
         sight = Sight(*bounds, ends)
         for strand in visits.strands(dilation, 3, ends):
             met = torch.zeros(len(queries), len(keys), dtype=torch.int64)
@@ -229,7 +229,13 @@ def test_a_plan_meets_whoever_sees_each_other_once(ragged, shapes, monkeypatch):
                     seen = visit.ragged.keep() if visit.kind == "ragged" else seen
                     met[rows[:, None], others] += seen
             at = queries.index[:, None], keys.index
-            kept = strand.keeps(at[0]) & strand.keeps(at[1]) & (strand.segment(at[0]) == strand.segment(at[1]))
+            starts = [ends.index[torch.searchsorted(ends.index, x.contiguous(), right=True) - 1] for x in at]
+            (q_in, k_in), (w, r, *_) = (x - y for x, y in zip(at, starts)), strand
+            kept = (q_in % w % r == strand.offset) & (k_in % w % r == strand.offset)
+            kept &= (starts[0] == starts[1]) & (q_in // w == k_in // w)
+            seen, more = (kept & sight.keeps(*at)).any(0), some_positions(dice, n)
+            needed = [route._needed(strand, keys, by, bounds) for by in ([queries], [more], [more, queries])]
+            assert needed[0].equal(seen.nonzero()[:, 0]) and needed[2].equal(torch.cat(needed[:2]).unique())
             assert met.equal((kept & sight.keeps(*at)).long()), (strand, queries.index, keys.index, bounds, ends.index)
     assert kinds == {"full", "causal", "mask", *(["ragged"] if ragged else [])}
 

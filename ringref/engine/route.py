@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from ..comm.ring import Message, Ring
-from ..shard import Positions, Table, unseen, wide
-from .visits import Bounds, Rows, Strand, ascending, serving
+from ..shard import EVERYTHING, Positions, Table, unseen, wide
+from .visits import Bounds, Rows, Strand, ascending, joined, serving
 
 
 class Load:
@@ -46,28 +46,41 @@ class Block(NamedTuple):
 
 
 @lru_cache(maxsize=256)
-def _held(strand: Strand, positions: Positions) -> tuple[Tensor, Tensor, Tensor]:
-    """A strand's rows among these, in the tensors' order; the segment of each; and every segment once."""
-    rows = strand.rows(positions)
-    rows = rows if ascending(rows) else rows.sort().values
-    segment = strand.segment(positions.index[rows])
-    return rows, segment, segment.unique_consecutive().unique()
+def _reach(strand: Strand, queries: Positions, bounds: Bounds) -> tuple[Tensor, Tensor]:
+    """Where what any of the strand's queries sees begins and ends: positions in order, apart from each other."""
+    held, (left, right) = strand.held(queries), (EVERYTHING - 1 if x is None else x for x in bounds)
+    first, last, start, end = held.at, held.at + (held.count - 1) * held.step, held.start, held.end
+    if held.step > left + right + 1:  # what two neighbours see is apart
+        first = last = held.positions
+        start, end = (x.repeat_interleave(held.count) for x in (start, end))
+    return _apart(torch.maximum(start, first - left), torch.minimum(end, last + right + 1))
 
 
-def _needed(strand: Strand, keys: Positions, queries: Positions, bounds: Bounds) -> Tensor:
-    """Which of the strand's rows of these keys any of these queries sees."""
-    rows, segment, segments = _held(strand, keys)
-    if bounds == (None, None):
-        shared = _held(strand, queries)[2]
-        if bool(torch.isin(segments, shared).all()):
-            return rows
-        seen = torch.isin(segment, shared)
-    else:
-        (left, right), at, q_at = bounds, keys.index[rows], queries.index[strand.rows(queries)]
-        first = segment if right is None else torch.maximum(segment, at - right)
-        end = strand.end(at) if left is None else torch.minimum(strand.end(at), at + left + 1)
-        seen = torch.searchsorted(q_at, first) < torch.searchsorted(q_at, end)
-    return rows if bool(seen.all()) else rows[seen]
+def _apart(begin: Tensor, end: Tensor) -> tuple[Tensor, Tensor]:
+    """Intervals, those that overlap or touch as one, in order."""
+    if len(begin) < 2:
+        return begin, end
+    if not ascending(begin):
+        begin, order = begin.sort()
+        end = end[order]
+    end = end.cummax(0).values
+    new = torch.ones(len(begin) + 1, dtype=torch.bool, device="cpu")
+    new[1:-1] = begin[1:] > end[:-1]
+    return begin[new[:-1]], end[new[1:]]
+
+
+def _needed(strand: Strand, keys: Positions, by: Sequence[Positions], bounds: Bounds) -> Tensor:
+    """Which of the strand's rows of these keys any of these queries sees, in the tensors' order."""
+    strand = strand._replace(heads=range(0))  # what is kept and seen is known for all heads
+    held, reach = strand.held(keys), [_reach(strand, one, bounds) for one in by]
+    if not by:
+        return held.row[:0]
+    ends = torch.stack(_apart(*map(torch.cat, zip(*reach, strict=True))))
+    begin, end = torch.searchsorted(held.positions, ends).unbind(0)
+    if int((end - begin).sum()) == len(held.rows):
+        return held.in_order
+    rows = held.rows[joined(begin, end - begin)]
+    return rows if held.in_order is held.rows else rows.sort().values
 
 
 class Route:
@@ -106,37 +119,33 @@ class Route:
     def _keep(self, name: tuple, of: int, by: list[int], exact: bool) -> Load:
         if name not in self._known:
             keys, bounds = self.keys[of], self._bounds if exact else (None, None)
-            each = [[_needed(strand, keys, self.queries[x], bounds) for x in by] for strand in self.strands]
-            self._known[name] = Load(keys, [_union(some) for some in each])
+            queries = [self.queries[x] for x in by]
+            self._known[name] = Load(keys, [_needed(strand, keys, queries, bounds) for strand in self.strands])
         return self._known[name]
 
 
-def _union(some: list[Tensor]) -> Tensor:
-    if not some:
-        return torch.empty(0, dtype=torch.int64, device="cpu")
-    return some[0] if all(x is some[0] for x in some) else torch.cat(some).unique()
-
-
 @lru_cache(maxsize=256)
-def _linked(strand: Strand, table: Table, rank: int) -> tuple[int, ...]:
-    """The ranks that are linked to this one by segments they share, in rank order, this one among them."""
-    segments = [[_held(strand, one)[2] for one in side] for side in table]
+def _linked(strand: Strand, table: Table) -> tuple[tuple[int, ...], ...]:
+    """Of each rank those that are linked to it by segments they share, in rank order, itself among them."""
+    segments = [[strand.held(one).segment for one in side] for side in table]
 
     def shared(i: int, j: int) -> bool:
         return any(bool(torch.isin(segments[0][a], segments[1][b]).any()) for a, b in ((i, j), (j, i)))
 
-    members, fresh = {rank}, [rank]
-    while fresh:
-        i = fresh.pop()
-        new = {j for j in range(len(table.keys)) if j not in members and shared(i, j)}
-        members |= new
-        fresh += new
-    return tuple(sorted(members))
+    found, left = {}, set(range(len(table.keys)))
+    while left:
+        members, fresh = set(), {left.pop()}
+        while fresh:
+            members.add(i := fresh.pop())
+            fresh |= (new := {j for j in left if shared(i, j)})
+            left -= new
+        found |= dict.fromkeys(members, tuple(sorted(members)))
+    return tuple(found[rank] for rank in range(len(found)))
 
 
 def most_linked(strand: Strand, table: Table) -> int:
     """How many ranks a strand links at the most."""
-    return max(len(_linked(strand._replace(heads=range(0)), table, rank)) for rank in range(len(table.keys)))
+    return max(map(len, _linked(strand._replace(heads=range(0)), table)))
 
 
 @lru_cache(maxsize=64)
@@ -144,7 +153,7 @@ def routes(strands: tuple[Strand, ...], table: Table, rank: int, bounds: Bounds,
     """The strands by the ranks that share their keys: those that stay on this rank first, then in one order on all."""
     found: dict[tuple[int, ...], list[Strand]] = {(rank,): []}
     for strand in strands:
-        found.setdefault(_linked(strand._replace(heads=range(0)), table, rank), []).append(strand)
+        found.setdefault(_linked(strand._replace(heads=range(0)), table)[rank], []).append(strand)
     return tuple(Route(members, tuple(some), table, bounds, exact) for members, some in found.items() if some)
 
 

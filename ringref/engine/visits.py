@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from copy import copy
-from functools import lru_cache
+from functools import cached_property, lru_cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -36,43 +36,112 @@ class Strand(NamedTuple):
     heads: range
     documents: Positions | None = None
 
-    def rows(self, positions: Positions) -> Tensor:
-        """Which rows this strand keeps, in order of position."""
-        return _kept(self._replace(heads=range(0)), positions)
-
-    def _inside(self, at: Tensor) -> tuple[Tensor, Tensor]:
-        """Where the document of each position starts, and where its segment does within the document."""
-        starts = torch.zeros((), dtype=torch.int64, device="cpu")
-        if self.documents is not None:
-            starts = self.documents.index[torch.searchsorted(self.documents.index, at, right=True) - 1]
-        return starts, (at - starts) // self.w * self.w if self.w < EVERYTHING else torch.zeros_like(at)
-
-    def keeps(self, at: Tensor) -> Tensor:
-        """Whether the strand keeps these positions."""
-        starts, _ = self._inside(at)
-        return (at - starts) % self.w % self.r == self.offset
-
-    def segment(self, at: Tensor) -> Tensor:
-        """Where the segment of each position starts, which is its name."""
-        starts, inside = self._inside(at)
-        return starts + inside
-
-    def end(self, at: Tensor) -> Tensor:
-        """Where the segment of each position ends: the first position after it."""
-        starts, inside = self._inside(at)
-        ends = starts + inside + self.w if self.w < EVERYTHING else torch.full_like(at, EVERYTHING)
-        if self.documents is None:
-            return ends
-        last = torch.cat([self.documents.index, torch.tensor([EVERYTHING], device="cpu")])
-        return torch.minimum(ends, last[torch.searchsorted(last, at, right=True)])
+    def held(self, positions: Positions) -> Held:
+        """The rows that this strand keeps."""
+        return _held(self._replace(heads=range(0)) if self.heads else self, positions)
 
 
-@lru_cache(maxsize=256)  # of n rows each; what is kept for long is plans, which are small
-def _kept(strand: Strand, positions: Positions) -> Tensor:
-    index = positions.index
-    order = None if ascending(index) else index.argsort(stable=True)
-    rows = strand.keeps(index if order is None else index[order]).nonzero()[:, 0]
-    return rows if order is None else order[rows]
+class Held:
+    """The rows that a strand keeps among some positions, in order of position.
+
+    Known as stretches, of which regular positions have few: `count` rows one `every` further, at positions one `step`
+    further, from `row` and `at` on, all in the segment from `start` up to `end`. `segment` and `length`: where each
+    segment starts that has rows, which is its name, and how many they are.
+    """
+
+    def __init__(self, strand: Strand, positions: Positions):
+        parts = _kept if strand.r > 1 else _whole
+        self.every, self.step, stretches = parts(strand, positions)
+        self.row, self.at, self.count, self.start, self.end = stretches
+        self.segment, of = self.start.unique_consecutive(return_inverse=True)
+        self.length = torch.zeros_like(self.segment).index_add_(0, of, self.count)
+
+    @cached_property
+    def rows(self) -> Tensor:
+        return joined(self.row, self.count, self.every)
+
+    @cached_property
+    def in_order(self) -> Tensor:
+        """The rows, in the order of the tensors."""
+        return self.rows if ascending(self.row) else self.rows.sort().values
+
+    @cached_property
+    def positions(self) -> Tensor:
+        return joined(self.at, self.count, self.step)
+
+    @cached_property
+    def even(self) -> bool:
+        """Whether positions are evenly spaced from the first to the last."""
+        origins = _origins(self.at, self.count, self.step)
+        return bool((origins == origins[:1]).all())
+
+    def some(self, first: Tensor, inside: range) -> Rows:
+        """Of segments that begin at these places among the rows, those inside."""
+        index = _segmented(self.rows, first + min(inside[0], inside[-1]), len(inside))
+        return Rows(index if inside.step > 0 else index.flip(1))
+
+
+_held = lru_cache(maxsize=256)(Held)  # n rows each, written out; what is kept for long is plans, which are small
+
+
+def _whole(strand: Strand, positions: Positions) -> tuple[int, int, Tensor]:
+    """The stretches that a strand has if it keeps every position, 5 m."""
+    step, row, at, count = positions.runs
+    if step > strand.w:  # each row is alone in its segment
+        row, at, count, step = joined(row, count), joined(at, count, step), at.new_ones(int(count.sum())), 1
+    found = torch.stack([row, at, count, torch.zeros_like(at), torch.full_like(at, EVERYTHING)])
+    if strand.documents is not None:
+        edges = torch.nn.functional.pad(strand.documents.index, (0, 1), value=EVERYTHING)
+        which = partial(torch.searchsorted, edges, right=True)
+        found = _cut_up(found, step, lambda x, start: which(x) - 1, lambda i, start: edges[i])
+    if (w := strand.w) < EVERYTHING:
+        found = _cut_up(found, step, lambda x, start: (x - start) // w, lambda i, start: start + i * w)
+    return 1, step, found
+
+
+def _cut_up(stretches: Tensor, step: int, number: Callable, begins: Callable) -> Tensor:
+    """Stretches, cut where the parts of a document or of the sequence begin: `number(position, start)` says which of
+    its parts a position is in, and `begins(number, start)` where that part begins.
+    """
+    _, at, count, start, _ = stretches
+    first = number(at, start)
+    times = number(at + (count - 1) * step, start) - first + 1
+    of, part = torch.arange(len(at), device="cpu").repeat_interleave(times), joined(first, times)
+    row, at, count, start, end = stretches[:, of]
+    start, end = begins(part, start), torch.minimum(end, begins(part + 1, start))
+    # of a stretch, the rows that are here
+    skip = -((at - start) // step).clamp(max=0)
+    count = torch.minimum(count, -((at - end) // step)) - skip
+    return torch.stack([row + skip, at + skip * step, count, start, end])[:, count > 0]
+
+
+def _kept(strand: Strand, positions: Positions) -> tuple[int, int, Tensor]:
+    """What a dilated strand keeps of them: the rows i of a stretch with at + step·i ≡ start + offset (mod r)."""
+    whole, r = strand._replace(r=1, offset=0).held(positions), strand.r
+    every = r // (common := math.gcd(whole.step, r))
+    ahead, inverse = (strand.offset - (whole.at - whole.start)) % r, pow(whole.step // common, -1, every)
+    skip = ahead // common
+    # the product of larger ones has no room in an int64
+    skip = skip * inverse % every if every < 2**31 else skip.apply_(lambda x: x * inverse % every)
+    count = torch.where(ahead % common == 0, -((skip - whole.count) // every), 0)
+    found = torch.stack([whole.row + skip, whole.at + skip * whole.step, count, whole.start, whole.end])
+    return every, whole.step * every, found[:, count > 0]
+
+
+def _origins(begin: Tensor, count: Tensor, step: int) -> Tensor:
+    """Where each of these runs of numbers, a step apart, would have begun before the first number of all: alike where
+    the runs go on from each other.
+    """
+    return begin - step * (count.cumsum(0) - count)
+
+
+def joined(begin: Tensor, count: Tensor, step: int = 1) -> Tensor:
+    """Runs of numbers, a step apart, end to end."""
+    origins, total = _origins(begin, count, step), int(count.sum())
+    if total and bool((origins == origins[0]).all()):
+        origin = int(origins[0])
+        return torch.arange(origin, origin + step * (total - 1) + 1, step, device="cpu")
+    return origins.repeat_interleave(count, output_size=total) + step * torch.arange(total, device="cpu")
 
 
 def ascending(x: Tensor) -> bool:
@@ -127,10 +196,13 @@ class Rows:
         self.step = int(index[0, 1] - index[0, 0]) if some and self.c > 1 else 1
         self.hop = int(index[1, 0] - index[0, 0]) if some and self.m > 1 else self.c * self.step
         self.strided = self.step > 0 and self.hop > 0 and torch.equal(self._even(), index)
-        self._uneven = None if self.strided else index  # plans live long: a view needs no indices
+        self._uneven = None if self.strided else index.clone()  # plans live long: a view needs no indices
         self._on: dict = {}
 
     def _even(self) -> Tensor:
+        if self.hop == self.c * self.step:
+            end = self.start + self.m * self.hop
+            return torch.arange(self.start, end, self.step, device="cpu").view(self.m, self.c)
         segments, rows = torch.arange(self.m, device="cpu")[:, None], torch.arange(self.c, device="cpu")
         return self.start + self.hop * segments + self.step * rows
 
@@ -253,7 +325,7 @@ def staircase(q_positions: Tensor, k_positions: Tensor) -> list[tuple[slice, sli
     least, most = torch.searchsorted(k_positions, q_positions[[blind, -1]], right=True).tolist()
     if least == most:  # known without a look at the rows between
         return [(slice(blind, len(q_positions)), slice(0, most), "full")]
-    seen = torch.searchsorted(k_positions, q_positions[blind:], right=True)
+    seen = _up_to(k_positions, q_positions[blind:])
     rise = seen.diff()
     cuts = [0, *((rise[1:] != rise[:-1]).nonzero()[:, 0] + 1).tolist()] if len(rise) else [0]
     pieces, a = [], 0
@@ -275,36 +347,52 @@ def staircase(q_positions: Tensor, k_positions: Tensor) -> list[tuple[slice, sli
     return pieces
 
 
-def _cut(q_at: Tensor, k_at: Tensor, bounds: Bounds) -> Iterator[tuple[Tensor, Tensor, str]]:
+def _up_to(k_positions: Tensor, q_positions: Tensor) -> Tensor:
+    """How many sorted keys lie up to each sorted query: searched for, unless each query has one more than the query
+    before it, which is seen ten times as fast.
+    """
+    n, first = len(q_positions), int(torch.searchsorted(k_positions, q_positions[:1], right=True))
+    here, after = k_positions[max(first - 1, 0) : first + n - 1], k_positions[first : first + n]
+    if first and len(here) == n and bool((here <= q_positions).all() & (after > q_positions[: len(after)]).all()):
+        return torch.arange(first, first + n, device="cpu")
+    return torch.searchsorted(k_positions, q_positions, right=True)
+
+
+def _cut(q_at: Tensor, k_at: Tensor, bounds: Bounds) -> Iterator[tuple[range, range, str]]:
     """What sorted queries see of sorted keys: the rows of both, and the kind.
 
     A bound on the left is a bound on the right with queries and keys in reverse: its triangles are causal, too.
     """
-    (left, right), q, k = bounds, *(torch.arange(len(x), device="cpu") for x in (q_at, k_at))
+    (left, right), q, k = bounds, range(len(q_at)), range(len(k_at))
     if left is None and right is None:
         yield q, k, "full"
     elif left is None:
         yield from ((q[a], k[b], kind) for a, b, kind in staircase(q_at + right, k_at))
     elif right is None:
-        q, k = q.flip(0), k.flip(0)
-        for a, b, kind in staircase(left - q_at[q], -k_at[k]):
-            yield *((q[a], k[b]) if kind == "causal" else (q[a].flip(0), k[b].flip(0))), kind
+        q, k = q[::-1], k[::-1]
+        for a, b, kind in staircase(left - q_at.flip(0), -k_at.flip(0)):
+            yield *((q[a], k[b]) if kind == "causal" else (q[a][::-1], k[b][::-1])), kind
     elif len(q_at) and len(k_at):
         # keys up to about where the first query's end are bounded on the left only, those after them on the right only
         first = torch.searchsorted(k_at, q_at - left)
         end = int(torch.searchsorted(k_at, q_at[:1] + right, right=True))
         rows = int((first <= end).sum())  # of which that holds; the others see nothing before it
         middle = max(int(first[rows - 1]), end - 1) if rows else 0
-        for some, these in (((left, None), slice(0, middle)), ((None, right), slice(middle, None))):
-            yield from ((a, k[these][b], kind) for a, b, kind in _cut(q_at[:rows], k_at[these], some))
+        for some, these in (((left, None), slice(0, middle)), ((None, right), slice(middle, len(k)))):
+            yield from ((a, _on(b, these.start), kind) for a, b, kind in _cut(q_at[:rows], k_at[these], some))
         rest = max(rows, 1)  # the first query may see nothing at all
-        yield from ((a + rest, b, kind) for a, b, kind in _cut(q_at[rest:], k_at, bounds))
+        yield from ((_on(a, rest), b, kind) for a, b, kind in _cut(q_at[rest:], k_at, bounds))
 
 
-def _hull(pieces: list[tuple[Tensor, Tensor, str]]) -> list[tuple[Tensor, Tensor, str]]:
+def _on(rows: range, by: int) -> range:
+    """These rows, so many further on."""
+    return range(rows.start + by, rows.stop + by, rows.step)
+
+
+def _hull(pieces: list[tuple[range, range, str]]) -> list[tuple[range, range, str]]:
     """The one rectangle that holds all pieces, in which positions say what is seen."""
-    sides = [torch.cat(side) for side in list(zip(*pieces, strict=True))[:2]]
-    return [(*(torch.arange(int(x.min()), int(x.max()) + 1, device="cpu") for x in sides), "mask")] if pieces else []
+    ends = [[i for x in side if x for i in (x[0], x[-1])] for side in list(zip(*pieces, strict=True))[:2]]
+    return [(*(range(min(some), max(some) + 1) for some in ends), "mask")] if pieces else []
 
 
 def visits(
@@ -323,15 +411,15 @@ def _visits(
     strand: Strand, queries: Positions, keys: Positions, bounds: Bounds, masked: bool, q_chunk: int | None, ragged: bool
 ) -> list[Visit]:
     found: list[Visit] = []
-    q_rows, k_rows = strand.rows(queries), strand.rows(keys)
-    q_at, k_at = queries.index[q_rows], keys.index[k_rows]
-    start, shape = _segments(strand, q_at, k_at)
+    held = q, k = strand.held(queries), strand.held(keys)
+    q_at, k_at = q.positions, k.positions
+    start, shape = _segments(q, k)
     if ragged:
         start, shape, some = _uneven(start, shape, q_at, k_at, bounds)
         for begin, how in some:
             rows, others = (
-                Rows(every[_joined(first, count)][None])
-                for every, first, count in zip((q_rows, k_rows), begin.unbind(1), how.lengths.unbind(1), strict=True)
+                Rows(side.rows[joined(first, count)][None])
+                for side, first, count in zip(held, begin.unbind(1), how.lengths.unbind(1), strict=True)
             )
             found.append(Visit(rows, others, "ragged", (queries, keys), how))
     if None not in bounds:
@@ -339,33 +427,40 @@ def _visits(
     for c, kc in shape.unique(dim=0).tolist() if len(shape) else ():
         # segments of one shape, then of one pattern of positions: all but a tail are usually alike
         firsts = start[(shape == shape.new_tensor([c, kc])).all(1)]
-        own, others = torch.arange(c, device="cpu"), torch.arange(kc, device="cpu")
-        q_index, k_index = firsts[:, :1] + own, firsts[:, 1:] + others
-        while len(q_index):
-            alike = _like_the_first(q_at, k_at, q_index, k_index)
-            pieces = _alike(q_at, k_at, q_index[alike], k_index[alike], bounds, masked, q_chunk)
-            found += (Visit(Rows(q_rows[x]), Rows(k_rows[y]), kind, (queries, keys)) for x, y, kind in pieces)
-            q_index, k_index = q_index[~alike], k_index[~alike]
+        while len(firsts):
+            alike = _like_the_first(held, firsts, (c, kc))
+            pieces = _alike(held, firsts[alike], (c, kc), bounds, masked, q_chunk)
+            found += (Visit(rows, others, kind, (queries, keys)) for rows, others, kind in pieces)
+            firsts = firsts[~alike]
     return found
 
 
-def _like_the_first(q_at: Tensor, k_at: Tensor, q_index: Tensor, k_index: Tensor) -> Tensor:
+def _like_the_first(held: tuple[Held, Held], firsts: Tensor, shape: tuple[int, int]) -> Tensor:
     """Which segments have the first one's positions, counted from a segment's first query."""
-    if len(q_index) == 1:
+    if len(firsts) == 1:
         return torch.ones(1, dtype=torch.bool, device="cpu")
-    origin = q_at[q_index[:, :1]]
-    pattern = torch.cat([q_at[q_index] - origin, k_at[k_index] - origin], 1)
+    # of positions that are evenly spaced throughout, the first says all
+    each = zip(held, firsts.unbind(1), shape, strict=True)
+    at = [_segmented(x.positions, first, 1 if x.even else count) for x, first, count in each]
+    pattern = torch.cat([x - at[0][:, :1] for x in at], 1)
     return (pattern == pattern[0]).all(1)
 
 
-def _segments(strand: Strand, q_at: Tensor, k_at: Tensor) -> tuple[Tensor, Tensor]:
+def _segmented(x: Tensor, first: Tensor, count: int) -> Tensor:
+    """Segments of as many entries each, m count: a view where they begin at even distances."""
+    if len(first) == 1:
+        return x[(begin := int(first)) : begin + count][None]
+    hop = first.diff()
+    if bool((hop == hop[:1]).all()):
+        return x.as_strided((len(first), count), (int(hop[0]), 1), int(first[0]))
+    return x[first[:, None] + torch.arange(count, device="cpu")]
+
+
+def _segments(q: Held, k: Held) -> tuple[Tensor, Tensor]:
     """Of each segment that has queries and keys: where both start among the rows, and how many there are."""
-    q_segment, q_count = strand.segment(q_at).unique_consecutive(return_counts=True)
-    k_segment, k_count = strand.segment(k_at).unique_consecutive(return_counts=True)
-    q_start, k_start = q_count.cumsum(0) - q_count, k_count.cumsum(0) - k_count
-    q_shared, k_shared = torch.isin(q_segment, k_segment), torch.isin(k_segment, q_segment)
-    start = torch.stack([q_start[q_shared], k_start[k_shared]], 1)
-    return start, torch.stack([q_count[q_shared], k_count[k_shared]], 1)
+    shared = [(x, torch.isin(x.segment, other.segment)) for x, other in ((q, k), (k, q))]
+    start = torch.stack([(x.length.cumsum(0) - x.length)[some] for x, some in shared], 1)
+    return start, torch.stack([x.length[some] for x, some in shared], 1)
 
 
 _SHAPES = 4  # so many shapes of segments are a launch each, of the fastest kernel; more of them are ragged
@@ -419,12 +514,6 @@ def _spacing(at: Tensor, begin: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(count > 1, apart[some], 0), (count < 3) | (changes[last] == changes[some])
 
 
-def _joined(begin: Tensor, count: Tensor) -> Tensor:
-    """Runs of rows, end to end."""
-    inside = torch.arange(int(count.sum()), device="cpu") - (count.cumsum(0) - count).repeat_interleave(count)
-    return begin.repeat_interleave(count) + inside
-
-
 _BAND = 64  # query rows that a piece of a window has at least, so that a narrow one is no thousand tiny pieces
 
 
@@ -449,17 +538,16 @@ def _banded(
 
 
 def _alike(
-    q_at: Tensor, k_at: Tensor, q_index: Tensor, k_index: Tensor, bounds: Bounds, masked: bool, q_chunk: int | None
-) -> Iterator[tuple[Tensor, Tensor, str]]:
+    held: tuple[Held, Held], firsts: Tensor, shape: tuple[int, int], bounds: Bounds, masked: bool, q_chunk: int | None
+) -> Iterator[tuple[Rows, Rows, str]]:
     """Segments that are alike, `q_chunk` query rows at a time, whole segments if they fit, else
-    parts: which of the queries at `q_at` meet which of the keys at `k_at`, and the kind.
+    parts: which queries meet which keys, and the kind.
     """
-    c = q_index.shape[1]
-    some = max(1, (q_chunk or q_index.numel()) // c)
-    for i in range(0, len(q_index), some):
-        for j in range(0, c, q_chunk or c):
-            qi, ki = q_index[i : i + some, j : j + (q_chunk or c)], k_index[i : i + some]
-            pieces = list(_cut(q_at[qi[0]], k_at[ki[0]], bounds))
-            if masked or len(pieces) > _PIECES:
-                pieces = _hull(pieces)
-            yield from ((qi[:, a], ki[:, b], kind) for a, b, kind in pieces)
+    (q, k), (c, kc), (first, k_first) = held, shape, firsts[0].tolist()
+    rows = min(c, q_chunk or c)
+    some, cuts = max(1, (q_chunk or len(firsts) * c) // c), []
+    for j in range(0, c, rows):
+        pieces = list(_cut(q.positions[first:][j : min(j + rows, c)], k.positions[k_first : k_first + kc], bounds))
+        cuts += ((_on(a, j), b, kind) for a, b, kind in (_hull(pieces) if masked or len(pieces) > _PIECES else pieces))
+    for m in firsts.split(some):
+        yield from ((q.some(m[:, 0], a), k.some(m[:, 1], b), kind) for a, b, kind in cuts)

@@ -75,7 +75,7 @@ def predicted(
     attention, most = getattr(ringref, f"{method}_attention"), 0
     for shard in {shards[i].ring.rank: shards[i] for i in (0, p // 2, p - 1)}.values():
         like = {"dtype": dtype, "device": "meta", "requires_grad": backward}
-        q, k, v = (torch.empty(b, len(shard.positions), x, d, **like) for x in (h, g or h, g or h))
+        q, k, v = (torch.empty(b, len(shard.queries), x, d, **like) for x in (h, g or h, g or h))
         met = mock.patch.object(call, "meet", lambda shard, words, say: (say()[1], table, 0))  # all ranks say the same
         with met, mock.patch.object(kernels, "choose", choose), measured("meta") as usage:
             out = attention(q, k, v, shard=shard, q_chunk=c, **arguments).out  # a graph of lse would hold chunks
