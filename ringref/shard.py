@@ -139,14 +139,17 @@ class Positions:
         distance; of each run its first row, that row's position, and how many there are. A layout has one or two.
         """
         at, order, apart = self.index, None, self.index.diff()
-        if len(apart) and int(apart.min()) < 0:
+        step = int(apart.min()) if len(apart) else 1
+        if step < 0:
             at, order = at.sort(stable=True)
             apart = at.diff()
-        step = max(1, int(apart.min())) if len(apart) else 1
-        breaks = apart != step if order is None else (apart != step) | (order.diff() != 1)
-        ends = torch.cat([breaks.nonzero()[:, 0] + 1, at.new_full((min(1, len(at)),), len(at))])
-        begin = torch.nn.functional.pad(ends, (1, 0))[: len(ends)]
-        return step, begin if order is None else order[begin], at[begin], ends - begin
+            step = int(apart.min())
+        step = max(1, step)
+        breaks = torch.ones(len(at) + 1, dtype=torch.bool, device="cpu")
+        breaks[1:-1] = apart != step if order is None else (apart != step) | (order.diff() != 1)
+        edges = breaks.nonzero()[:, 0]
+        begin = edges[:-1]
+        return step, begin if order is None else order[begin], at[begin], edges.diff()
 
 
 @lru_cache(maxsize=16)

@@ -72,7 +72,8 @@ class Held:
     @cached_property
     def even(self) -> bool:
         """Whether positions are evenly spaced from the first to the last."""
-        return _even(self.at, self.count, self.step)
+        origins = _origins(self.at, self.count, self.step)
+        return bool((origins == origins[:1]).all())
 
     def some(self, first: Tensor, inside: range) -> Rows:
         """Of segments that begin at these places among the rows, those inside."""
@@ -127,17 +128,20 @@ def _kept(strand: Strand, positions: Positions) -> tuple[int, int, Tensor]:
     return every, whole.step * every, found[:, count > 0]
 
 
-def _even(begin: Tensor, count: Tensor, step: int) -> bool:
-    """Whether these runs of numbers, a step apart, go on from each other."""
-    return len(begin) < 2 or bool((begin[1:] == (begin + step * count)[:-1]).all())
+def _origins(begin: Tensor, count: Tensor, step: int) -> Tensor:
+    """Where each of these runs of numbers, a step apart, would have begun before the first number of all: alike where
+    the runs go on from each other.
+    """
+    return begin - step * (count.cumsum(0) - count)
 
 
 def joined(begin: Tensor, count: Tensor, step: int = 1) -> Tensor:
     """Runs of numbers, a step apart, end to end."""
-    if len(begin) and _even(begin, count, step):
-        return torch.arange(int(begin[0]), int(begin[-1] + step * (count[-1] - 1)) + 1, step, device="cpu")
-    before = count.cumsum(0) - count  # numbers in the runs before
-    return (begin - step * before).repeat_interleave(count) + step * torch.arange(int(count.sum()), device="cpu")
+    origins, total = _origins(begin, count, step), int(count.sum())
+    if total and bool((origins == origins[0]).all()):
+        origin = int(origins[0])
+        return torch.arange(origin, origin + step * (total - 1) + 1, step, device="cpu")
+    return origins.repeat_interleave(count, output_size=total) + step * torch.arange(total, device="cpu")
 
 
 def ascending(x: Tensor) -> bool:
