@@ -77,19 +77,18 @@ def _run(args, ring):
 
 def _record(bench, section, rows, args):
     """Write the rows that there are, so that a run that is ended loses none."""
-    record = {"section": section, "machine": f"{bench.ring.size} × {bench.machine}", "versions": bench.versions()}
+    record = {"section": section, "machine": bench.machine, "versions": bench.versions()}
     record |= {"command": args.command, "date": datetime.date.today().isoformat()}
     record |= {"transport": bench.ring.transport, "rows": rows}
-    slug = "-".join(bench.machine.lower().removeprefix("nvidia ").split()[:2])
+    slug = "-".join(bench.device_name.lower().removeprefix("nvidia ").split()[:2])
     (args.data / f"{section}-{slug}-x{bench.ring.size}.json").write_text(json.dumps(record, indent=1) + "\n")
 
 
 def _show(bench, section, rows):
     """Print a table."""
-    machine = f"{bench.ring.size} × {bench.machine}"
     cells = [_cells(row) for row in rows]
     columns = list(dict.fromkeys(c for row in cells for c in row))
-    table = Table(*columns, title=f"{section} on {machine}", title_justify="left")
+    table = Table(*columns, title=f"{section} on {bench.machine}", title_justify="left")
     for row in cells:
         table.add_row(*(row.get(c, "") for c in columns))
     Console(width=180).print(table)
@@ -108,7 +107,8 @@ class Bench:
         self.ring, self.cuda = ring, torch.cuda.device_count() >= ring.size
         self.device = torch.device("cuda", torch.cuda.current_device()) if self.cuda else torch.device("cpu")
         self.dtype = torch.bfloat16 if self.cuda else torch.float32
-        self.machine = torch.cuda.get_device_name() if self.cuda else f"{platform.machine()} CPU"
+        self.device_name = torch.cuda.get_device_name() if self.cuda else f"{platform.machine()} CPU"
+        self.machine = f"{ring.size} × {self.device_name}"
 
     def say(self, what):
         """A line of progress, once."""
