@@ -482,3 +482,14 @@ def test_an_error_of_a_rank_can_be_told_whole():
     assert launch(lambda ring: ring.rank, 1) == [0]
     with pytest.raises(RankError, match="ZeroDivisionError"):
         launch(lambda ring: 1 / 0, 1)
+
+
+# ------------------------------------------------------------------------------------------------ Triton
+
+
+def test_triton_compiles_once_for_all_shapes_and_has_a_barrier():
+    """engine/fused.py: do_not_specialize takes names, and debug_barrier lets a block's threads wait for each other."""
+    triton = pytest.importorskip("triton")
+
+    assert "do_not_specialize" in inspect.signature(triton.jit).parameters
+    assert callable(triton.language.debug_barrier)

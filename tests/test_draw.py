@@ -131,3 +131,10 @@ def test_series_of_one_method_have_its_colour_and_dashes_of_their_own():
     looks = {line.get_label(): (line.get_color(), str(line._dash_pattern)) for line in ax.lines}
     assert {looks[name][0] for name in names if name.startswith("ring")} == {draw.METHODS["ring"][0]}
     assert len(set(looks.values())) == len(names)
+
+
+def test_a_power_is_drawn_from_where_it_starts_and_named():
+    ax = draw.power(draw.figure()[1], (2, 4, 8), "n²", 3.0, 2)
+    ((xs, ys),) = [line.get_data() for line in ax.lines]
+    assert list(xs) == [2, 4, 8] and list(ys) == [3.0, 12.0, 48.0]
+    assert [text.get_text() for text in ax.texts] == ["n²"]

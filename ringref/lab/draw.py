@@ -278,6 +278,15 @@ def curves(lines, points=None, ax=None, title="", x="", y="", log=True):
 
 
 @_styled
+def power(ax, xs, name, start, slope):
+    """A thin grey line of a known power of x, from `start` at xs[0] on, named at its end."""
+    ys = [start * (x / xs[0]) ** slope for x in xs]
+    ax.plot(xs, ys, color="0.6", linewidth=0.8, zorder=1)
+    ax.annotate(name, (xs[-1], ys[-1]), textcoords="offset points", xytext=(3, -2), color="0.35", fontsize=8)
+    return ax
+
+
+@_styled
 def bars(groups, ax=None, title="", y="", log=False):
     """Grouped bars. groups: {series: {label: value}}; every series has a bar at every label.
 
