@@ -1,6 +1,7 @@
 """What `explain` says is what then happens: which kernels run, and whether keys travel."""
 
 import re
+import sys
 import threading
 import warnings
 
@@ -118,6 +119,26 @@ def asked(monkeypatch):
 def use(monkeypatch, *some):
     monkeypatch.setattr(kernels, "KERNELS", some)
     kernels._admitted.cache_clear()
+
+
+def test_who_comes_after_the_chosen_is_not_asked(monkeypatch, asked):
+    """To ask xFormers is to import it."""
+
+    def why_not(task):
+        raise AssertionError
+
+    use(monkeypatch, kernels.KERNELS[-1], kernels.KERNELS[-1]._replace(name="the next", why_not=why_not))
+    assert kernels.choose("auto", kernels.Task("cpu", torch.float32, 8, "full")).name == "cpu_flash"
+
+
+def test_a_library_that_breaks_on_import_is_told_as_a_reason(monkeypatch, tmp_path):
+    broken = tmp_path / "xformers"
+    broken.mkdir()
+    (broken / "__init__.py").write_text("raise RuntimeError('built for another CUDA')")
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in [name for name in sys.modules if name.split(".")[0] == "xformers"]:
+        monkeypatch.delitem(sys.modules, name)
+    assert kernels._xformers_missing.__wrapped__() == "xformers cannot be imported (built for another CUDA)"
 
 
 @pytest.mark.parametrize(

@@ -216,7 +216,7 @@ def _xformers_missing() -> str | None:
         if fmha.cutlass.FwOp.is_available() or fmha.flash.FwOp.is_available():
             return None
         return "reports no available operator (a CUDA 12 build needs libcudart.so.12 on LD_LIBRARY_PATH)"
-    except ImportError as error:
+    except Exception as error:  # it compiles and warns on import, beside whatever else is installed
         return f"xformers cannot be imported ({error})"
 
 
@@ -273,14 +273,15 @@ def _ranked(backend: str) -> list[Kernel]:
 
 
 @lru_cache(maxsize=256)
-def _admitted(backend: str, task: Task, _impl: str | None) -> list[Kernel]:
-    return [kernel for kernel in _ranked(backend) if kernel.why_not(task) is None]
+def _admitted(kernel: Kernel, task: Task) -> bool:
+    return kernel.why_not(task) is None
 
 
 def choose(backend: str, task: Task) -> Kernel | None:
     """The kernel for a task; None is the einsum block (`math`), which does everything."""
-    able = () if backend == "math" else _admitted(backend, task, _flash_impl())
-    return next((kernel for kernel in able if fault(kernel, task) is None), None)
+    able = () if backend == "math" else _ranked(backend)
+    # one after the other: xFormers is imported where the faster ones cannot, and not to find that they can
+    return next((kernel for kernel in able if _admitted(kernel, task) and fault(kernel, task) is None), None)
 
 
 def check(q: Tensor, v: Tensor, backend: str, masked: str | None, scale: float) -> None:
