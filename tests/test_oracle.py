@@ -18,6 +18,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import zoo
+from test_zoo import SAYS
 
 import ringref
 from ringref.oracle import FEATURES, Case, Pool, Report, adapt, cases, check, diagnose
@@ -335,6 +336,19 @@ def test_numbers_are_named(says):
     wrong = change(Scene(case, truth))
     got = {name: [truth.part(name, r, truth.whole | wrong) for r in range(case.p)] for name in ("out", "lse")}
     assert says in diagnose.name(truth, got, list(wrong), [], [])[0]
+
+
+@pytest.mark.parametrize(
+    "name, features",
+    [
+        ("rotating_equal_shards_for_positions", {"causal", "uneven"}),
+        ("rotating_sends_before_wait", {"causal"}),
+        ("serving_score_mod_not_differentiated", {"causal", "score_mod"}),
+    ],
+)
+def test_a_quick_sweep_names_them_too(name, features, pool):
+    report = check(zoo.build(name), features=features, quick=True, pool=pool)
+    assert SAYS[zoo.info(name).slug] in (report.diagnosis or ""), str(report)
 
 
 def test_a_simpler_case_is_one_that_was_asked(pool):

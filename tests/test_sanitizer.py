@@ -114,6 +114,7 @@ def test_a_receive_holds_nan_until_its_wait_and_a_send_is_read_late(pool):
     [
         ("two", "two-into-one"),
         ("same", "receive-into-send"),
+        ("early", "sent-unreceived"),
         ("forget", "unfinished"),
         ("self", "self-send"),
         ("strided", "non-contiguous"),
@@ -129,6 +130,9 @@ def test_misuse_is_named(pool, bug, kind):
         if bug == "strided":
             x = x.t()[:2]
         works = [dist.isend(x, to, group=group), dist.irecv(x if bug == "same" else y, source, group=group)]
+        if bug == "early":
+            works.append(dist.isend(y, to, group=group))
+            works.append(dist.irecv(torch.empty(4, 4), source, group=group))
         if bug == "two":
             works += [dist.isend(x, to, group=group), dist.irecv(y, source, group=group)]
         for work in works[1 if bug == "forget" else 0 :]:

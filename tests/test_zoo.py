@@ -135,6 +135,9 @@ SAYS = {
     "sum-in-low-precision": "low precision",
     "rescaled-upside-down": "upside down",
     "dk-in-the-other-half": "the other half of a shard",
+    "sent-before-wait": "sent before its wait",
+    "score-mod-not-differentiated": "the derivative of score_mod is missing",
+    "positions-by-own-length": "rank · the query's shard for its first position, keys only, on received blocks",
     "late-half-sees-early-keys-only": "without the late half of the keys",
 }
 

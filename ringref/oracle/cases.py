@@ -410,6 +410,7 @@ ONCE = (  # what a candidate must be able to do, name, the p it runs at, what di
     ("", "bfloat16 sums", (8,), LOW | {"causal": False, "offset": 4.0}),
     ("", "bfloat16 weights", (8,), LOW | {"causal": False, "lead": 6.25}),
     ("causal", "eight ranks", (8,), {}),
+    ("uneven", "shorter later", (4,), {"lengths": "shorter later"}),
     ("subgroup", "subgroup", (2,), {"groups": ((0, 2), (1, 3))}),
     ("subgroup", "subgroup", (2,), {"groups": ((1, 2),)}),
     ("subgroup", "subgroup", (3,), {"groups": ((1, 2, 4),)}),

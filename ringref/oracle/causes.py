@@ -106,13 +106,17 @@ def views_of(s: Scene) -> Iterator[tuple[str, Tensor, Tensor]]:
         yield "with the positions of queries taken for those of keys", i, late + first[theirs] + there
         yield "with the queries' positions taken for the keys'", i, late + first[mine] + j
         yield "with queries counted from 0", i - late, j
-    frames = {"in local coordinates at every hop": s.loc}
+    frames = {"in local coordinates at every hop": (here, there)}
     for layout in LAYOUTS if case.lengths is None and not callable(case.layout) and not case.queries else ():
-        frames[f"as in a {layout} layout"] = [torch.cat(replace(case, layout=layout).shards)[s.order[1]]] * 2
-    for text, size in {"n div p": n // p, "the longest shard": max(map(len, case.shards))}.items():
-        frames[f"with rank · {text} for its first position"] = [s.owner[x] * size + s.loc[x] for x in (0, 1)]
+        at = torch.cat(replace(case, layout=layout).shards)[s.order[1]]
+        frames[f"as in a {layout} layout"] = at[:, None].expand_as(i), at.expand_as(i)
+    held = torch.tensor([*map(len, case.shards)])
+    sizes: dict[str, tuple] = {"n div p": (n // p, n // p), "the longest shard": (held.max(), held.max())}
+    if case.lengths:
+        sizes |= {"the query's shard": (held[mine], held[mine]), "its own shard": (held[mine], held[theirs])}
+    for text, (a, b) in sizes.items():
+        frames[f"with rank · {text} for its first position"] = mine * a + here, theirs * b + there
     for text, (a, b) in frames.items():
-        a, b = a[:, None].expand_as(i), b.expand_as(i)
         yield from ((text, a, b), (f"{text}, queries only", a, j), (f"{text}, keys only", i, b))
     yield "aligned bottom-right on every rank", here + n - torch.tensor([*map(len, case.asks)])[mine], j
     if s.even:
@@ -434,6 +438,8 @@ def backwards(s: Scene, about: list[str], whole: dict[str, Tensor]) -> Iterator[
     who, right = ", ".join(about), s.backward()
     yield from saved(s, about, whole)
     yield from tried(s, s.backward, in_only(about))
+    if s.mod:
+        yield in_only(about).format("the derivative of score_mod is missing"), lambda: s.backward(slope=1.0)
     yield from homes(s, who, right) if s.even else ()
     swap, both = {"dk": "dv", "dv": "dk"}, right["dk"] + (right["dv"] if s.K.shape == s.V.shape else 0)
     for text, change in moves(s):

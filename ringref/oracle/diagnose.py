@@ -28,6 +28,7 @@ ENOUGH = 0.05  # a guess may leave this share of the error unexplained
 MESSAGES = {
     "two-into-one": "two receives into one buffer",
     "receive-into-send": "receiving into the buffer being sent",
+    "sent-unreceived": "a receive buffer is sent before its wait",
     "send-overwritten": "send buffer overwritten before its wait",
     "self-send": "self-send",
     "non-contiguous": "a non-contiguous buffer is sent or received",

@@ -105,6 +105,8 @@ class Ledger:
             if start < its_end and its_start < end and (i_write or it_writes):
                 if i_write and it_writes:
                     kind, text = "two-into-one", f"{op.kind} writes into the buffer of an unfinished {other.kind}"
+                elif it_writes and other.kind == "recv":
+                    kind, text = "sent-unreceived", f"{op.kind} reads what an unfinished {other.kind} has yet to fill"
                 else:
                     kind, text = "receive-into-send", f"{op.kind} and an unfinished {other.kind} share a buffer"
                 self.note(kind, f"{text} (posted at {where(other.facts['line'])})", op.facts)

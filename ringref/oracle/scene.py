@@ -78,6 +78,7 @@ class Scene:
         x = SimpleNamespace(**(vars(self) | changed))
         L = self.L[..., None] if x.L is self.L else x.L
         S, slope = self.scores(x)
+        slope = changed.get("slope", slope)
         P = (S - L.masked_fill(L == -math.inf, math.inf)).exp()
         V = self.bank(x.V, x.K, x.V_of)
         dP = torch.einsum("bqhd,bkhd->bhqk", x.do, V)

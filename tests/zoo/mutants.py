@@ -332,6 +332,16 @@ MASKS = [
         "q.to(compute), keys) / d",
         passes_naive=False,
     ),
+    Mutant(
+        "rotating_equal_shards_for_positions",
+        "rotating",
+        "masks",
+        "positions-by-own-length",
+        "A received block is taken to begin at its rank times the length of this rank's own shard.",
+        "keep = visible(where[rank], where[source], b, h, causal, window, mask_mod)",
+        """theirs = where[source] - where[source][0] + source * s if hop else where[source]
+                keep = visible(where[rank], theirs, b, h, causal, window, mask_mod)""",
+    ),
 ]
 
 COMMUNICATION = [
@@ -382,6 +392,21 @@ COMMUNICATION = [
         ctx.save_for_backward(""",
         racy=True,
         passes_naive=False,
+    ),
+    Mutant(
+        "rotating_sends_before_wait",
+        "rotating",
+        "communication",
+        "sent-before-wait",
+        "K and V are used and sent on before they have arrived: the receives are waited for after the last hop.",
+        """                wait(works)
+                kv = arriving
+        ctx.save_for_backward(""",
+        """                kv, late = arriving, works if hop == 0 else late + works
+        wait(late if size > 1 else [])
+        ctx.save_for_backward(""",
+        passes_naive=False,
+        racy=True,
     ),
     Mutant(
         "rotating_gradient_before_wait",
@@ -1202,6 +1227,17 @@ SERVING = [
         "score_mod is given the index of a query within its shard, not its global position.",
         "head, rows.view(1, 1, -1, 1), cols.view(1, 1, 1, -1))",
         "head, torch.arange(len(rows), device=device).view(1, 1, -1, 1), cols.view(1, 1, 1, -1))",
+    ),
+    Mutant(
+        "serving_score_mod_not_differentiated",
+        "serving",
+        "serving",
+        "score-mod-not-differentiated",
+        "The gradient passes score_mod as if it were the identity.",
+        "        scores = score_mod(scores, batch, head, rows.view(1, 1, -1, 1), cols.view(1, 1, 1, -1))\n",
+        """        new = score_mod(scores, batch, head, rows.view(1, 1, -1, 1), cols.view(1, 1, 1, -1))
+        scores = scores + (new - scores).detach()
+""",
     ),
     Mutant(
         "serving_out_of_another_dtype",
