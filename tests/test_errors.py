@@ -585,20 +585,21 @@ def test_dilation(arguments, word):
         Dilation(*arguments)
 
 
+@pytest.mark.parametrize("layout, p", [("contiguous", 2), ("striped", 5)])
 @pytest.mark.parametrize("h", [1, 2, 4])
 @pytest.mark.parametrize("w, r", [(2**62 - 1, 2**62 - 1), (2**62 - 1, 2**61), (2**40, 7)])
-def test_the_largest_dilations(h, w, r):
+def test_the_largest_dilations(h, w, r, layout, p):
     """Work as any other: position 0 of head 0 is kept, and nothing else of so few tokens by so large a rate."""
 
     def on(ring):
-        shard, given = partition(5, ring), inputs(5, h=h, g=1)[:3]
+        shard, given = partition(2 * p + 1, ring, layout), inputs(2 * p + 1, h=h, g=1)[:3]
         mine = [shard.take(x) for x in given]
         for method in METHODS.values():
             out, lse = method(*mine, dilation=Dilation([w], [r]), shard=shard)
-            true = dense_attention(*given, dilation=Dilation([8], [min(r, 8)]))
+            true = dense_attention(*given, dilation=Dilation([16], [min(r, 16)]))
             assert torch.allclose(out, shard.take(true.out)) and torch.allclose(lse, shard.take(true.lse, 2))
 
-    simulate(on, 2)
+    simulate(on, p)
 
 
 def test_dilation_of_lists_and_tuples_is_alike():

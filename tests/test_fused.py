@@ -5,7 +5,8 @@ import warnings
 import pytest
 import torch
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
+tl = pytest.importorskip("triton.language")
 if torch.cuda.is_available():
     pytest.skip("what is compiled and what is interpreted do not live in one process", allow_module_level=True)
 
@@ -55,6 +56,32 @@ def test_what_it_cannot_address_goes_the_plain_way(ways):
     x = torch.empty(1, 2, 8, 4, 64)
     assert fused.takes(x) and not fused.takes(x.transpose(3, 4)) and not fused.takes(x.double())
     assert not fused.takes(torch.empty(1, 2, 8, 4, 65)) and not fused.takes(x.expand(2**15, 2, 8, 4, 64))
+    assert not fused.takes(x[:, :, :1].expand(1, 2, 2**28, 4, 64))
+
+
+def place(into, c, h, x_c, x_h):
+    zero = tl.arange(0, 1)
+    tl.store(into + zero, places(zero + c, zero + h, 0, 0, x_c, x_h, 1))  # noqa: F821 (a test brings it)
+
+
+def test_heads_that_lie_far_apart_are_found(ways, monkeypatch):
+    """Of 16M tokens of 128 in b h s d, head 15 begins where an int32 has no room."""
+    _, fused = ways
+    monkeypatch.setitem(globals(), "places", fused._places)
+    into, step = torch.zeros(1, dtype=torch.int64), 128 // fused._LANES.value
+    triton.jit(place)[1, 1](into, 2**24 - 1, 15, step, 2**24 * step)
+    assert int(into) == (16 * 2**24 - 1) * step
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_its_proof_does_not_depend_on_the_default_dtype(ways, dtype):
+    sums, fused = ways
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        assert fused.fault(sums._PLAIN, torch.device("cpu")) is None
+    finally:
+        torch.set_default_dtype(before)
 
 
 def test_it_is_proved_before_it_is_trusted(ways, monkeypatch):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 import threading
+from functools import partial
 
 import torch
 import triton
@@ -26,7 +27,7 @@ _compiling = threading.Lock()  # ranks that are threads come here together
 def _places(c, h, x_b, x_m, x_c, x_h, M):
     """Where rows (c, h) of this program's segment begin, in the unit of the strides."""
     segment = tl.program_id(1).to(tl.int64)
-    return segment // M * x_b + segment % M * x_m + c.to(tl.int64) * x_c + h * x_h
+    return segment // M * x_b + segment % M * x_m + c.to(tl.int64) * x_c + h.to(tl.int64) * x_h
 
 
 @triton.jit
@@ -72,8 +73,8 @@ def _add_kernel(
 
 def takes(*tensors: Tensor) -> bool:
     """Whether these kernels can address such tensors."""
-    b, m, *_ = tensors[0].shape
-    return b * m < 2**16 and all(map(_aligned, tensors))
+    b, m, c, h, _ = tensors[0].shape
+    return b * m < 2**16 and c * h < 2**30 and all(map(_aligned, tensors))
 
 
 def _aligned(x: Tensor) -> bool:
@@ -103,8 +104,9 @@ def _launch(kernel, pointers: tuple[Tensor, ...], wide: tuple[Tensor, ...], narr
 
 def fault(plain, device: torch.device) -> str | None:
     """What is wrong with what comes out here, beside `plain.merge` and `plain.add`; None if nothing is."""
-    out, piece = torch.linspace(-3, 3, 2 * 444 * 80, device=device).view(2, 2, 2, 37, 3, 80)[..., :72]
-    lse, other = torch.linspace(-200, 200, 2 * 444, device=device).view(2, 2, 2, 37, 3)
+    linspace = partial(torch.linspace, dtype=torch.float32, device=device)  # whatever the default dtype is
+    out, piece = linspace(-3, 3, 2 * 444 * 80).view(2, 2, 2, 37, 3, 80)[..., :72]
+    lse, other = linspace(-200, 200, 2 * 444).view(2, 2, 2, 37, 3)
     lse[:, :, :2], other[:, :, 1:3] = -torch.inf, -torch.inf
     found = []
     try:

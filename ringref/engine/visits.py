@@ -125,7 +125,8 @@ def _kept(strand: Strand, positions: Positions) -> tuple[int, int, Tensor]:
     skip = skip * inverse % every if every < 2**31 else skip.apply_(lambda x: x * inverse % every)
     count = torch.where(ahead % common == 0, -((skip - whole.count) // every), 0)
     found = torch.stack([whole.row + skip, whole.at + skip * whole.step, count, whole.start, whole.end])
-    return every, whole.step * every, found[:, count > 0]
+    # two rows are never further apart, and an int64 has no room for more
+    return every, min(whole.step * every, EVERYTHING), found[:, count > 0]
 
 
 def _origins(begin: Tensor, count: Tensor, step: int) -> Tensor:
