@@ -1,9 +1,12 @@
 """Merge and sum in one pass over memory: Triton's interpreter plays the GPU. Large blocks on a real one: test_gpu."""
 
+import sys
 import warnings
 
 import pytest
 import torch
+
+from ringref import engine
 
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
@@ -99,4 +102,13 @@ def test_it_is_proved_before_it_is_trusted(ways, monkeypatch):
 
     monkeypatch.setattr(fused, "merge", without_a_compiler)
     with pytest.warns(RuntimeWarning, match="passed over on cpu: RuntimeError: Failed to find C compiler"):
+        assert sums._proved(here) is None
+
+    def without_the_source(*_, **__):
+        raise ValueError("@jit functions should be defined in a Python file")
+
+    monkeypatch.setattr(triton, "jit", without_the_source)
+    monkeypatch.delattr(engine, "fused")
+    monkeypatch.delitem(sys.modules, fused.__name__)
+    with pytest.warns(RuntimeWarning, match="passed over on cpu: ValueError: @jit functions should be defined"):
         assert sums._proved(here) is None

@@ -99,7 +99,11 @@ def _proved(device: torch.device) -> ModuleType | None:
         from . import fused
     except ImportError:
         return None
-    if fault := fused.fault(_PLAIN, device):
+    except Exception as error:  # as Triton's where a program is shipped without its source
+        fault = f"{type(error).__name__}: {error}"
+    else:
+        fault = fused.fault(_PLAIN, device)
+    if fault:
         warnings.warn(f"Triton's merge and sum are passed over on {device}: {fault}", RuntimeWarning, stacklevel=2)
     return None if fault else fused
 
