@@ -13,6 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import ringref
 from ringref import Dilation, launch, partition, simulate
+from ringref.engine.sums import Sum
+from ringref.engine.visits import Rows
 from ringref.lab.memory import measured, predicted, table
 
 LONGNET = Dilation([64, 256], [1, 4])
@@ -164,6 +166,27 @@ def test_a_plan_writes_few_entries_for_a_token(method, p, how, monkeypatch):
     with Entries() as entries:
         predicted(method, LONG, p, 12, 64, dtype=torch.bfloat16, causal=True, kernel="cudnn", **how)
     assert LONG < entries.written < 64 * LONG
+
+
+@pytest.mark.parametrize("dtype, whole", [(torch.bfloat16, False), (torch.bfloat16, True), (torch.float32, False)])
+def test_what_waits_is_not_held_beside_what_accumulates(dtype, whole):
+    """A branch's blocks, of some heads each, wait for each other only where they may be all that is summed, and in the
+    inputs' dtype; else they would be held beside a sum in float32.
+    """
+    s, h, d = 64, 8, 16
+    summed = Sum((1, s, h, d), torch.empty(0, dtype=dtype))
+    if whole:
+        summed.add(Rows(torch.arange(s)[None]), slice(0, h), torch.ones(1, 1, s, h, d, dtype=dtype))
+    some = [(Rows(torch.arange(i, s, 4)[None]), slice(i, h, 4)) for i in range(4)]
+    some = [(*where, torch.ones(1, 1, s // 4, h // 4, d, dtype=dtype)) for where in some]
+    with measured() as usage:
+        for block in some:
+            summed.add(*block)
+            assert len(summed.waiting) <= 1 or not (whole or dtype == torch.float32)
+        result = summed.result()
+    assert result.dtype == dtype and result.sum() == s * h * d * (whole + 1 / 4)
+    if not whole:
+        assert usage.peak <= result.nbytes
 
 
 def test_a_rings_step_holds_at_most_twelve_shards_however_many_ranks_share_it():

@@ -1,7 +1,8 @@
 """What accumulates: the running merge of outputs, and sums of gradients.
 
-Both keep the first block as it came, in the inputs' dtype, and the second of each head waiting: two blocks are added
-as the result is written, and cost no copy. From the third on they accumulate in float32 (float64 for float64).
+Both keep the first block as it came, in the inputs' dtype, and the second waiting (a sum one of each head, if it has
+none that is whole): two blocks are added as the result is written, and cost no copy. From the third on they accumulate
+in float32 (float64 for float64).
 """
 
 from __future__ import annotations
@@ -133,8 +134,12 @@ class Sum:
             self._add(rows, heads, x)
 
     def _waits(self, heads: slice) -> bool:
-        """Whether these heads' blocks have not begun to accumulate, and none of them waits yet."""
-        if self.total is not None and self.total.dtype == self.dtype:
+        """Whether these heads' blocks have not begun to accumulate, and none of them waits yet. Several wait only where
+        the result may then do without a sum in the accumulating dtype: they would be held beside it.
+        """
+        if not self.waiting:
+            return self.total is None or self.total.dtype != self.dtype
+        if self.total is not None or self.like.dtype == self.dtype:
             return False
         every = range(self.shape[2])
         return not any(set(every[heads]) & set(every[others]) for _, others, _ in self.waiting)
