@@ -293,7 +293,7 @@ class Shard:
             return [*words, torch.is_grad_enabled()], torch.is_grad_enabled() and x.requires_grad
 
         names = ("method", "dtype of x", "device of x", "dim", "shape of x", "grad mode")
-        needs, table, number = meet(self, names, say)
+        needs, table, number = meet(self, names, say).agreed()
         anchor = torch.zeros((), requires_grad=True, device="cpu") if needs else None
         return _Rejoin.apply(x, anchor, self.ring, number, table.queries, dim % x.dim())
 
@@ -364,6 +364,7 @@ class Table(NamedTuple):
 
 
 _tables: WeakKeyDictionary = WeakKeyDictionary()  # ring -> the tables that it knows
+_agreements: WeakKeyDictionary = WeakKeyDictionary()  # ring -> what was agreed on when this rank said that
 _lock = threading.Lock()  # one ring of one serves all of a program's threads
 _KNOWN = 4
 _calls = 0  # the number of the last call that this process took part in
@@ -378,9 +379,39 @@ class Agreed(NamedTuple):
     number: int
 
 
+class Otherwise(Exception):
+    """The ranks have agreed on something else than the last time that this one said the same."""
+
+
+class Header:
+    """What all ranks say as a call begins, on its way. `likely` is what they agreed on when this rank last said the
+    same, None if it never did; `agreed()` waits for what they agree on.
+    """
+
+    def __init__(self, likely: Agreed | None, hear: Callable[[], Agreed]):
+        self.likely, self._hear, self._agreed = likely, hear, None
+
+    @property
+    def heard(self) -> bool:
+        """Whether the others have been waited for, be it that one of them disagrees."""
+        return self._hear is None
+
+    def agreed(self) -> Agreed:
+        if self._hear is not None:
+            hear, self._hear = self._hear, None
+            self._agreed = hear()
+        return self._agreed
+
+    def number(self) -> int:
+        """The call's number, if what is likely has come true; else `Otherwise` is raised."""
+        if self.likely is not None and self.likely[:2] != self.agreed()[:2]:
+            raise Otherwise
+        return self.agreed().number
+
+
 @unseen
-def meet(shard: Shard, names: Sequence[str], say: Callable[[], tuple[list, bool]]) -> Agreed:
-    """One fixed-size header from every rank, and its positions only when new.
+def meet(shard: Shard, names: Sequence[str], say: Callable[[], tuple[list, bool]]) -> Header:
+    """Post one fixed-size header to every rank; the positions follow only when new.
 
     Args:
         names: of the words that must be alike on all ranks, in the words' order.
@@ -390,48 +421,61 @@ def meet(shard: Shard, names: Sequence[str], say: Callable[[], tuple[list, bool]
     A mistake of one rank is an error on all of them, in the words of the rank that made it. Whether positions are
     exchanged is decided from what all ranks said they know, so that no rank waits alone.
     """
-    global _calls
     try:
         (words, needs), mistake, told = say(), None, b""
     except Exception as error:  # score_mod is tried out as well, and may raise anything
         words, needs, mistake = [0] * len(names), False, error
         told = f"{type(error).__name__}: {error}".encode()[:4096] or b"?"
     ring = shard.ring
-    with _lock:
-        known = dict(_tables.get(ring, {}))
-    row = [len(told), int(needs), _calls + 1, *map(_number, words)]
-    known_names = list(known)[-_KNOWN:]
     digests = [len(shard.queries), len(shard.keys), shard.queries.digest, shard.keys.digest]
-    rows = ring.announce([*row, *digests, *known_names, *[0] * (_KNOWN - len(known_names))])
-    if any(said[0] for said in rows):
-        texts = ring.share(torch.tensor(list(told), dtype=torch.int64, device="cpu"), [said[0] for said in rows])
-        if mistake is not None:
-            raise mistake
-        rank, text = next((r, bytes(x.tolist())) for r, x in enumerate(texts) if len(x))
-        raise Elsewhere(rank, f"rank {rank} rejected its own arguments: {text.decode(errors='replace')}")
-    # higher than any call's before on any of these ranks, so no two that share a rank have the same
-    number = max(said[2] for said in rows)
-    needs = any(said[1] for said in rows)
-    for name, word, *column in zip(names, words, *(said[3:] for said in rows), strict=False):
-        if (name not in _FOR_GRADIENTS or needs) and len(set(column)) > 1:
-            alike = [r for r, x in enumerate(column) if x == column[ring.rank]]
-            shown = column if all(abs(x) < 2**31 for x in column) else f"{word!r} only on ranks {alike}"
-            raise ValueError(f"{name} differs between ranks: {shown}")
-    sizes = [r[len(row) :] for r in rows]
-    name = hash(tuple(tuple(s[:4]) for s in sizes)) & (2**62 - 1)
-    if not all(name in s[4:] for s in sizes):
-        every = ring.share(torch.cat([shard.queries.index, shard.keys.index]), [s[0] + s[1] for s in sizes])
-        cut = [x.split([s[0], s[1]]) for x, s in zip(every, sizes, strict=True)]
-        known[name] = Table(*(tuple(Positions(x.clone()) for x in side) for side in zip(*cut, strict=True)))
-        _check_cover(known[name])
+    mine = int(needs), *map(_number, words), *digests
     with _lock:
-        _calls = max(_calls, number)
-        kept = _tables.setdefault(ring, {})
-        kept.pop(name, None)
-        kept[name] = known[name]
-        for old in list(kept)[:-_KNOWN]:
-            del kept[old]
-    return Agreed(needs, known[name], number)
+        known, likely = dict(_tables.get(ring, {})), None if mistake else _agreements.get(ring, {}).get(mine)
+    known_names = list(known)[-_KNOWN:]
+    posted = ring.announcing([len(told), _calls + 1, *mine, *known_names, *[0] * (_KNOWN - len(known_names))])
+
+    @unseen
+    def hear() -> Agreed:
+        global _calls
+        rows = posted.wait()
+        if any(said[0] for said in rows):
+            texts = ring.share(torch.tensor(list(told), dtype=torch.int64, device="cpu"), [said[0] for said in rows])
+            if mistake is not None:
+                raise mistake
+            rank, text = next((r, bytes(x.tolist())) for r, x in enumerate(texts) if len(x))
+            raise Elsewhere(rank, f"rank {rank} rejected its own arguments: {text.decode(errors='replace')}")
+        # higher than any call's before on any of these ranks, so no two that share a rank have the same
+        number = max(said[1] for said in rows)
+        needs = any(said[2] for said in rows)
+        for name, word, *column in zip(names, words, *(said[3:] for said in rows), strict=False):
+            if (name not in _FOR_GRADIENTS or needs) and len(set(column)) > 1:
+                alike = [r for r, x in enumerate(column) if x == column[ring.rank]]
+                shown = column if all(abs(x) < 2**31 for x in column) else f"{word!r} only on ranks {alike}"
+                raise ValueError(f"{name} differs between ranks: {shown}")
+        sizes = [said[2 + len(mine) - len(digests) :] for said in rows]
+        name = hash(tuple(tuple(s[:4]) for s in sizes)) & (2**62 - 1)
+        if not all(name in s[4:] for s in sizes):
+            every = ring.share(torch.cat([shard.queries.index, shard.keys.index]), [s[0] + s[1] for s in sizes])
+            cut = [x.split([s[0], s[1]]) for x, s in zip(every, sizes, strict=True)]
+            known[name] = Table(*(tuple(Positions(x.clone()) for x in side) for side in zip(*cut, strict=True)))
+            _check_cover(known[name])
+        agreed = Agreed(needs, known[name], number)
+        with _lock:
+            _calls = max(_calls, number)
+            _keep_last(_tables, ring, name, agreed.table)
+            _keep_last(_agreements, ring, mine, agreed)
+        return agreed
+
+    return Header(likely, hear)
+
+
+def _keep_last(those: WeakKeyDictionary, ring: Ring, name: Any, value: Any) -> None:
+    """Remember the last few of this ring."""
+    kept = those.setdefault(ring, {})
+    kept.pop(name, None)
+    kept[name] = value
+    for old in list(kept)[:-_KNOWN]:
+        del kept[old]
 
 
 def _number(word: Any) -> int:

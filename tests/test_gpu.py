@@ -230,6 +230,10 @@ def test_large_blocks_merge_and_add_in_one_pass(dtype):
             assert torch.equal(mine, found[1][0]) and torch.equal(its, found[1][1]), name
         for x, y in zip(found[0], found[1], strict=True):
             assert relative(y, x.double()) < 2 * torch.finfo(x.dtype).eps, name
+        plain, fused = view.clone(), view.clone()
+        sums._PLAIN.add(plain, plain, piece)
+        way.add(fused, fused, piece)
+        assert torch.equal(plain, fused), name  # one sum, rounded once
 
 
 def test_forward_repeats_to_the_bit():

@@ -240,9 +240,9 @@ def test_a_host_need_not_wait_to_post():
 def test_short_rows_are_told_by_the_hosts():
     def tell(ring):
         rows = [[r, 10**18 + r] for r in range(3)]
-        assert all(ring.peers.tell(rows[ring.rank]) == rows for _ in range(20))
+        assert all(ring.peers.tell(rows[ring.rank])() == rows for _ in range(20))
         everything(ring, rounds=1)
-        assert ring.peers.tell([]) == [[]] * 3
+        assert ring.peers.tell([])() == [[]] * 3
 
     good(ranks(tell, 3))
 
@@ -272,7 +272,7 @@ def test_what_was_posted_is_queued_while_rows_are_awaited():
         posted = around(ring)
         if ring.rank:
             posted.wait()
-        rows = ring.peers.tell([ring.rank])
+        rows = ring.peers.tell([ring.rank])()
         return rows, posted.wait()[0][0].item()
 
     assert good(ranks(tell, 3)) == [([[0], [1], [2]], before) for before in (2, 0, 1)]

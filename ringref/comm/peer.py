@@ -34,6 +34,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -103,15 +104,21 @@ class Peers:
         """Where the receiver is told that a sender has written it."""
         return self._pages[receiver] + 8 * sender + 4
 
+    def moment(self) -> Any:
+        """What the current stream holds now, for an exchange that is posted later and need not follow more."""
+        return self._device.begin()
+
     def post(
-        self, outgoing: dict[int, Message], into: dict[int, Message], number: int, what: str
+        self, outgoing: dict[int, Message], into: dict[int, Message], number: int, what: str, moment: Any = None
     ) -> Callable[[], None]:
-        """Post an exchange that follows what the current stream holds; the returned function lets that stream wait for
-        it. `number` must be the same on both sides of a message.
+        """Post an exchange that follows what the current stream holds, or held at a moment; the returned function lets
+        that stream wait for it. `number` must be the same on both sides of a message.
         """
         self._check()
-        outgoing = {r: tuple(x.contiguous() for x in message) for r, message in outgoing.items()}
-        one = _Exchange(self, outgoing, into, number, what)
+        solid = {r: tuple(x.contiguous() for x in message) for r, message in outgoing.items()}
+        if any(x is not y for r, message in outgoing.items() for x, y in zip(message, solid[r], strict=True)):
+            moment = None  # a copy has been made just now
+        one = _Exchange(self, solid, into, number, what, moment)
         with self._line.lock:
             with self._or_broken():
                 for peer, message in into.items():
@@ -174,16 +181,20 @@ class Peers:
             self._flying.append((one.mark, one.kept, time.monotonic(), one.what))
         one.outgoing = one.into = None
 
-    def tell(self, row: list[int]) -> list[list[int]]:
-        """Every rank's row of a few integers, in rank order."""
+    def tell(self, row: list[int]) -> Callable[[], list[list[int]]]:
+        """Tell all ranks a row of a few integers; the returned function waits for every rank's, in rank order."""
         self._check()
-        with self._or_broken():
-            with self._line.lock:
-                for peer in self._others:
-                    self._mailbox.send(peer, json.dumps([self.rank, "row", row]))
-            since = time.monotonic()
-            self._serve(lambda: self._come(self._others, "row", since), captured=False)
-            return [row if r == self.rank else self._mailbox.receive(r, "row")[0] for r in range(self.size)]
+        since, text = time.monotonic(), json.dumps([self.rank, "row", row])
+        with self._or_broken(), self._line.lock:
+            for peer in self._others:
+                self._mailbox.send(peer, text)
+
+        def hear():
+            with self._or_broken():
+                self._serve(lambda: self._come(self._others, "row", since), captured=False)
+                return [row if r == self.rank else self._mailbox.receive(r, "row")[0] for r in range(self.size)]
+
+        return hear
 
     def _come(self, peers: Iterable[int], kind: str, since: float) -> bool:
         """Whether each of these ranks has sent such a message; raises if one has not in time."""
@@ -274,9 +285,9 @@ class _Exchange:
     waits for the mark.
     """
 
-    def __init__(self, peers: Peers, outgoing: dict[int, Message], into: dict[int, Message], number: int, what: str):
+    def __init__(self, peers: Peers, outgoing: dict, into: dict, number: int, what: str, moment: Any):
         self.peers, self.outgoing, self.into, self.number, self.what = peers, outgoing, into, number, what
-        self.start, self.captured = peers._device.begin(), peers._device.capturing()
+        self.start, self.captured = moment or peers._device.begin(), peers._device.capturing()
         self.kept, self.mark, self.since = [outgoing, into], None, time.monotonic()
 
 

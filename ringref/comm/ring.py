@@ -68,8 +68,13 @@ class Ring:
         raise NotImplementedError
 
     def numbers(self, outgoing: dict[int, Message], into: dict[int, Message]) -> bool:
-        """Whether `_post` takes a third argument here, and says with these messages which pass they are of."""
+        """Whether `_post` says with these messages which pass they are of, its third argument; its fourth is what
+        `moment` returned, if the messages are to follow no more than was queued then.
+        """
         return False
+
+    def moment(self) -> Any:
+        """What the device's stream holds now; None where messages need not know."""
 
     def exchange(self, outgoing: dict[int, Message], into: dict[int, Message]) -> Pending:
         """Send `outgoing[peer]` and receive `into[peer]`, buffers that the peer's tensors match one
@@ -89,14 +94,13 @@ class Ring:
         """Every rank's 1-D int64 CPU tensor, in rank order; lengths are known. Metadata: not
         counted as traffic.
         """
-        if self.size == 1:
-            return [row]
+        return self._share(row, lengths).wait()
+
+    def _share(self, row: Tensor, lengths: Sequence[int]) -> Pending:
         rows = [row if r == self.rank else row.new_empty(lengths[r]) for r in range(self.size)]
         others = [r for r in range(self.size) if r != self.rank]
         outgoing, into = _solid(dict.fromkeys(others, (row,))), _solid({r: (rows[r],) for r in others})
-        if outgoing or into:
-            self._post(outgoing, into)()
-        return rows
+        return Pending(self._post(outgoing, into) if outgoing or into else None, rows)
 
     def announce(self, row: Sequence[int]) -> list[list[int]]:
         """Every rank's row of integers, in rank order: the one fixed-size header of a call.
@@ -104,15 +108,23 @@ class Ring:
         One size for all calls, so that ranks that are not in the same one get an error and not a
         short message.
         """
+        return self.announcing(row).wait()
+
+    def announcing(self, row: Sequence[int]) -> Pending:
+        """Post what `announce` returns."""
         if len(row) >= HEADER:
             raise ValueError(f"row: at most {HEADER - 1} integers can be announced, got {len(row)}")
         mine = [len(row), *row, *[0] * (HEADER - 1 - len(row))]
-        rows = [
-            x.tolist() for x in self.share(torch.tensor(mine, dtype=torch.int64, device="cpu"), [HEADER] * self.size)
-        ]
-        if len({x[0] for x in rows}) > 1:
-            raise ValueError(f"the ranks are not in the same call: they announce {[x[0] for x in rows]} integers")
-        return [x[1 : 1 + len(row)] for x in rows]
+        posted = self._share(torch.tensor(mine, dtype=torch.int64, device="cpu"), [HEADER] * self.size)
+        said: list[list[int]] = []
+
+        def hear():
+            rows = [x.tolist() for x in posted.wait()]
+            if len({x[0] for x in rows}) > 1:
+                raise ValueError(f"the ranks are not in the same call: they announce {[x[0] for x in rows]} integers")
+            said.extend(x[1 : 1 + len(row)] for x in rows)
+
+        return Pending(hear, said)
 
     def _shapes(self, x: Tensor) -> list[tuple[int, ...]]:
         if x.dim() > 8:
@@ -174,9 +186,10 @@ class Ring:
                 x += y
         return total
 
-    def numbered(self, number: int) -> Ring:
+    def numbered(self, number: int | Callable[[], int]) -> NumberedRing:
         """This ring for one pass of one call, which `number` stands for on all ranks: the first message to each rank
         carries it, and the first from each must, or the two ranks are in different passes and the exchange raises.
+        A number that must be asked for holds messages back until `release`, which asks.
 
         On the CPU the number goes ahead, a hop of its own, for gloo ends a process that is sent more than it expects;
         over NCCL it rides along, costs no wait of the host, and is compared by the device, whose error then ends the
@@ -221,6 +234,9 @@ class SubRing(Ring):
     def numbers(self, outgoing, into):
         return self.whole.numbers(outgoing, into)
 
+    def moment(self):
+        return self.whole.moment()
+
     def _report(self, words):
         self.whole._report(words)
 
@@ -228,15 +244,38 @@ class SubRing(Ring):
 class NumberedRing(Ring):
     """A ring whose first messages carry a number (see `numbered`); traffic is counted by the whole."""
 
-    def __init__(self, whole: Ring, number: int):
+    def __init__(self, whole: Ring, number: int | Callable[[], int]):
         self.whole, self.number = whole, number
         self.rank, self.size, self.traffic = whole.rank, whole.size, whole.traffic
+        self._held: list[Callable[[], None]] = []
         self._told: set[int] = set()
         self._heard: set[int] = set()
 
+    def release(self) -> None:
+        """Ask for the number, and post what has been held back."""
+        if callable(self.number):
+            self.number, held, self._held = self.number(), self._held, []
+            for post in held:
+                post()
+
     def _post(self, outgoing, into):
+        if not callable(self.number):
+            return self._send(outgoing, into)
+        moment, posted = self.moment(), []
+        self._held.append(lambda: posted.append(self._send(outgoing, into, moment)))
+
+        def finish():
+            self.release()
+            posted[0]()
+
+        return finish
+
+    def moment(self):
+        return self.whole.moment()
+
+    def _send(self, outgoing, into, moment=None):
         if self.whole.numbers(outgoing, into):
-            return self.whole._post(outgoing, into, self.number)
+            return self.whole._post(outgoing, into, self.number, *([] if moment is None else [moment]))
         first_to, first_from = outgoing.keys() - self._told, sorted(into.keys() - self._heard)
         self._told |= first_to
         self._heard.update(first_from)

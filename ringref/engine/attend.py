@@ -12,14 +12,15 @@ dK and dV, which kernels return in it, and sums over ranks in the accumulating o
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from ..comm.ring import Message
-from ..shard import Attended, once, unseen
+from ..shard import Agreed, Attended, Otherwise, once, unseen
 from . import kernels
-from .call import Call, agree, exactly
+from .call import Call, agreeing, exactly
 from .plan import Meeting, Part, meetings, parts
 from .route import Block, Load, Trip, heads_of
 from .sums import Gradients, Running, Sum
@@ -29,9 +30,30 @@ Conductor = Callable[[Trip], Generator["Sequence[Block] | None", "Gradients | No
 
 
 def attend(conduct: Conductor, method: str, q: Tensor, k: Tensor, v: Tensor, **arguments) -> Attended:
-    """Validate, agree with the other ranks, and carry out the call."""
-    call = agree(method, q, k, v, able=kernels.check, **arguments)
-    return Attended(*_Attend.apply(q, k, v, call.anchor, call, conduct))
+    """Validate, agree with the other ranks, and carry out the call: where it is one that they have agreed on before,
+    its own block while the header travels.
+    """
+    header, made = agreeing(method, q, k, v, able=kernels.check, **arguments)
+
+    def run(agreed: Agreed) -> Attended:
+        call = made(agreed)
+        results = _Attend.apply(q, k, v, call.anchor, call, conduct)
+        header.number()  # of a call that needed no other rank as well
+        return Attended(*results)
+
+    if header.likely is None:
+        return run(header.agreed())
+    counted, before = arguments["shard"].ring.traffic, replace(arguments["shard"].ring.traffic)
+    try:
+        return run(header.likely)
+    except Otherwise:
+        pass
+    except Exception:
+        if header.heard:
+            raise
+    vars(counted).update(vars(before))  # nothing has left
+    header.likely = None
+    return run(header.agreed())
 
 
 class _Attend(torch.autograd.Function):
@@ -110,6 +132,7 @@ def _forward(call: Call, conduct: Conductor, part: Part, q: Tensor, k: Tensor, v
                     there = (keys.of(x, meeting.used) for x in (block.k, block.v))
                     piece = kernels.forward(rows.of(q, heads), *there, _seen(call, part, meeting, q), call)
                     running.merge(rows, heads, *piece)
+            call.ring.release()  # the own block is under way, and what follows needs other ranks
             block = blocks = None  # let go of them, or they live on beside the next two
             blocks = walk.send(None)
         walk = walk.close()  # and gone: Python 3.12 keeps what a closed generator held

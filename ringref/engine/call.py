@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..comm.process import forgot, world_size
 from ..comm.ring import Ring
-from ..shard import EVERYTHING, Dilation, Positions, Shard, Table, alone, counted, meet, wide
+from ..shard import EVERYTHING, Agreed, Dilation, Header, Positions, Shard, Table, alone, counted, meet, wide
 
 BACKENDS = ("auto", "math", "torch", "xformers")
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -76,7 +76,7 @@ class Call(NamedTuple):
     window: tuple[int | None, int | None] = (None, None)
     documents: Positions | None = None  # cu_seqlens without its empty documents; None where there is only one
     score_mod: Callable | None = None
-    number: int = 0  # the call's among those of these ranks
+    header: Header | None = None  # which messages wait for
     captured: tuple[tuple[Tensor, int], ...] = ()  # tensors that mask_mod and score_mod use, and their versions
 
     @property
@@ -96,8 +96,14 @@ class Call(NamedTuple):
         return Sight(left, 0 if self.causal else right, self.documents)
 
     def during(self, backward: bool) -> Call:
-        """This call in one of its passes: its messages carry which, so ranks in different ones get an error."""
-        return self._replace(ring=self.ring.numbered(2 * self.number + backward))
+        """This call in one of its passes: its messages carry which, so ranks in different ones get an error, and wait
+        for the header.
+        """
+
+        def number() -> int:
+            return 2 * self.header.number() + backward
+
+        return self._replace(ring=self.ring.numbered(number() if self.header.heard else number))
 
     def keep(self, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         """What `mask_mod` says of these indices: booleans of four dimensions that broadcast to b h
@@ -227,12 +233,19 @@ _WORDS += ("value head dim (dim 3 of v)", "dtype", "device", "causal", "window",
 _WORDS += ("score_mod", "scale", "backend", "grad mode", "inference tensors")
 
 
-def agree(
-    method: str, q, k, v, *, able, causal, dilation, mask_mod, scale, shard, q_chunk, backend,
-    window=None, cu_seqlens=None, score_mod=None,
-) -> Call:  # fmt: skip
+def agree(method: str, q: Tensor, k: Tensor, v: Tensor, **arguments) -> Call:
     """Check the arguments here and against every other rank's; any rank's mistake is an error on
     all of them.
+    """
+    header, made = agreeing(method, q, k, v, **arguments)
+    return made(header.agreed())
+
+
+def agreeing(
+    method: str, q, k, v, *, able, causal, dilation, mask_mod, scale, shard, q_chunk, backend,
+    window=None, cu_seqlens=None, score_mod=None,
+) -> tuple[Header, Callable[[Agreed], Call]]:  # fmt: skip
+    """Check the arguments here and post what `agree` waits for: the header, and what the call is once that is heard.
 
     `able(q, v, backend, masked, scale)` raises where the backend cannot do it; masked is the name of an argument that
     makes scores more than a function of positions, or None.
@@ -266,18 +279,22 @@ def agree(
     if shard is None:
         _, needs = say()
         _warn_that_nobody_shares(world_size())
-        number, ring, table = 0, alone(), Table((counted(q.shape[1]),), (counted(k.shape[1]),))
+        table = Table((counted(q.shape[1]),), (counted(k.shape[1]),))
+        ring, header = alone(), Header(None, lambda: Agreed(needs, table, 0))
     else:
-        needs, table, number = meet(shard, _WORDS, say)
-        ring = shard.ring
-    documents = _documents(cu_seqlens)
-    if documents is not None:
-        _fit(documents, table)
-    anchor = torch.zeros((), requires_grad=True, device="cpu") if needs and ring.size > 1 else None
-    documents = None if documents is None or len(documents) <= 2 else documents
-    arguments = causal, dilation, mask_mod, factor(), q_chunk, backend, ring, table, anchor
-    window = _reached(_window(window), table)
-    return Call(*arguments, window, documents, score_mod, number, _captured(mask_mod, score_mod))
+        ring, header = shard.ring, meet(shard, _WORDS, say)
+
+    def made(agreed: Agreed) -> Call:
+        documents, table = _documents(cu_seqlens), agreed.table
+        if documents is not None:
+            _fit(documents, table)
+        anchor = torch.zeros((), requires_grad=True, device="cpu") if agreed.needs and ring.size > 1 else None
+        documents = None if documents is None or len(documents) <= 2 else documents
+        arguments = causal, dilation, mask_mod, factor(), q_chunk, backend, ring, table, anchor
+        sides = _reached(_window(window), table)
+        return Call(*arguments, sides, documents, score_mod, header, _captured(mask_mod, score_mod))
+
+    return header, made
 
 
 def _reached(window: tuple[int | None, int | None], table: Table) -> tuple[int | None, int | None]:

@@ -20,7 +20,7 @@ import ringref
 
 from ..comm.ring import Ring, Traffic
 from ..engine import call, kernels
-from ..shard import Table, partition
+from ..shard import Agreed, Header, Table, partition
 
 METHODS = ("dense", "dilated", "collective", "ring")
 
@@ -72,11 +72,16 @@ def predicted(
 
     shards = [partition(n, _Unheard(rank, p), layout) for rank in range(p)]
     table = Table(tuple(x.queries for x in shards), tuple(x.keys for x in shards))
+
+    def agreeing(shard, words, say):  # all ranks say the same
+        agreed = Agreed(say()[1], table, 0)
+        return Header(None, lambda: agreed)
+
     attention, most = getattr(ringref, f"{method}_attention"), 0
     for shard in {shards[i].ring.rank: shards[i] for i in (0, p // 2, p - 1)}.values():
         like = {"dtype": dtype, "device": "meta", "requires_grad": backward}
         q, k, v = (torch.empty(b, len(shard.queries), x, d, **like) for x in (h, g or h, g or h))
-        met = mock.patch.object(call, "meet", lambda shard, words, say: (say()[1], table, 0))  # all ranks say the same
+        met = mock.patch.object(call, "meet", agreeing)
         with met, mock.patch.object(kernels, "choose", choose), measured("meta") as usage:
             out = attention(q, k, v, shard=shard, q_chunk=c, **arguments).out  # a graph of lse would hold chunks
             if backward:
