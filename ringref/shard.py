@@ -397,16 +397,19 @@ class Header:
         return self._hear is None
 
     def agreed(self) -> Agreed:
+        """Nothing is only likely from here on."""
+        self.likely = None
         if self._hear is not None:
             hear, self._hear = self._hear, None
             self._agreed = hear()
         return self._agreed
 
     def number(self) -> int:
-        """The call's number, if what is likely has come true; else `Otherwise` is raised."""
-        if self.likely is not None and self.likely[:2] != self.agreed()[:2]:
+        """The call's number; raises `Otherwise` where what was likely has not come true."""
+        likely, agreed = self.likely, self.agreed()
+        if likely is not None and likely[:2] != agreed[:2]:
             raise Otherwise
-        return self.agreed().number
+        return agreed.number
 
 
 @unseen
@@ -430,7 +433,7 @@ def meet(shard: Shard, names: Sequence[str], say: Callable[[], tuple[list, bool]
     digests = [len(shard.queries), len(shard.keys), shard.queries.digest, shard.keys.digest]
     mine = int(needs), *map(_number, words), *digests
     with _lock:
-        known, likely = dict(_tables.get(ring, {})), None if mistake else _agreements.get(ring, {}).get(mine)
+        known = dict(_tables.get(ring, {}))
     known_names = list(known)[-_KNOWN:]
     posted = ring.announcing([len(told), _calls + 1, *mine, *known_names, *[0] * (_KNOWN - len(known_names))])
 
@@ -466,6 +469,7 @@ def meet(shard: Shard, names: Sequence[str], say: Callable[[], tuple[list, bool]
             _keep_last(_agreements, ring, mine, agreed)
         return agreed
 
+    likely = None if mistake or posted.arrived else _agreements.get(ring, {}).get(mine)
     return Header(likely, hear)
 
 

@@ -13,10 +13,9 @@ import torch
 from common import METHODS, OTHERS, Inputs, Split, both_ways, inputs, layout
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ringref import Dilation, Shard, partition, ring_attention, simulate
-from ringref.comm.ring import MixedUp, Pending
+from ringref import Dilation, partition, ring_attention, simulate
+from ringref.comm.ring import MixedUp
 from ringref.comm.simulate import Deadlock
-from ringref.engine import kernels
 from ringref.engine.visits import strands, visits
 from ringref.shard import counted
 
@@ -480,109 +479,6 @@ def test_calls_of_rings_made_anew_are_told_apart():
             whole.sum().backward()
 
     simulate(on, 3, adversarial=True)
-
-
-# --------------------------------------------------------------- own keys while the header travels
-
-
-def journaled(ring, monkeypatch, journal):
-    """Write down, of this rank, when a block is computed, the header is heard and a message leaves."""
-    announcing, post = ring.announcing, ring._post
-
-    def told(row):
-        posted = announcing(row)
-        return Pending(lambda: (posted.wait(), journal.append("header")), posted.value)
-
-    def sent(outgoing, into):
-        if any(x.dim() == 4 for message in outgoing.values() for x in message):
-            journal.append("keys")
-        return post(outgoing, into)
-
-    monkeypatch.setattr(ring, "announcing", told)
-    monkeypatch.setattr(ring, "_post", sent)
-
-
-@both_networks
-@pytest.mark.parametrize("method", OTHERS)
-def test_own_keys_while_the_header_travels(method, adversarial, monkeypatch):
-    """From a call's second time on the own block does not wait for it; no key ever leaves before."""
-    given, journals, forward = inputs(6), [[], []], kernels.forward
-
-    def computed(*args):
-        journals[int(threading.current_thread().name.removeprefix("rank "))].append("block")
-        return forward(*args)
-
-    monkeypatch.setattr(kernels, "forward", computed)
-
-    def on(ring):
-        journal, shard = journals[ring.rank], partition(6, ring)
-        journaled(ring, monkeypatch, journal)
-        found = []
-        for scale in (0.3, 0.5, 0.3, 0.5):
-            journal.append("|")
-            out = METHODS[method](*[shard.take(x) for x in given[:3]], scale=scale, shard=shard).out
-            found.append(shard.gather(out))
-        return found
-
-    for found in simulate(on, 2, adversarial):
-        assert all(x.equal(y) for x, y in zip(found[:2], found[2:]))
-    for journal in journals:
-        calls = "".join(word[0] for word in journal).split("|")[1:]
-        assert [call[:3] for call in calls] == ["hkb", "hkb", "bhk", "bhk"], journal
-
-
-@both_networks
-@pytest.mark.parametrize("method", OTHERS)
-@pytest.mark.parametrize("what", ["positions", "gradient"])
-def test_what_was_likely_and_is_not(method, what, adversarial):
-    """A rank that says the same as before, where another does not: it begins anew, and counts nothing twice."""
-    given = inputs(6)
-
-    def on(ring):
-        every = [torch.arange(6).split([2, 4]), (torch.tensor([1, 0]), torch.arange(2, 6).flip(0))]
-        found = []
-        for i in range(2):
-            own = Shard(every[i * (what == "positions") * ring.rank][ring.rank], ring)
-            q, k, v = (own.take(x).requires_grad_(what == "gradient" and i * ring.rank == 1) for x in given[:3])
-            before = ring.traffic.received, ring.traffic.messages
-            out = METHODS[method](q, k, v, causal=True, shard=own).out
-            moved = ring.traffic.received - before[0], ring.traffic.messages - before[1]
-            if what == "gradient" and i:
-                assert out.requires_grad  # rank 0's is anchored: its keys' gradients are rank 1's to send
-                out.sum().backward()
-            found.append((own.gather(out.detach()), moved))
-        return found
-
-    for first, second in simulate(on, 2, adversarial):
-        assert first[0].allclose(second[0], 0, 1e-12) and first[1] == second[1]
-
-
-@both_networks
-@pytest.mark.parametrize("method", OTHERS)
-def test_what_fails_before_the_header_is_heard(method, adversarial):
-    """An error of the own block is that error, and one of the header comes first; the ring can be used on."""
-    given = inputs(6)
-
-    def on(ring):
-        shard, wrong = partition(6, ring), []
-        q, k, v = (shard.take(x) for x in given[:3])
-
-        def seen(b, h, q_idx, kv_idx):
-            if wrong:
-                raise ArithmeticError(wrong[0])
-            return q_idx >= kv_idx
-
-        call = partial(METHODS[method], q, k, v, shard=shard, mask_mod=seen)
-        first = call().out
-        wrong.append("mine")
-        with pytest.raises(ArithmeticError, match="mine"):
-            call()
-        with pytest.raises(ValueError, match="scale differs between ranks"):
-            call(scale=0.5) if ring.rank else call()
-        wrong.clear()
-        assert call().out.equal(first)
-
-    simulate(on, 3, adversarial)
 
 
 # ------------------------------------------------------------------------------------------ traffic

@@ -9,17 +9,20 @@ import random
 import threading
 import time
 import weakref
+from functools import partial
 from itertools import product
 
 import pytest
 import torch
 import torch.distributed as dist
-from common import Results, assert_close, both_ways, everything, inputs
+from common import OTHERS, Results, assert_close, both_ways, everything, inputs
 
 import ringref
+from ringref import Shard, partition
 from ringref.comm.peer import _WAIT, Line, Mailbox, Peers, Unreachable
-from ringref.comm.ring import Ring, Traffic
+from ringref.comm.ring import Pending, Ring, Traffic
 from ringref.comm.simulate import simulate
+from ringref.engine import kernels
 
 
 class Mark:
@@ -123,11 +126,18 @@ class PeerRing(Ring):
         self.rank, self.size, self.traffic = rank, size, Traffic()
         self.peers = Peers(rank, size, store, lambda: how.get("device") or Host(**how), timeout)
 
-    def _post(self, outgoing, into, number=0):
-        return self.peers.post(outgoing, into, number, f"rank {self.rank}'s exchange")
+    def _post(self, outgoing, into, number=0, moment=None):
+        return self.peers.post(outgoing, into, number, f"rank {self.rank}'s exchange", moment)
 
     def numbers(self, outgoing, into):
         return True
+
+    def moment(self):
+        return self.peers.moment()
+
+    def _tell(self, row):
+        told, every = self.peers.tell(row), []
+        return Pending(lambda: every.extend(told()), every)
 
 
 def ranks(fn, p, each=lambda rank: {}, **how):
@@ -537,3 +547,107 @@ def test_a_full_mailbox_is_emptied_by_who_waits_for_a_place_in_another():
     for thread in threads:
         thread.join(30)
     assert found == [[[i] for i in range(3000)]] * 2
+
+
+# ---------------------------------------------------------------- own keys while the header travels
+
+
+def journaled(ring, journal):
+    """Write down when this rank hears a header and when keys leave."""
+    announcing, post = ring.announcing, ring._post
+
+    def told(row):
+        posted = announcing(row)
+        return Pending(lambda: (posted.wait(), journal.append("header")), posted.value)
+
+    def sent(outgoing, into, *how):
+        if any(x.dim() == 4 for message in outgoing.values() for x in message):
+            journal.append("keys")
+        return post(outgoing, into, *how)
+
+    ring.announcing, ring._post = told, sent
+
+
+@pytest.mark.parametrize("lateness", [0.0, 0.003])
+@pytest.mark.parametrize("method", OTHERS)
+def test_own_keys_while_the_header_travels(method, lateness, monkeypatch):
+    """From a call's second time on the own block does not wait for it; no key ever leaves before."""
+    given, journals, forward = inputs(6), {}, kernels.forward
+
+    def computed(*args):
+        journals[threading.get_ident()].append("block")
+        return forward(*args)
+
+    monkeypatch.setattr(kernels, "forward", computed)
+
+    def on(ring):
+        journals[threading.get_ident()] = journal = []
+        shard = partition(6, ring)
+        journaled(ring, journal)
+        found = []
+        for scale in (0.3, 0.5, 0.3, 0.5):
+            journal.append("|")
+            out = OTHERS[method](*[shard.take(x) for x in given[:3]], scale=scale, shard=shard).out
+            found.append(shard.gather(out))
+        return found
+
+    for found in good(ranks(on, 2, lateness=lateness)):
+        assert all(x.equal(y) for x, y in zip(found[:2], found[2:]))
+    assert len(journals) == 2
+    for journal in journals.values():
+        calls = "".join(word[0] for word in journal).split("|")[1:]
+        assert [call[:3] for call in calls] == ["hkb", "hkb", "bhk", "bhk"], journal
+
+
+@pytest.mark.parametrize("lateness", [0.0, 0.003])
+@pytest.mark.parametrize("method", OTHERS)
+@pytest.mark.parametrize("what", ["positions", "gradient"])
+def test_what_was_likely_and_is_not(method, what, lateness):
+    """A rank that says the same as before, where another does not: it begins anew, and counts nothing twice."""
+    given = inputs(6)
+
+    def on(ring):
+        every = [torch.arange(6).split([2, 4]), (torch.tensor([1, 0]), torch.arange(2, 6).flip(0))]
+        found = []
+        for i in range(2):
+            own = Shard(every[i * (what == "positions") * ring.rank][ring.rank], ring)
+            q, k, v = (own.take(x).requires_grad_(what == "gradient" and i * ring.rank == 1) for x in given[:3])
+            before = ring.traffic.received, ring.traffic.messages
+            out = OTHERS[method](q, k, v, causal=True, shard=own).out
+            moved = ring.traffic.received - before[0], ring.traffic.messages - before[1]
+            if what == "gradient" and i:
+                assert out.requires_grad  # rank 0's is anchored: its keys' gradients are rank 1's to send
+                out.sum().backward()
+            found.append((own.gather(out.detach()), moved))
+        return found
+
+    for first, second in good(ranks(on, 2, lateness=lateness)):
+        assert first[0].allclose(second[0], 0, 1e-12) and first[1] == second[1]
+
+
+@pytest.mark.parametrize("lateness", [0.0, 0.003])
+@pytest.mark.parametrize("method", OTHERS)
+def test_what_fails_before_the_header_is_heard(method, lateness):
+    """An error of the own block is that error, and one of the header comes first; the ring can be used on."""
+    given = inputs(6)
+
+    def on(ring):
+        shard, wrong = partition(6, ring), []
+        q, k, v = (shard.take(x) for x in given[:3])
+
+        def seen(b, h, q_idx, kv_idx):
+            if wrong:
+                raise ArithmeticError(wrong[0])
+            return q_idx >= kv_idx
+
+        call = partial(OTHERS[method], q, k, v, shard=shard, mask_mod=seen)
+        first = call().out
+        wrong.append("mine")
+        with pytest.raises(ArithmeticError, match="mine"):
+            call()
+        with pytest.raises(ValueError, match="scale differs between ranks"):
+            call(scale=0.5) if ring.rank else call()
+        wrong.clear()
+        assert call().out.equal(first)
+
+    good(ranks(on, 3, lateness=lateness))

@@ -43,6 +43,11 @@ class Pending:
     def __init__(self, finish: Callable[[], None], value: Any = None):
         self._finish, self.value = finish, value
 
+    @property
+    def arrived(self) -> bool:
+        """Whether nothing is waited for any more."""
+        return self._finish is None
+
     def wait(self) -> Any:
         """Block until everything posted has arrived and left; returns what came."""
         if self._finish is not None:
@@ -94,13 +99,14 @@ class Ring:
         """Every rank's 1-D int64 CPU tensor, in rank order; lengths are known. Metadata: not
         counted as traffic.
         """
-        return self._share(row, lengths).wait()
-
-    def _share(self, row: Tensor, lengths: Sequence[int]) -> Pending:
+        if self.size == 1:
+            return [row]
         rows = [row if r == self.rank else row.new_empty(lengths[r]) for r in range(self.size)]
         others = [r for r in range(self.size) if r != self.rank]
         outgoing, into = _solid(dict.fromkeys(others, (row,))), _solid({r: (rows[r],) for r in others})
-        return Pending(self._post(outgoing, into) if outgoing or into else None, rows)
+        if outgoing or into:
+            self._post(outgoing, into)()
+        return rows
 
     def announce(self, row: Sequence[int]) -> list[list[int]]:
         """Every rank's row of integers, in rank order: the one fixed-size header of a call.
@@ -111,20 +117,26 @@ class Ring:
         return self.announcing(row).wait()
 
     def announcing(self, row: Sequence[int]) -> Pending:
-        """Post what `announce` returns."""
+        """Post what `announce` returns; where hosts speak to each other it travels while this one goes on."""
         if len(row) >= HEADER:
             raise ValueError(f"row: at most {HEADER - 1} integers can be announced, got {len(row)}")
-        mine = [len(row), *row, *[0] * (HEADER - 1 - len(row))]
-        posted = self._share(torch.tensor(mine, dtype=torch.int64, device="cpu"), [HEADER] * self.size)
-        said: list[list[int]] = []
+        told, said = self._tell([len(row), *row, *[0] * (HEADER - 1 - len(row))]), []
 
         def hear():
-            rows = [x.tolist() for x in posted.wait()]
+            rows = told.wait()
             if len({x[0] for x in rows}) > 1:
                 raise ValueError(f"the ranks are not in the same call: they announce {[x[0] for x in rows]} integers")
             said.extend(x[1 : 1 + len(row)] for x in rows)
 
-        return Pending(hear, said)
+        posted = Pending(hear, said)
+        if told.arrived:
+            posted.wait()
+        return posted
+
+    def _tell(self, row: list[int]) -> Pending:
+        """Send every rank a header; `wait()` returns every rank's."""
+        mine = torch.tensor(row, dtype=torch.int64, device="cpu")
+        return Pending(None, [x.tolist() for x in self.share(mine, [HEADER] * self.size)])
 
     def _shapes(self, x: Tensor) -> list[tuple[int, ...]]:
         if x.dim() > 8:

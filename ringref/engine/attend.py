@@ -52,7 +52,6 @@ def attend(conduct: Conductor, method: str, q: Tensor, k: Tensor, v: Tensor, **a
         if header.heard:
             raise
     vars(counted).update(vars(before))  # nothing has left
-    header.likely = None
     return run(header.agreed())
 
 
