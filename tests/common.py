@@ -301,7 +301,7 @@ def everything(ring, device="cpu", rounds=6):
         assert [x.shape[1] for x in every] == lengths and all((x == r).all() for r, x in enumerate(every))
         whole, half = posted.wait()  # after another exchange was posted and done
         assert (whole == (me - 1) % p).all() and (half == (me - 1) % p * 0.5).all()
-        (total,) = ring.reduce([(full((n, 2), 10.0 * me + r),) for r in range(p)])
+        (total,) = ring.reduce([(full((2, n), 10.0 * me + r).t(),) for r in range(p)])  # strided as well
         assert (total == sum(10.0 * r + me for r in range(p))).all()
         into = {r: (empty(table[r][me], dtype=torch.uint8),) for r in range(p)}
         ring.exchange({r: (full((table[me][r],), 16 * me + r, dtype=torch.uint8),) for r in range(p)}, into).wait()

@@ -329,6 +329,17 @@ def test_a_rank_may_catch_its_deadlock():
     assert simulate(on, 2) == [0, 1]
 
 
+@both_networks
+def test_a_buffer_with_gaps(adversarial):
+    """An error over every transport, as over gloo and NCCL, which cannot fill one."""
+
+    def on(ring):
+        with pytest.raises(ValueError, match="into: what is received from another rank must be contiguous"):
+            ring.exchange({1 - ring.rank: (torch.ones(2, 3),)}, {1 - ring.rank: (torch.empty(3, 2).t(),)})
+
+    simulate(on, 2, adversarial)
+
+
 def test_what_cannot_be_announced():
     for x, word in ((torch.zeros([1] * 9), "dimensions"), (torch.zeros(1).cfloat(), "complex64")):
         with pytest.raises((TypeError, ValueError), match=word):

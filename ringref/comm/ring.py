@@ -82,7 +82,7 @@ class Ring:
         """What the device's stream holds now; None where messages need not know."""
 
     def exchange(self, outgoing: dict[int, Message], into: dict[int, Message]) -> Pending:
-        """Send `outgoing[peer]` and receive `into[peer]`, buffers that the peer's tensors match one
+        """Send `outgoing[peer]` and receive `into[peer]`, contiguous buffers that the peer's tensors match one
         by one.
 
         `wait()` returns `into`, filled.
@@ -90,6 +90,8 @@ class Ring:
         given, outgoing, into = into, _solid(outgoing), _solid(into)
         for there, here in zip(outgoing.pop(self.rank, ()), into.pop(self.rank, ()), strict=True):
             here.copy_(there)
+        if not all(x.is_contiguous() for message in into.values() for x in message):
+            raise ValueError("into: what is received from another rank must be contiguous")
         self.traffic.messages += len(outgoing)
         self.traffic.sent += sum(x.nbytes for message in outgoing.values() for x in message)
         self.traffic.received += sum(x.nbytes for message in into.values() for x in message)
@@ -193,7 +195,7 @@ class Ring:
         share for rank r. My own part is added to in place.
         """
         total = parts[self.rank]
-        for _, arrived in self.scatter(dict(enumerate(parts)), lambda _: tuple(map(torch.empty_like, total))):
+        for _, arrived in self.scatter(dict(enumerate(parts)), lambda _: tuple(x.new_empty(x.shape) for x in total)):
             for x, y in zip(total, arrived, strict=True):
                 x += y
         return total
