@@ -12,7 +12,7 @@ import json
 import platform
 import statistics
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from itertools import product
 from unittest import mock
@@ -403,8 +403,9 @@ class Impatient(ProcessRing):
 
 def overlap_section(bench, args):
     """For each transport: a hop of K and V alone, the attention kernel on them alone (a causal zigzag's: half the
-    queries), and both together; and from which shard length on a hop hides, which is to take no more than 3 % of the
-    kernel's time. Where `--tokens` asks for it also a training step: exposed is message time with no compute under it.
+    queries), and both together, launched one by one and captured (a short hop takes the host longer than the device);
+    and from which shard length on a hop hides, launched one by one, which is to take no more than 3 % of the kernel's
+    time. Where `--tokens` asks for it also a training step: exposed is message time with no compute under it.
     """
     for transport in ("peer", "nccl") if bench.cuda and bench.ring.size > 1 else ():
         try:
@@ -450,12 +451,16 @@ def _hop(bench, ring, s):
         attention()
         posted.wait()
 
-    with torch.no_grad():
-        steps = {"hop_ms": lambda: post().wait(), "kernel_ms": attention, "together_ms": together}
+    steps = {"hop": lambda: post().wait(), "kernel": attention, "together": together}
+    with torch.no_grad(), ExitStack() as replays:
+        host = {"host_us": 1e6 * bench.host(steps["hop"])}
+        for step in steps.values():
+            step()
+        for name, step in list(steps.items()):
+            steps[f"{name}_captured"] = replays.enter_context(bench.captured(step))
         # in turns, for a GPU slows as it warms
         rounds = [{name: bench.milliseconds(step)[0] for name, step in steps.items()} for _ in range(4)]
-        row = {name: statistics.mean(x[name] for x in rounds[1:]) for name in steps}
-        row["host_us"] = 1e6 * bench.host(steps["hop_ms"])
+    row = {f"{name}_ms": statistics.mean(x[name] for x in rounds[1:]) for name in steps} | host
     return {**row, "gb_per_s": sum(x.nbytes for x in into) / row["hop_ms"] / 1e6}
 
 
