@@ -148,7 +148,7 @@ def test_explain_says_so(calls):
 
 def planned(n, ends, bounds, **how):
     strand, every = visits.strands(None, 1, Positions(torch.tensor(ends)))[0], counted(n)
-    return visits.visits(strand, every, every, False, False, None, bounds, **how)
+    return visits.visits(strand, every, every, bounds, **how)
 
 
 def test_documents_of_equal_shape_fold_and_many_shapes_are_one_call():
@@ -219,7 +219,7 @@ def test_a_plan_meets_whoever_sees_each_other_once(ragged, shapes, monkeypatch):
         sight = Sight(*bounds, ends)
         for strand in visits.strands(dilation, 3, ends):
             met = torch.zeros(len(queries), len(keys), dtype=torch.int64)
-            for visit in visits.visits(strand, queries, keys, False, False, None, bounds, ragged):
+            for visit in visits.visits(strand, queries, keys, bounds, ragged=ragged):
                 kinds.add(visit.kind)
                 for rows, others in zip(visit.queries.index, visit.keys.index):
                     seen = torch.ones(len(rows), len(others), dtype=torch.bool)

@@ -397,13 +397,11 @@ def _hull(pieces: list[tuple[range, range, str]]) -> list[tuple[range, range, st
 
 
 def visits(
-    strand: Strand, queries: Positions, keys: Positions, causal: bool, masked: bool, q_chunk: int | None,
-    window: Bounds = (None, None), ragged: bool = False,
-) -> list[Visit]:  # fmt: skip
+    strand: Strand, queries: Positions, keys: Positions, bounds: Bounds, masked=False, q_chunk=None, ragged=False
+) -> list[Visit]:
     """Where a strand's queries meet a block of keys; masked: what is seen is not decided by positions alone; ragged:
     whether a kernel takes segments of lengths of their own.
     """
-    bounds = (window[0], 0) if causal else window
     return _visits(strand._replace(heads=range(0)), queries, keys, bounds, masked, q_chunk, ragged)
 
 
