@@ -290,8 +290,7 @@ def check(q: Tensor, v: Tensor, backend: str, masked: str | None, scale: float) 
     task = Task.of(q, v, "mask" if masked else "full")
     if choose(backend, task) is None:
         reasons = [f"{kernel.name} {kernel.why_not(task) or fault(kernel, task)}" for kernel in _ranked(backend)]
-        asked = f"{masked}" if masked else "this"
-        raise NotImplementedError(f"backend={backend!r} cannot do {asked}: {'; '.join(reasons)}")
+        raise NotImplementedError(f"backend={backend!r} cannot do {masked or 'this'}: {'; '.join(reasons)}")
 
 
 # ---------------------------------------------------------------------------------------- the proof

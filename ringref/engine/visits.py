@@ -416,10 +416,8 @@ def _visits(
     if ragged:
         start, shape, some = _uneven(start, shape, q_at, k_at, bounds)
         for begin, how in some:
-            rows, others = (
-                Rows(side.rows[joined(first, count)][None])
-                for side, first, count in zip(held, begin.unbind(1), how.lengths.unbind(1), strict=True)
-            )
+            each = zip(held, begin.unbind(1), how.lengths.unbind(1), strict=True)
+            rows, others = (Rows(side.rows[joined(first, count)][None]) for side, first, count in each)
             found.append(Visit(rows, others, "ragged", (queries, keys), how))
     if None not in bounds:
         start, shape = _banded(start, shape, q_at, k_at, bounds, strand.r, q_chunk)
@@ -497,9 +495,8 @@ def _uneven(
         # the left bounds nothing if the last query sees the first key, the right if the first sees the last
         free = [int(x) >= int(lengths[:, 1 - i].max()) - 1 for i, x in enumerate(pair)]
         if not any(free) or len(lengths.unique(dim=0)) > _SHAPES:
-            found.append(
-                (begin[mine], Ragged(lengths, *(None if no else int(x) for no, x in zip(free, pair, strict=True))))
-            )
+            sides = (None if no else int(x) for no, x in zip(free, pair, strict=True))
+            found.append((begin[mine], Ragged(lengths, *sides)))
             rest &= ~mine
     return start[rest], shape[rest], found
 

@@ -454,10 +454,8 @@ def _fits(changes: list[dict[str, Any]], most: int) -> bool:
     both = {name: value for one in changes for name, value in one.items()}
     alone = sum("plain" in one for one in changes) < 2
     needs_two = both.get("lengths") or both.get("queries") == "decode"
-    return (
-        alone and len(told) == len(set(told)) and both.get("p", 1) <= min(most, both.get("ps", most))
-        and not (needs_two and both.get("p") == 1)
-    )  # fmt: skip
+    few, enough = both.get("p", 1) <= min(most, both.get("ps", most)), not (needs_two and both.get("p") == 1)
+    return alone and len(told) == len(set(told)) and few and enough
 
 
 def _names(features: Any) -> set[str]:

@@ -164,7 +164,7 @@ def name(truth: Any, got: dict, wrong: list, others: list, known: list, way=1, d
     """
     if quickly and not known:
         return []
-    s = Scene(truth.case, truth, way)
+    s = Scene(truth, way)
     whole = {n: assembled(s, n, pieces) for n, pieces in got.items()}
     about = [n for n in ("out", "lse") if n in wrong][:1] or [n for n in (*GRADS, "dsink") if n in wrong]
     fine = [n for n in ("out", "lse") if n in whole and n not in wrong]  # which a guess must leave so

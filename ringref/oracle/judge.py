@@ -88,8 +88,8 @@ def check(
     return report
 
 
-def usable(fn: Callable, backend: str, deadline: float | None, stop_after: int = 1) -> bytes:
-    """The candidate as it travels; `check`'s errors where it cannot, or where another argument is wrong."""
+def usable(fn: Callable, backend: str, deadline: float | None, stop_after: int = 1) -> None:
+    """`check`'s errors, where the candidate cannot travel or another argument is wrong."""
     for name, given, fits, wanted in (
         ("fn", fn, callable(fn), "a function"),
         ("backend", backend, backend in ("gloo", "nccl"), "gloo or nccl"),
@@ -100,7 +100,7 @@ def usable(fn: Callable, backend: str, deadline: float | None, stop_after: int =
         if not fits:
             raise ValueError(f"{name}: expected {wanted}, got {given!r}")
     try:
-        return pickled(fn)
+        pickled(fn)
     except Exception as error:  # whatever holds a lock, a file, a process group
         raise TypeError(f"fn: {adapt.name_of(fn)} cannot be sent to other processes: {error}") from error
 
@@ -115,9 +115,8 @@ def _shared_pool() -> Pool:
 
 
 def _sweep(
-    fn: Callable, todo: list[Case], pool: Any, deadline=30.0, stop_after=8, fail_fast=False, progress=None,
-    patience=math.inf,
-) -> Report:  # fmt: skip
+    fn: Callable, todo: list[Case], pool: Pool, deadline, stop_after, fail_fast, progress, patience=math.inf
+) -> Report:
     report, began = Report(adapt.name_of(fn)), time.monotonic()
     last = began
     judge, failed, hangs = Judge(fn, pool, report, deadline), 0, 0
@@ -267,7 +266,7 @@ class Judge:
 
     def run(self, case: Case, poison: float = math.nan, fresh: float = math.nan, new=False) -> dict[int, dict]:
         """Every rank's results."""
-        common = {"world": case.world, "groups": case.teams, "call": pickled(case.call()), "steps": []}
+        common = {"groups": case.teams, "call": pickled(case.call()), "steps": []}
         common |= {"poison": poison, "fresh": fresh, "views": case.views, "dout": case.dout, "program": []}
         jobs = {rank: common | {"measure": case.plan == "growth"} for rank in range(case.world)}
         for team, members in enumerate(case.teams):

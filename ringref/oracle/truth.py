@@ -24,7 +24,7 @@ class Truth:
         cuts = [(yard, *whole), (torch.float32, case.asks[: 1 if case.replicated else None], case.shards)]
         self.plain = [plain(case, rough, *cut) for cut in cuts]
         self.eps = torch.finfo(yard).eps
-        self.scene = Scene(case, self)
+        self.scene = Scene(self)
         self.terms = self.scene.terms()
 
     def part(self, name: str, rank: int, whole: dict | None = None) -> Tensor:
