@@ -162,8 +162,7 @@ def _cudnn_backward(dout, q, k, v, out, lse, causal, scale):
         return dq.add_(more), *(torch.cat(x, 2) for x in zip(first, last, strict=True))
     seed = _seed(1, torch.int64, q.device)
     return aten._scaled_dot_product_cudnn_attention_backward(
-        dout, q, k, v, out, lse.contiguous()[..., None], seed, seed, None, None, None,
-        q.shape[2], k.shape[2], 0.0,
+        dout, q, k, v, out, lse.contiguous()[..., None], seed, seed, None, None, None, q.shape[2], k.shape[2], 0.0,
         causal, scale=scale,
     )  # fmt: skip
 
