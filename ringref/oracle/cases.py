@@ -430,16 +430,12 @@ def covering(levels: list[int], fits: Callable, pairs: bool, seed: int) -> Itera
             for f in chance.sample(range(len(levels)), len(levels)):
                 choices = [x for x in range(levels[f]) if f not in row and fits(row | {f: x})]
                 if choices:  # the level that meets most of what is missing; by chance among equals
-                    gain = {x: sum(c in missing for c in _new(row, f, x, size)) for x in choices}
+                    gain = {x: len(parts(row | {f: x}) & missing) for x in choices}
                     row[f] = max(choices, key=lambda x: (gain[x], chance.random()))
             tried.append(row)
         row = max(tried, key=lambda row: len(parts(row) & missing))
         missing -= parts(row)
         yield tuple(row.get(f, 0) for f in range(len(levels)))
-
-
-def _new(row: dict[int, int], f: int, x: int, size: int) -> list[tuple]:
-    return [((f, x),)] if size == 1 else [tuple(sorted(((f, x), other))) for other in row.items()]
 
 
 def _fits(changes: list[dict[str, Any]], most: int) -> bool:
