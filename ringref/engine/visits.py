@@ -328,7 +328,7 @@ def staircase(q_positions: Tensor, k_positions: Tensor) -> list[tuple[slice, sli
         return [(slice(blind, len(q_positions)), slice(0, most), "full")]
     seen = _up_to(k_positions, q_positions[blind:])
     rise = seen.diff()
-    cuts = [0, *((rise[1:] != rise[:-1]).nonzero()[:, 0] + 1).tolist()] if len(rise) else [0]
+    cuts = [0, *((rise[1:] != rise[:-1]).nonzero()[:, 0] + 1).tolist()]
     pieces, a = [], 0
     while a < len(seen) and len(pieces) <= _PIECES:
         # a run of rows that each see as many keys as the last one, or one more

@@ -131,9 +131,9 @@ def far(case: Any) -> str | None:
     return LARGE if case.shift else SPREAD if case.spread else None
 
 
-def not_finite(case: Any, truth: Any, got: dict[str, list[Tensor]], wrong: list[str]) -> str:
+def not_finite(truth: Any, got: dict[str, list[Tensor]], wrong: list[str]) -> str:
     """NaN or inf that the oracle did not plant, by the rows where it is."""
-    s, name = truth.scene, wrong[0]
+    case, s, name = truth.case, truth.scene, wrong[0]
     blind = s.L == -math.inf
     lses = torch.cat([s.forward(times=parts)["lse"] for _, parts in s.parts(s.hop)])
     partly = (lses == -math.inf).any(0) & ~blind

@@ -160,10 +160,10 @@ class Judge:
 
     def judge(self, case: Case) -> list[Finding]:
         """Run one case; its findings, which join the report, or its name joins what passed."""
-        looked = self.look(case)
-        if looked is None:
+        found = self.look(case)
+        if found is None:
             return []
-        culprit, found, told = None, looked, case
+        culprit, told = None, case
         if found and found[-1].causes[0] != diagnose.SILENT and not self.known(case, found):
             culprit, case, found = self.alone(case, found)
         for finding in found:
@@ -423,7 +423,7 @@ class Judge:
         if wrong[0] == "lse" and any((x[want == -math.inf].abs() < 1e4).any() for x, want in pairs[: case.p]):
             return [diagnose.BLIND]
         if any((x.isnan() & ~want.isnan()).any() for x, want in pairs):
-            where = diagnose.not_finite(case, truth, got, wrong)
+            where = diagnose.not_finite(truth, got, wrong)
             if quickly:
                 return [cause for cause in known if cause in (diagnose.UNWRITTEN, diagnose.EARLY, where)][:1]
             for cause, planted in ((diagnose.UNWRITTEN, {"fresh": 0.0}), (diagnose.EARLY, {"poison": 0.0})):
@@ -439,7 +439,7 @@ class Judge:
         if quickly and not causes:
             return []
         if causes[0].startswith(diagnose.UNKNOWN) and any((x.isinf() & ~want.isinf()).any() for x, want in pairs):
-            causes = [diagnose.not_finite(case, truth, got, wrong)]
+            causes = [diagnose.not_finite(truth, got, wrong)]
         vague = causes[0].startswith(diagnose.VAGUE) or causes[0] == "out is zero"
         if case is self.simplest and causes[0].startswith(diagnose.UNKNOWN) and case.dtype in LOW:
             return [diagnose.PRECISE]

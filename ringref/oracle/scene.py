@@ -131,10 +131,10 @@ class Scene:
         some |= {"the first rank's block elsewhere": (self.theirs == 0) & (self.mine > 0)}
         return {text: pairs for text, pairs in some.items() if pairs.any() and not pairs.all()}
 
-    def among_blocks(self, pairs: Tensor) -> Tensor:
-        """How many of some pairs, b h m n, are in a pair's block."""
-        block = self.mine * self.p + self.theirs
-        return torch.zeros(self.p**2).index_add(0, block.flatten(), pairs.sum((0, 1)).flatten().float())[block]
+    def seen_in_block(self) -> Tensor:
+        """How many pairs that are seen are in a pair's block."""
+        block, seen = self.mine * self.p + self.theirs, (self.times > 0).sum((0, 1))
+        return torch.zeros(self.p**2).index_add(0, block.flatten(), seen.flatten().float())[block]
 
     def on(self, pairs: Tensor, changed: dict[str, Any]) -> dict[str, Any]:
         """Ingredients that are changed for some pairs only."""
