@@ -67,7 +67,7 @@ def calls(monkeypatch):
 
 def _forget():
     """Plans and choices were made for other kernels."""
-    for cached in (kernels._admitted, visits._visits):
+    for cached in (kernels._admitted, visits.visits):
         cached.cache_clear()
 
 
@@ -206,7 +206,7 @@ def some_positions(dice, n):
 def test_a_plan_meets_whoever_sees_each_other_once(ragged, shapes, monkeypatch):
     """Any positions, bounds and documents: visits, written out, are the mask."""
     monkeypatch.setattr(visits, "_SHAPES", shapes)
-    visits._visits.cache_clear()
+    visits.visits.cache_clear()
     dice, kinds = random.Random(shapes), set()
     for _ in range(400):
         n = dice.choice((8, 20, 150))

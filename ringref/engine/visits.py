@@ -36,9 +36,14 @@ class Strand(NamedTuple):
     heads: range
     documents: Positions | None = None
 
+    @property
+    def pattern(self) -> Strand:
+        """The strand without its heads: what is kept, seen and met is known for all of them."""
+        return self._replace(heads=range(0)) if self.heads else self
+
     def held(self, positions: Positions) -> Held:
         """The rows that this strand keeps."""
-        return _held(self._replace(heads=range(0)) if self.heads else self, positions)
+        return _held(self.pattern, positions)
 
 
 class Held:
@@ -396,19 +401,13 @@ def _hull(pieces: list[tuple[range, range, str]]) -> list[tuple[range, range, st
     return [(*(range(min(some), max(some) + 1) for some in ends), "mask")] if pieces else []
 
 
+@lru_cache(maxsize=2048)
 def visits(
     strand: Strand, queries: Positions, keys: Positions, bounds: Bounds, masked=False, q_chunk=None, ragged=False
 ) -> list[Visit]:
     """Where a strand's queries meet a block of keys; masked: what is seen is not decided by positions alone; ragged:
     whether a kernel takes segments of lengths of their own.
     """
-    return _visits(strand._replace(heads=range(0)), queries, keys, bounds, masked, q_chunk, ragged)
-
-
-@lru_cache(maxsize=2048)
-def _visits(
-    strand: Strand, queries: Positions, keys: Positions, bounds: Bounds, masked: bool, q_chunk: int | None, ragged: bool
-) -> list[Visit]:
     found: list[Visit] = []
     held = q, k = strand.held(queries), strand.held(keys)
     q_at, k_at = q.positions, k.positions
