@@ -55,6 +55,7 @@ class Task(NamedTuple):
 
     @classmethod
     def of(cls, q: Tensor, v: Tensor, kind: str, **more) -> Task:
+        """That of a call with these tensors."""
         return cls(q.device.type, q.dtype, max(q.shape[-1], v.shape[-1]), kind, **more)
 
 

@@ -346,8 +346,8 @@ class Judge:
 
     def unpadded(self, case: Case, rank: int, step: dict[str, Any]) -> dict[str, Any]:
         """A rank's results without the rows that the layout pads."""
-        found = dict(step)
-        for name, slots in ((name, case.slots[rank]) for name in TENSORS if (case.slots[rank] < 0).any()):
+        found, slots = dict(step), case.slots[rank]
+        for name in TENSORS if (slots < 0).any() else ():
             x, queries = found.get(name), name in ("out", "lse", "dq")
             if x is not None and name != "dsink" and not (queries and case.queries):
                 dim = 1 + (name == "lse" and x.shape[-1] == len(slots))
