@@ -96,9 +96,9 @@ class Route:
         self.queries, self.keys = ([side[r] for r in members] for side in table)
         self._known: dict = {}
 
-    def seen(self, of: int, by: int, exact: bool = True) -> Load:
+    def seen(self, of: int, by: int) -> Load:
         """The rows of member `of` that member `by` sees."""
-        return self._keep(("seen", of, by, exact), of, [by], exact)
+        return self._keep(("seen", of, by), of, [by], True)
 
     def load(self, of: int, hop: int = 1) -> Load:
         """The rows of member `of` that travel on at this hop round the ring: what any other sees, and where masks

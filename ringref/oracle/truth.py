@@ -53,7 +53,7 @@ class Truth:
         return error, MULTIPLE[self.case.dtype] * max(*rough, FLOOR[self.case.dtype] * self.eps, coarse)
 
 
-def _distance(got: Tensor, want: Tensor, norm: float = 1e-30) -> float:
+def _distance(got: Tensor, want: Tensor, norm: float) -> float:
     """‖got − want‖ relative to ‖want‖, or to `norm` where that is more; infinite if it is not a number."""
     error = ((got - want).norm() / max(want.norm().item(), norm)).item()
     return math.inf if math.isnan(error) else error
