@@ -731,7 +731,7 @@ def test_plans_are_small():
     """What is remembered of a call: a few numbers a visit, however many chunks there are."""
     n, c = 4096, 8
     every, rows = counted(n), 0
-    for visit in visits(strands(None, 1)[0], every, every, True, False, c):
+    for visit in visits(strands(None, 1)[0], every, every, (None, 0), q_chunk=c):
         assert visit.queries.strided and visit.keys.strided
         held = [x for part in visit[:2] for x in vars(part).values() if torch.is_tensor(x)]
         assert not held

@@ -424,7 +424,7 @@ def test_what_a_worker_is_to_find_imported_is_there():
 
 
 def test_context_parallel_is_where_it_was():
-    """oracle/sanitizer.py enters it and lab/bench.py measures it: the module _attention and its _cp_options."""
+    """oracle/sanitizer.py enters it: the module _attention and its _cp_options."""
     from torch.distributed.tensor.experimental import _attention
 
     assert {"mesh", "buffers", "buffer_seq_dims"} <= set(inspect.signature(_attention.context_parallel).parameters)

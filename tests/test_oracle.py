@@ -333,7 +333,7 @@ ALTERED = {  # numbers that a mistake would give, and what they are called
 def test_numbers_are_named(says):
     case, change = ALTERED[says]
     truth = Truth(case, case.data())
-    wrong = change(Scene(case, truth))
+    wrong = change(Scene(truth))
     got = {name: [truth.part(name, r, truth.whole | wrong) for r in range(case.p)] for name in ("out", "lse")}
     assert says in diagnose.name(truth, got, list(wrong), [], [])[0]
 

@@ -55,8 +55,8 @@ def calls(monkeypatch):
         grads = block.backward(_packed(dout), None, *given, scale, _mask(ragged, len(q)))
         return (x[0, 0].unflatten(0, (len(q), -1)).transpose(1, 2) for x in grads)
 
-    able = kernels._limits("cpu", (torch.float64, torch.float32), 2**16, 1, ragged=True)
-    only = lambda task: "is for ragged segments" if task.kind != "ragged" else able(task)
+    how = ("cpu", (torch.float64, torch.float32), 2**16, 1, True)
+    only = lambda task: "is for ragged segments" if task.kind != "ragged" else kernels._limit(task, *how)
     stand_in = kernels.KERNELS[-1]._replace(name="stand_in", why_not=only, ragged=(forward, backward))
     monkeypatch.setattr(kernels, "KERNELS", (stand_in, *kernels.KERNELS))
     monkeypatch.setattr(visits, "_SHAPES", 0)
@@ -67,7 +67,7 @@ def calls(monkeypatch):
 
 def _forget():
     """Plans and choices were made for other kernels."""
-    for cached in (kernels._admitted, visits._visits):
+    for cached in (kernels._admitted, visits.visits):
         cached.cache_clear()
 
 
@@ -148,7 +148,7 @@ def test_explain_says_so(calls):
 
 def planned(n, ends, bounds, **how):
     strand, every = visits.strands(None, 1, Positions(torch.tensor(ends)))[0], counted(n)
-    return visits.visits(strand, every, every, False, False, None, bounds, **how)
+    return visits.visits(strand, every, every, bounds, **how)
 
 
 def test_documents_of_equal_shape_fold_and_many_shapes_are_one_call():
@@ -206,7 +206,7 @@ def some_positions(dice, n):
 def test_a_plan_meets_whoever_sees_each_other_once(ragged, shapes, monkeypatch):
     """Any positions, bounds and documents: visits, written out, are the mask."""
     monkeypatch.setattr(visits, "_SHAPES", shapes)
-    visits._visits.cache_clear()
+    visits.visits.cache_clear()
     dice, kinds = random.Random(shapes), set()
     for _ in range(400):
         n = dice.choice((8, 20, 150))
@@ -219,7 +219,7 @@ def test_a_plan_meets_whoever_sees_each_other_once(ragged, shapes, monkeypatch):
         sight = Sight(*bounds, ends)
         for strand in visits.strands(dilation, 3, ends):
             met = torch.zeros(len(queries), len(keys), dtype=torch.int64)
-            for visit in visits.visits(strand, queries, keys, False, False, None, bounds, ragged):
+            for visit in visits.visits(strand, queries, keys, bounds, ragged=ragged):
                 kinds.add(visit.kind)
                 for rows, others in zip(visit.queries.index, visit.keys.index):
                     seen = torch.ones(len(rows), len(others), dtype=torch.bool)

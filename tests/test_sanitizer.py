@@ -19,7 +19,7 @@ from ringref.oracle import Pool
 def jobs(p, groups=None):
     tensors = {name: torch.randn(1, 4, 2, 3) for name in ("q", "k", "v", "do")}
     step = tensors | {"dlse": torch.zeros(1, 2, 4)}
-    one = {"world": p, "groups": groups or [list(range(p))], "steps": [step], "program": [("forward", 0)]}
+    one = {"groups": groups or [list(range(p))], "steps": [step], "program": [("forward", 0)]}
     return {rank: one | {"call": pickled({"causal": False})} for rank in range(p)}
 
 

@@ -30,9 +30,10 @@ def explain(
     arguments = {"causal": causal, "window": window, "cu_seqlens": cu_seqlens, "dilation": dilation}
     arguments |= {"mask_mod": mask_mod, "score_mod": score_mod, "scale": scale, "shard": shard}
     kinds, ways = paths(q, k, v, **arguments, q_chunk=q_chunk, backend=backend)
-    lines, d = [], max(q.shape[-1], v.shape[-1])
+    lines = []
     for kind, single in sorted(kinds):
-        task = Task(q.device.type, q.dtype, d, kind, lse_gradient, single, 1.0 if scale is None else scale)
+        asked = {"lse_gradient": lse_gradient, "single": single, "scale": 1.0 if scale is None else scale}
+        task = Task.of(q, v, kind, **asked)
         taken = choose(backend, task)
         back = choose(backend, task._replace(backward=True))
         lines.append(f"{kind} blocks{' of one query' * single}: {taken.name if taken else 'math'}")

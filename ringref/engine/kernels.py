@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import torch
@@ -53,6 +53,11 @@ class Task(NamedTuple):
     scale: float = 1.0
     backward: bool = False
 
+    @classmethod
+    def of(cls, q: Tensor, v: Tensor, kind: str, **more) -> Task:
+        """That of a call with these tensors."""
+        return cls(q.device.type, q.dtype, max(q.shape[-1], v.shape[-1]), kind, **more)
+
 
 class Kernel(NamedTuple):
     """forward(q, k, v, causal, scale) -> out, lse; backward(dout, q, k, v, out, lse, causal, scale)
@@ -77,26 +82,22 @@ HALF = (torch.float16, torch.bfloat16)
 _LEAST = torch.finfo(torch.float32).tiny  # kernels take the masked score −inf times the scale, in float32: 0 gives NaN
 
 
-def _limits(
-    devices: str, dtypes: tuple, most: int, granularity: int = 8, ragged: bool = False
-) -> Callable[[Task], str | None]:
-    def why_not(task: Task) -> str | None:
-        # the lse gradient rides in extra columns of the head
-        d = task.head_dim + (granularity if task.lse_gradient else 0)
-        if task.device != devices:
-            return f"runs on {devices}, not on {task.device}"
-        if task.dtype not in dtypes:
-            return f"has no {str(task.dtype).removeprefix('torch.')}"
-        if d > most or d % granularity:
-            with_columns = " with the lse gradient's columns" if task.lse_gradient else ""
-            return f"wants a head dim that {granularity} divides, up to {most}; got {d}{with_columns}"
-        if task.scale < _LEAST:
-            return f"needs a scale of at least {_LEAST:.2g}"
-        if task.kind == "ragged" and not ragged:
-            return "takes no segments of lengths of their own here"
-        return "takes full and causal blocks, not a mask" if task.kind == "mask" else None
-
-    return why_not
+def _limit(task: Task, device: str, dtypes: tuple, most: int, granularity: int = 8, ragged=False) -> str | None:
+    """Why a kernel cannot do a task, by what is known of it; `most` is its largest head dim."""
+    # the lse gradient rides in extra columns of the head
+    d = task.head_dim + (granularity if task.lse_gradient else 0)
+    if task.device != device:
+        return f"runs on {device}, not on {task.device}"
+    if task.dtype not in dtypes:
+        return f"has no {str(task.dtype).removeprefix('torch.')}"
+    if d > most or d % granularity:
+        with_columns = " with the lse gradient's columns" if task.lse_gradient else ""
+        return f"wants a head dim that {granularity} divides, up to {most}; got {d}{with_columns}"
+    if task.scale < _LEAST:
+        return f"needs a scale of at least {_LEAST:.2g}"
+    if task.kind == "ragged" and not ragged:
+        return "takes no segments of lengths of their own here"
+    return "takes full and causal blocks, not a mask" if task.kind == "mask" else None
 
 
 # ------------------------------------------------------------------------------------------ kernels
@@ -162,8 +163,7 @@ def _cudnn_backward(dout, q, k, v, out, lse, causal, scale):
         return dq.add_(more), *(torch.cat(x, 2) for x in zip(first, last, strict=True))
     seed = _seed(1, torch.int64, q.device)
     return aten._scaled_dot_product_cudnn_attention_backward(
-        dout, q, k, v, out, lse.contiguous()[..., None], seed, seed, None, None, None,
-        q.shape[2], k.shape[2], 0.0,
+        dout, q, k, v, out, lse.contiguous()[..., None], seed, seed, None, None, None, q.shape[2], k.shape[2], 0.0,
         causal, scale=scale,
     )  # fmt: skip
 
@@ -221,11 +221,11 @@ def _xformers_missing() -> str | None:
 
 
 def _xformers_why_not(task: Task) -> str | None:
-    return _limits("cuda", HALF, 256)(task) or _xformers_missing()
+    return _limit(task, "cuda", HALF, 256) or _xformers_missing()
 
 
 def _cudnn_why_not(task: Task) -> str | None:
-    limit = _limits("cuda", HALF, 128)(task)
+    limit = _limit(task, "cuda", HALF, 128)
     if limit is None and task.single:
         return "needs more than one query: on one its backward returns NaN, where keys are a multiple of 64"
     if limit or not torch.cuda.is_available() or torch.cuda.get_device_capability() >= (9, 0):
@@ -241,24 +241,19 @@ def _flash_impl() -> str | None:
     return current() if current else None
 
 
-_ONLY_HALF, _CPU_FLOATS = _limits("cuda", HALF, 256, ragged=True), (*HALF, torch.float32, torch.float64)
-_NOT_DOUBLE = _limits("cuda", (*HALF, torch.float32), 256)
-_CPU = _limits("cpu", _CPU_FLOATS, 2**16, granularity=1)
+_ONLY_HALF = partial(_limit, device="cuda", dtypes=HALF, most=256, ragged=True)
+_NOT_DOUBLE = partial(_limit, device="cuda", dtypes=(*HALF, torch.float32), most=256)
+_CPU = partial(_limit, device="cpu", dtypes=(*HALF, torch.float32, torch.float64), most=2**16, granularity=1)
 KERNELS = (
     Kernel("cudnn", "torch", _cudnn_why_not, _cudnn_forward, _cudnn_backward, scratch=(1, 1)),
     Kernel(
-        "flash",
-        "torch",
-        _ONLY_HALF,
-        _flash_forward,
-        _flash_backward,
-        scratch=(128, 32),
+        "flash", "torch", _ONLY_HALF, _flash_forward, _flash_backward, scratch=(128, 32),
         ragged=(_flash_ragged_forward, _flash_ragged_backward),
-    ),  # fmt: skip
+    ),
     Kernel("xformers", "xformers", _xformers_why_not, _xformers_forward, _xformers_backward, False, scratch=(64, 64)),
     Kernel("efficient", "torch", _NOT_DOUBLE, _efficient_forward, _efficient_backward, False, scratch=(64, 64)),
     Kernel("cpu_flash", "torch", _CPU, _cpu_flash_forward, _cpu_flash_backward, False, 1),
-)
+)  # fmt: skip
 
 
 # --------------------------------------------------------------------------------------- the choice
@@ -292,11 +287,10 @@ def check(q: Tensor, v: Tensor, backend: str, masked: str | None, scale: float) 
         return
     if scale < _LEAST:
         raise NotImplementedError(f"backend={backend!r} needs a scale of at least {_LEAST:.2g}, got {scale}")
-    task = Task(q.device.type, q.dtype, max(q.shape[-1], v.shape[-1]), "mask" if masked else "full")
+    task = Task.of(q, v, "mask" if masked else "full")
     if choose(backend, task) is None:
         reasons = [f"{kernel.name} {kernel.why_not(task) or fault(kernel, task)}" for kernel in _ranked(backend)]
-        asked = f"{masked}" if masked else "this"
-        raise NotImplementedError(f"backend={backend!r} cannot do {asked}: {'; '.join(reasons)}")
+        raise NotImplementedError(f"backend={backend!r} cannot do {masked or 'this'}: {'; '.join(reasons)}")
 
 
 # ---------------------------------------------------------------------------------------- the proof
@@ -436,17 +430,8 @@ def _backward(kernel: Kernel, dout, dlse, q, k, v, out, lse, seen: Seen, scale: 
     return dq, dk, dv
 
 
-def _kernel(q: Tensor, v: Tensor, seen: Seen, call: Call, backward=False, lse_gradient=False) -> Kernel | None:
-    task = Task(
-        q.device.type,
-        q.dtype,
-        max(q.shape[-1], v.shape[-1]),
-        seen.kind,
-        lse_gradient,
-        q.shape[2] == 1,
-        call.scale,
-        backward,
-    )
+def _kernel(q: Tensor, v: Tensor, seen: Seen, call: Call, **more) -> Kernel | None:
+    task = Task.of(q, v, seen.kind, single=q.shape[2] == 1, scale=call.scale, **more)
     return choose(call.backend, task) if q.numel() else None
 
 
@@ -461,8 +446,7 @@ def _loses(kernel: Kernel, *tensors: Tensor) -> bool:
 
 def ragged(q: Tensor, v: Tensor, call: Call, backward: bool = False, lse_gradient: bool = False) -> bool:
     """Whether the kernel that this call would use, on tensors b s h d, takes segments of lengths of their own."""
-    d = max(q.shape[-1], v.shape[-1])
-    task = Task(q.device.type, q.dtype, d, "ragged", lse_gradient, scale=call.scale, backward=backward)
+    task = Task.of(q, v, "ragged", lse_gradient=lse_gradient, scale=call.scale, backward=backward)
     return q.numel() > 0 and choose(call.backend, task) is not None
 
 

@@ -91,7 +91,7 @@ def meetings(
     """Everything that some strands do with one block of keys, which has these key/value heads; ragged: whether the
     kernel takes segments of lengths of their own.
     """
-    met = [(strand, visits(strand, queries, keys, False, masked, q_chunk, bounds, ragged)) for strand in some]
+    met = [(strand, visits(strand.pattern, queries, keys, bounds, masked, q_chunk, ragged)) for strand in some]
     found = []
     while met:
         run = 1

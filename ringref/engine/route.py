@@ -71,8 +71,7 @@ def _apart(begin: Tensor, end: Tensor) -> tuple[Tensor, Tensor]:
 
 def _needed(strand: Strand, keys: Positions, by: Sequence[Positions], bounds: Bounds) -> Tensor:
     """Which of the strand's rows of these keys any of these queries sees, in the tensors' order."""
-    strand = strand._replace(heads=range(0))  # what is kept and seen is known for all heads
-    held, reach = strand.held(keys), [_reach(strand, one, bounds) for one in by]
+    held, reach = strand.held(keys), [_reach(strand.pattern, one, bounds) for one in by]
     if not by:
         return held.row[:0]
     ends = torch.stack(_apart(*map(torch.cat, zip(*reach, strict=True))))
@@ -97,9 +96,9 @@ class Route:
         self.queries, self.keys = ([side[r] for r in members] for side in table)
         self._known: dict = {}
 
-    def seen(self, of: int, by: int, exact: bool = True) -> Load:
+    def seen(self, of: int, by: int) -> Load:
         """The rows of member `of` that member `by` sees."""
-        return self._keep(("seen", of, by, exact), of, [by], exact)
+        return self._keep(("seen", of, by), of, [by], True)
 
     def load(self, of: int, hop: int = 1) -> Load:
         """The rows of member `of` that travel on at this hop round the ring: what any other sees, and where masks
@@ -145,7 +144,7 @@ def _linked(strand: Strand, table: Table) -> tuple[tuple[int, ...], ...]:
 
 def most_linked(strand: Strand, table: Table) -> int:
     """How many ranks a strand links at the most."""
-    return max(map(len, _linked(strand._replace(heads=range(0)), table)))
+    return max(map(len, _linked(strand.pattern, table)))
 
 
 @lru_cache(maxsize=64)
@@ -153,7 +152,7 @@ def routes(strands: tuple[Strand, ...], table: Table, rank: int, bounds: Bounds,
     """The strands by the ranks that share their keys: those that stay on this rank first, then in one order on all."""
     found: dict[tuple[int, ...], list[Strand]] = {(rank,): []}
     for strand in strands:
-        found.setdefault(_linked(strand._replace(heads=range(0)), table)[rank], []).append(strand)
+        found.setdefault(_linked(strand.pattern, table)[rank], []).append(strand)
     return tuple(Route(members, tuple(some), table, bounds, exact) for members, some in found.items() if some)
 
 

@@ -33,13 +33,11 @@ class Running:
             self.waiting = rows, heads, out, lse
         else:
             self._start(self.dtype)
-            self._merge_waiting()
             self._merge(rows, heads, out, lse)
 
     def result(self) -> tuple[Tensor, Tensor]:
         """out in the inputs' dtype, lse in the accumulating one; 0 and −inf where nothing was seen."""
         self._start(self.like.dtype if self.out is None else self.out.dtype)
-        self._merge_waiting()
         return self.out.to(self.like.dtype), self.lse
 
     def _start(self, dtype: torch.dtype) -> None:
@@ -47,8 +45,6 @@ class Running:
             self.out = self.like.new_zeros(self.shape, dtype=dtype)
             self.lse = self.like.new_full(self.shape[:3], -torch.inf, dtype=self.dtype)
         self.out = self.out.to(dtype)
-
-    def _merge_waiting(self) -> None:
         if self.waiting:
             block, self.waiting = self.waiting, None
             self._merge(*block)

@@ -36,9 +36,14 @@ class Strand(NamedTuple):
     heads: range
     documents: Positions | None = None
 
+    @property
+    def pattern(self) -> Strand:
+        """The strand without its heads: what is kept, seen and met is known for all of them."""
+        return self._replace(heads=range(0)) if self.heads else self
+
     def held(self, positions: Positions) -> Held:
         """The rows that this strand keeps."""
-        return _held(self._replace(heads=range(0)) if self.heads else self, positions)
+        return _held(self.pattern, positions)
 
 
 class Held:
@@ -328,7 +333,7 @@ def staircase(q_positions: Tensor, k_positions: Tensor) -> list[tuple[slice, sli
         return [(slice(blind, len(q_positions)), slice(0, most), "full")]
     seen = _up_to(k_positions, q_positions[blind:])
     rise = seen.diff()
-    cuts = [0, *((rise[1:] != rise[:-1]).nonzero()[:, 0] + 1).tolist()] if len(rise) else [0]
+    cuts = [0, *((rise[1:] != rise[:-1]).nonzero()[:, 0] + 1).tolist()]
     pieces, a = [], 0
     while a < len(seen) and len(pieces) <= _PIECES:
         # a run of rows that each see as many keys as the last one, or one more
@@ -396,21 +401,13 @@ def _hull(pieces: list[tuple[range, range, str]]) -> list[tuple[range, range, st
     return [(*(range(min(some), max(some) + 1) for some in ends), "mask")] if pieces else []
 
 
+@lru_cache(maxsize=2048)
 def visits(
-    strand: Strand, queries: Positions, keys: Positions, causal: bool, masked: bool, q_chunk: int | None,
-    window: Bounds = (None, None), ragged: bool = False,
-) -> list[Visit]:  # fmt: skip
+    strand: Strand, queries: Positions, keys: Positions, bounds: Bounds, masked=False, q_chunk=None, ragged=False
+) -> list[Visit]:
     """Where a strand's queries meet a block of keys; masked: what is seen is not decided by positions alone; ragged:
     whether a kernel takes segments of lengths of their own.
     """
-    bounds = (window[0], 0) if causal else window
-    return _visits(strand._replace(heads=range(0)), queries, keys, bounds, masked, q_chunk, ragged)
-
-
-@lru_cache(maxsize=2048)
-def _visits(
-    strand: Strand, queries: Positions, keys: Positions, bounds: Bounds, masked: bool, q_chunk: int | None, ragged: bool
-) -> list[Visit]:
     found: list[Visit] = []
     held = q, k = strand.held(queries), strand.held(keys)
     q_at, k_at = q.positions, k.positions
@@ -418,10 +415,8 @@ def _visits(
     if ragged:
         start, shape, some = _uneven(start, shape, q_at, k_at, bounds)
         for begin, how in some:
-            rows, others = (
-                Rows(side.rows[joined(first, count)][None])
-                for side, first, count in zip(held, begin.unbind(1), how.lengths.unbind(1), strict=True)
-            )
+            each = zip(held, begin.unbind(1), how.lengths.unbind(1), strict=True)
+            rows, others = (Rows(side.rows[joined(first, count)][None]) for side, first, count in each)
             found.append(Visit(rows, others, "ragged", (queries, keys), how))
     if None not in bounds:
         start, shape = _banded(start, shape, q_at, k_at, bounds, strand.r, q_chunk)
@@ -499,9 +494,8 @@ def _uneven(
         # the left bounds nothing if the last query sees the first key, the right if the first sees the last
         free = [int(x) >= int(lengths[:, 1 - i].max()) - 1 for i, x in enumerate(pair)]
         if not any(free) or len(lengths.unique(dim=0)) > _SHAPES:
-            found.append(
-                (begin[mine], Ragged(lengths, *(None if no else int(x) for no, x in zip(free, pair, strict=True))))
-            )
+            sides = (None if no else int(x) for no, x in zip(free, pair, strict=True))
+            found.append((begin[mine], Ragged(lengths, *sides)))
             rest &= ~mine
     return start[rest], shape[rest], found
 

@@ -381,14 +381,10 @@ def _context_parallel(bench, rotation, causal):
     """PyTorch's own context parallelism, which replaces F.scaled_dot_product_attention: its load balance is the zigzag
     layout, for causal attention only.
     """
-    from torch.distributed.tensor.experimental import _attention
+    from ..oracle.sanitizer import entered  # the oracle comes with it
 
-    _attention.set_rotate_method(rotation)
-    _attention._cp_options.enable_load_balance = causal
-    mesh = dist.init_device_mesh(bench.device.type, (bench.ring.size,))
-    buffer = torch.zeros(2 * bench.ring.size, device=bench.device)  # it wants something to shard
     untouched = mock.patch.object(F, "scaled_dot_product_attention", F.scaled_dot_product_attention)
-    with untouched, _attention.context_parallel(mesh, buffers=[buffer], buffer_seq_dims=[0]):
+    with untouched, entered(bench.ring.group, rotation, causal, 2 * bench.ring.size, bench.device):
         yield
 
 

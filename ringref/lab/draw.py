@@ -77,8 +77,9 @@ def met(queries, keys, *, causal=False, dilation=None, h=1):
         `(heads, kind, q_at, k_at)`: kind is "full", "causal" or "mask"; the global positions of the queries and the
         keys of m segments, `m c` and `m k`.
     """
+    bounds = (None, 0 if causal else None)
     for strand in engine.strands(dilation, h):
-        for visit in engine.visits(strand, queries.queries, keys.keys, causal, False, None):
+        for visit in engine.visits(strand, queries.queries, keys.keys, bounds):
             yield strand.heads, visit.kind, visit.q_positions, visit.k_positions
 
 
@@ -195,13 +196,9 @@ def ring(hands, ax=None, title=""):
     at = [(sin(2 * pi * r / p), cos(2 * pi * r / p)) for r in range(p)]
     for r, (x, y) in enumerate(at):
         if p > 1:
-            bend = {
-                "connectionstyle": f"arc3,rad={-0.12 if p > 2 else -0.3}",
-                "shrinkA": 17,
-                "shrinkB": 17,
-                "color": "black",
-            }
-            ax.add_patch(FancyArrowPatch((x, y), at[(r + 1) % p], arrowstyle="-|>", mutation_scale=11, **bend))
+            bend = f"arc3,rad={-0.12 if p > 2 else -0.3}"
+            look = {"arrowstyle": "-|>", "mutation_scale": 11, "shrinkA": 17, "shrinkB": 17, "color": "black"}
+            ax.add_patch(FancyArrowPatch((x, y), at[(r + 1) % p], connectionstyle=bend, **look))
         ax.text(x, y, f"rank\n{r}", ha="center", va="center", fontsize=8, bbox=_box("white", "circle"), zorder=3)
         for i, (text, owner) in enumerate(hands[r]):
             outward = 0.34 * (i if y > 0.1 else -i if y < -0.1 else (len(hands[r]) - 1) / 2 - i)

@@ -66,9 +66,8 @@ def options(argv):
         told.text and text(told.text)
     except (OSError, ValueError) as error:  # it cannot be read, or is empty
         parser.error(f"text: {error}")
-    told.where = f"{told.ranks} processes " + (
-        "with a GPU each, over NCCL" if told.backend == "nccl" else "over gloo on the CPU"
-    )
+    how = "with a GPU each, over NCCL" if told.backend == "nccl" else "over gloo on the CPU"
+    told.where = f"{told.ranks} processes {how}"
     if told.backend == "gloo" and gpus:  # too few: say what happens instead
         told.where += f" (NCCL takes one rank per GPU, here {gpus}: see --ranks)"
     return told

@@ -20,7 +20,7 @@ import torch
 from ..comm.launch import launch
 from ..ring import ring_attention
 from ..shard import partition
-from .model import ByteLM, loss, text
+from .model import ByteLM, loss, sum_gradients, text
 
 
 def steps_of(shard, tokens: int, steps: int):
@@ -58,9 +58,8 @@ def _torch(model, ring):
 
     def backward(value):
         optimiser.zero_grad()
-        value.backward()
-        for w in model.parameters():
-            w.grad = torch.stack(ring.gather(w.grad, [w.shape] * ring.size)).sum(0) / ring.size
+        (value / ring.size).backward()
+        sum_gradients(model, ring)
 
     return model, backward, optimiser.step
 

@@ -352,49 +352,43 @@ def make_mask(kind: str, n: int) -> Callable:
 
 AWKWARD = (((4, 8, 64), (1, 2, 4)), ((5, 7), (2, 3)), ((6,), (3,)), ((3, 12), (1, 5)), ((4, 12), (4, 2)))
 LENGTHS = {"uneven": (3, 7, 1, 5), "shorter later": (8, 6, 3, 4), "empty": (5, 0, 4, 0), "first empty": (0, 4, 0, 5)}
+USUAL = "", "", {}
 # What may differ between two inputs: a level is what a candidate must be able to do, how the name says it, and what
 # differs from a plain case. Two levels that set the same thing do not meet. `per` are tokens a rank, `ps` the ranks.
 FACTORS: dict[str, tuple[tuple[str, str, dict[str, Any]], ...]] = {
-    "causal": (("", "", {}), ("causal", "causal", {"causal": True})),
+    "causal": (USUAL, ("causal", "causal", {"causal": True})),
     "ranks": tuple(("", "", {"p": p}) for p in (2, 1, 3, 4)),
-    "heads": (
-        *(("", "", {}), ("", "odd heads", {"h": 3, "g": 3}), ("gqa", "grouped heads", {"g": "p"})),
-        *(("gqa", "one key head", {"g": 1}), ("gqa", "uneven groups", {"h": 6, "g": 3})),
-    ),
-    "width": (("", "", {}), *(("", f"d {d}", {"d": d}) for d in (12, 5, 32))),
-    "tokens": (
-        *(("", "", {}), ("", "one token a rank", {"per": 1}), ("", "short shards", {"per": 3})),
-        *(("", f"{x} tokens a rank", {"per": x, "b": 1, "ps": ps}) for x, ps in ((33, 3), (70, 2), (130, 1))),
-    ),
-    "views": (("", "", {}), *(("", f"{x} qkv", {"views": x}) for x in ("packed", "heads first"))),
-    "dout": (("", "", {}), *(("", f"{x} dO", {"dout": x}) for x in ("heads first", "expanded"))),
-    "scores": (
-        *(("", "", {}), *(("", f"scores {x:+.0f}", {"shift": x}) for x in (120.0, -120.0))),
-        *(("", "scores -12000", {"shift": -12000.0, "d": 16, "dtype": "float32"}), ("", "sharp", {"sharp": 2.0})),
-        *(("", "rows far apart", {"spread": 100.0}), ("", "ties and lse 0", {"zeros": True})),
-    ),
-    "dtype": (
-        *(("", "", {}), ("", "float64", {"dtype": "float64"})),
-        *(("", x, {"dtype": x, "per": 16, "sharp": 0.3, "plain": True}) for x in ("bfloat16", "float16")),
-    ),
-    "plan": (("", "", {}), ("", "two graphs", {"plan": "stacked"}), ("", "properties", {"plan": "properties"}),
+    "heads": (USUAL, ("", "odd heads", {"h": 3, "g": 3}), ("gqa", "grouped heads", {"g": "p"}),
+              ("gqa", "one key head", {"g": 1}), ("gqa", "uneven groups", {"h": 6, "g": 3})),
+    "width": (USUAL, *(("", f"d {d}", {"d": d}) for d in (12, 5, 32))),
+    "tokens": (USUAL, ("", "one token a rank", {"per": 1}), ("", "short shards", {"per": 3}),
+               *(("", f"{x} tokens a rank", {"per": x, "b": 1, "ps": ps}) for x, ps in ((33, 3), (70, 2), (130, 1)))),
+    "views": (USUAL, *(("", f"{x} qkv", {"views": x}) for x in ("packed", "heads first"))),
+    "dout": (USUAL, *(("", f"{x} dO", {"dout": x}) for x in ("heads first", "expanded"))),
+    "scores": (USUAL, *(("", f"scores {x:+.0f}", {"shift": x}) for x in (120.0, -120.0)),
+               ("", "scores -12000", {"shift": -12000.0, "d": 16, "dtype": "float32"}), ("", "sharp", {"sharp": 2.0}),
+               ("", "rows far apart", {"spread": 100.0}), ("", "ties and lse 0", {"zeros": True})),
+    "dtype": (USUAL, ("", "float64", {"dtype": "float64"}),
+              *(("", x, {"dtype": x, "per": 16, "sharp": 0.3, "plain": True}) for x in ("bfloat16", "float16"))),
+    "plan": (USUAL, ("", "two graphs", {"plan": "stacked"}), ("", "properties", {"plan": "properties"}),
              ("", "training", {"plan": "steps"}), ("deterministic", "two backwards", {"plan": "twice"})),
     "seen": (
-        ("", "", {}),
+        USUAL,
         *(("mask", f"mask {x}", {"mask": x}) for x in ("documents", "heads", "blind", "stored")),
         *(("window", f"window {x}", {"window": x}) for x in ((3, 2), (8, 0), (0, 7), (1, 1))),
         *(("dilation", f"dilation {x}", {"dilation": x, "plain": True}) for x in AWKWARD),
         *(("cu_seqlens", f"documents {x}", {"cu_seqlens": x}) for x in ((0.3, 0.7), (0.5, 0.5), (0.1, 0.15, 0.9))),
     ),
     "model": (
-        *(("", "", {}), *(("scale", f"scale {x}", {"scale": x}) for x in (0.2, 1.0))),
+        USUAL,
+        *(("scale", f"scale {x}", {"scale": x}) for x in (0.2, 1.0)),
         *(("score_mod", x, {"score_mod": x, "plain": True}) for x in ("softcap", "alibi")),
-        *(("sink", "sink", {"sink": True}), *(("value_dim", f"d of v {x}", {"value_dim": x}) for x in (4, 24))),
+        ("sink", "sink", {"sink": True}), *(("value_dim", f"d of v {x}", {"value_dim": x}) for x in (4, 24)),
     ),
     "cut": (
-        ("", "", {}),
+        USUAL,
         *((x.split()[-1] if x != "shorter later" else "uneven", x, {"lengths": x, "per": 6}) for x in LENGTHS),
-        *(("kv", "cross", {"queries": "cross", "causal": False}), ("kv", "prefill", {"queries": "prefill"})),
+        ("kv", "cross", {"queries": "cross", "causal": False}), ("kv", "prefill", {"queries": "prefill"}),
         ("kv", "decode", {"queries": "decode", "plan": "inference"}),
     ),
 }  # fmt: skip
@@ -436,16 +430,12 @@ def covering(levels: list[int], fits: Callable, pairs: bool, seed: int) -> Itera
             for f in chance.sample(range(len(levels)), len(levels)):
                 choices = [x for x in range(levels[f]) if f not in row and fits(row | {f: x})]
                 if choices:  # the level that meets most of what is missing; by chance among equals
-                    gain = {x: sum(c in missing for c in _new(row, f, x, size)) for x in choices}
+                    gain = {x: len(parts(row | {f: x}) & missing) for x in choices}
                     row[f] = max(choices, key=lambda x: (gain[x], chance.random()))
             tried.append(row)
         row = max(tried, key=lambda row: len(parts(row) & missing))
         missing -= parts(row)
         yield tuple(row.get(f, 0) for f in range(len(levels)))
-
-
-def _new(row: dict[int, int], f: int, x: int, size: int) -> list[tuple]:
-    return [((f, x),)] if size == 1 else [tuple(sorted(((f, x), other))) for other in row.items()]
 
 
 def _fits(changes: list[dict[str, Any]], most: int) -> bool:
@@ -454,10 +444,8 @@ def _fits(changes: list[dict[str, Any]], most: int) -> bool:
     both = {name: value for one in changes for name, value in one.items()}
     alone = sum("plain" in one for one in changes) < 2
     needs_two = both.get("lengths") or both.get("queries") == "decode"
-    return (
-        alone and len(told) == len(set(told)) and both.get("p", 1) <= min(most, both.get("ps", most))
-        and not (needs_two and both.get("p") == 1)
-    )  # fmt: skip
+    few, enough = both.get("p", 1) <= min(most, both.get("ps", most)), not (needs_two and both.get("p") == 1)
+    return alone and len(told) == len(set(told)) and few and enough
 
 
 def _names(features: Any) -> set[str]:

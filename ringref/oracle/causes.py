@@ -162,7 +162,7 @@ def sights(s: Scene, most: int) -> Iterator[Change]:
         for text, rule in choices.items():
             yield f"{name}: {text}", partial(seen, rules.keys() - {name}, rule=rule)
     some = [names for m in range(min(most, len(rules))) for names in itertools.combinations(rules, m + 1)]
-    met = s.among_blocks(s.times > 0) > 0
+    met = s.seen_in_block() > 0
     for names in some:
         what, right = " and ".join(names), rules.keys() - set(names)
         each = itertools.product([("", 1.0), (SKIPPED, met)][: most - 1], [("ignored",), *views])
@@ -175,7 +175,7 @@ def counted(s: Scene) -> Iterator[Change]:
     case, n, p, there = s.case, s.case.n, s.p, s.there
     some = s.places() | {"the last key": s.j == n - 1} | {f"hops 0 to {t}": s.hop <= t for t in range(1, p - 1)}
     some |= {f"the block of rank {rank}": s.theirs == rank for rank in range(p)}
-    corner = s.among_blocks(s.times > 0) <= case.b * case.h
+    corner = s.seen_in_block() <= case.b * case.h
     some["blocks of which one pair is seen: a bound that is off by one skips them"] = corner
     held = torch.tensor([*map(len, case.shards)])[s.theirs]
     for x in TILES:

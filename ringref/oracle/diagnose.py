@@ -131,9 +131,9 @@ def far(case: Any) -> str | None:
     return LARGE if case.shift else SPREAD if case.spread else None
 
 
-def not_finite(case: Any, truth: Any, got: dict[str, list[Tensor]], wrong: list[str]) -> str:
+def not_finite(truth: Any, got: dict[str, list[Tensor]], wrong: list[str]) -> str:
     """NaN or inf that the oracle did not plant, by the rows where it is."""
-    s, name = truth.scene, wrong[0]
+    case, s, name = truth.case, truth.scene, wrong[0]
     blind = s.L == -math.inf
     lses = torch.cat([s.forward(times=parts)["lse"] for _, parts in s.parts(s.hop)])
     partly = (lses == -math.inf).any(0) & ~blind
@@ -164,7 +164,7 @@ def name(truth: Any, got: dict, wrong: list, others: list, known: list, way=1, d
     """
     if quickly and not known:
         return []
-    s = Scene(truth.case, truth, way)
+    s = Scene(truth, way)
     whole = {n: assembled(s, n, pieces) for n, pieces in got.items()}
     about = [n for n in ("out", "lse") if n in wrong][:1] or [n for n in (*GRADS, "dsink") if n in wrong]
     fine = [n for n in ("out", "lse") if n in whole and n not in wrong]  # which a guess must leave so

@@ -88,8 +88,8 @@ def check(
     return report
 
 
-def usable(fn: Callable, backend: str, deadline: float | None, stop_after: int = 1) -> bytes:
-    """The candidate as it travels; `check`'s errors where it cannot, or where another argument is wrong."""
+def usable(fn: Callable, backend: str, deadline: float | None, stop_after: int = 1) -> None:
+    """`check`'s errors, where the candidate cannot travel or another argument is wrong."""
     for name, given, fits, wanted in (
         ("fn", fn, callable(fn), "a function"),
         ("backend", backend, backend in ("gloo", "nccl"), "gloo or nccl"),
@@ -100,7 +100,7 @@ def usable(fn: Callable, backend: str, deadline: float | None, stop_after: int =
         if not fits:
             raise ValueError(f"{name}: expected {wanted}, got {given!r}")
     try:
-        return pickled(fn)
+        pickled(fn)
     except Exception as error:  # whatever holds a lock, a file, a process group
         raise TypeError(f"fn: {adapt.name_of(fn)} cannot be sent to other processes: {error}") from error
 
@@ -115,9 +115,8 @@ def _shared_pool() -> Pool:
 
 
 def _sweep(
-    fn: Callable, todo: list[Case], pool: Any, deadline=30.0, stop_after=8, fail_fast=False, progress=None,
-    patience=math.inf,
-) -> Report:  # fmt: skip
+    fn: Callable, todo: list[Case], pool: Pool, deadline, stop_after, fail_fast, progress, patience=math.inf
+) -> Report:
     report, began = Report(adapt.name_of(fn)), time.monotonic()
     last = began
     judge, failed, hangs = Judge(fn, pool, report, deadline), 0, 0
@@ -161,10 +160,10 @@ class Judge:
 
     def judge(self, case: Case) -> list[Finding]:
         """Run one case; its findings, which join the report, or its name joins what passed."""
-        looked = self.look(case)
-        if looked is None:
+        found = self.look(case)
+        if found is None:
             return []
-        culprit, found, told = None, looked, case
+        culprit, told = None, case
         if found and found[-1].causes[0] != diagnose.SILENT and not self.known(case, found):
             culprit, case, found = self.alone(case, found)
         for finding in found:
@@ -267,7 +266,7 @@ class Judge:
 
     def run(self, case: Case, poison: float = math.nan, fresh: float = math.nan, new=False) -> dict[int, dict]:
         """Every rank's results."""
-        common = {"world": case.world, "groups": case.teams, "call": pickled(case.call()), "steps": []}
+        common = {"groups": case.teams, "call": pickled(case.call()), "steps": []}
         common |= {"poison": poison, "fresh": fresh, "views": case.views, "dout": case.dout, "program": []}
         jobs = {rank: common | {"measure": case.plan == "growth"} for rank in range(case.world)}
         for team, members in enumerate(case.teams):
@@ -347,8 +346,8 @@ class Judge:
 
     def unpadded(self, case: Case, rank: int, step: dict[str, Any]) -> dict[str, Any]:
         """A rank's results without the rows that the layout pads."""
-        found = dict(step)
-        for name, slots in ((name, case.slots[rank]) for name in TENSORS if (case.slots[rank] < 0).any()):
+        found, slots = dict(step), case.slots[rank]
+        for name in TENSORS if (slots < 0).any() else ():
             x, queries = found.get(name), name in ("out", "lse", "dq")
             if x is not None and name != "dsink" and not (queries and case.queries):
                 dim = 1 + (name == "lse" and x.shape[-1] == len(slots))
@@ -424,7 +423,7 @@ class Judge:
         if wrong[0] == "lse" and any((x[want == -math.inf].abs() < 1e4).any() for x, want in pairs[: case.p]):
             return [diagnose.BLIND]
         if any((x.isnan() & ~want.isnan()).any() for x, want in pairs):
-            where = diagnose.not_finite(case, truth, got, wrong)
+            where = diagnose.not_finite(truth, got, wrong)
             if quickly:
                 return [cause for cause in known if cause in (diagnose.UNWRITTEN, diagnose.EARLY, where)][:1]
             for cause, planted in ((diagnose.UNWRITTEN, {"fresh": 0.0}), (diagnose.EARLY, {"poison": 0.0})):
@@ -440,7 +439,7 @@ class Judge:
         if quickly and not causes:
             return []
         if causes[0].startswith(diagnose.UNKNOWN) and any((x.isinf() & ~want.isinf()).any() for x, want in pairs):
-            causes = [diagnose.not_finite(case, truth, got, wrong)]
+            causes = [diagnose.not_finite(truth, got, wrong)]
         vague = causes[0].startswith(diagnose.VAGUE) or causes[0] == "out is zero"
         if case is self.simplest and causes[0].startswith(diagnose.UNKNOWN) and case.dtype in LOW:
             return [diagnose.PRECISE]

@@ -21,8 +21,9 @@ class Scene:
     Tensors of pairs are b h m n, or what broadcasts to that, with leading dimensions for parts that are merged.
     """
 
-    def __init__(self, case: Any, truth: Any, way: int = 1):
-        self.case, self.p, self.times, self.scale = case, case.p, case.times, case.factor
+    def __init__(self, truth: Any, way: int = 1):
+        self.case = case = truth.case
+        self.p, self.times, self.scale = case.p, case.times, case.factor
         data, self.e = (truth.data[n].double() for n in ("q", "k", "v", "do")), case.h // case.g
         self.q, self.K, self.V, self.do = (x.repeat_interleave(case.h // x.shape[2], 2) for x in data)
         self.sink = truth.data["sink"].double() if case.sink else None
@@ -42,7 +43,6 @@ class Scene:
         self.order = [torch.cat(cut).argsort() for cut in (case.asks, case.shards)]
         self.even = len({len(mine) for mine in case.shards}) == 1 and case.p > 1 and case.queries is None
         self.hop = way * (self.mine - self.theirs) % self.p  # at which a query's rank sees a key
-        self.L = self.D = None
         self.O, self.L, self.top = self.forward().values()
         self.D = row_sums(self.do, self.O)[..., None]
         self.dlse = torch.where(self.L.isfinite(), truth.data["dlse"].double(), 0.0)
@@ -131,10 +131,10 @@ class Scene:
         some |= {"the first rank's block elsewhere": (self.theirs == 0) & (self.mine > 0)}
         return {text: pairs for text, pairs in some.items() if pairs.any() and not pairs.all()}
 
-    def among_blocks(self, pairs: Tensor) -> Tensor:
-        """How many of some pairs, b h m n, are in a pair's block."""
-        block = self.mine * self.p + self.theirs
-        return torch.zeros(self.p**2).index_add(0, block.flatten(), pairs.sum((0, 1)).flatten().float())[block]
+    def seen_in_block(self) -> Tensor:
+        """How many pairs that are seen are in a pair's block."""
+        block, seen = self.mine * self.p + self.theirs, (self.times > 0).sum((0, 1))
+        return torch.zeros(self.p**2).index_add(0, block.flatten(), seen.flatten().float())[block]
 
     def on(self, pairs: Tensor, changed: dict[str, Any]) -> dict[str, Any]:
         """Ingredients that are changed for some pairs only."""

@@ -24,7 +24,7 @@ class Truth:
         cuts = [(yard, *whole), (torch.float32, case.asks[: 1 if case.replicated else None], case.shards)]
         self.plain = [plain(case, rough, *cut) for cut in cuts]
         self.eps = torch.finfo(yard).eps
-        self.scene = Scene(case, self)
+        self.scene = Scene(self)
         self.terms = self.scene.terms()
 
     def part(self, name: str, rank: int, whole: dict | None = None) -> Tensor:
@@ -53,7 +53,7 @@ class Truth:
         return error, MULTIPLE[self.case.dtype] * max(*rough, FLOOR[self.case.dtype] * self.eps, coarse)
 
 
-def _distance(got: Tensor, want: Tensor, norm: float = 1e-30) -> float:
+def _distance(got: Tensor, want: Tensor, norm: float) -> float:
     """‖got − want‖ relative to ‖want‖, or to `norm` where that is more; infinite if it is not a number."""
     error = ((got - want).norm() / max(want.norm().item(), norm)).item()
     return math.inf if math.isnan(error) else error
