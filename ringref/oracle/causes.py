@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..shard import LAYOUTS
-from .cases import together_in
+from .cases import make_mask, together_in
 from .scene import Scene, row_sums, rows
 
 CALLS = "a call's result depends on another call:"
@@ -58,10 +58,16 @@ def rules_of(s: Scene) -> tuple[dict[str, Callable], dict[str, dict[str, Any]]]:
         ends = {"after an empty one": empty, "in the last": starts[-2]}
         instead["documents"] = {f"nothing is seen {text}": together & (i < end) for text, end in ends.items()}
     if case.mask:
-        seen = replace(case, causal=False, window=None, queries=None).times
-        rules["mask_mod"] = lambda i, j: seen[..., i.clamp(0, n - 1), j.clamp(0, n - 1)]
-        wrong = {"inverted": 1 - seen, "of head 0 for all": seen[:, :1], "of batch 0 for all": seen[:1]}
-        instead["mask_mod"] = {text: x[..., n - case.m :, :] for text, x in wrong.items()}
+        mask, every = make_mask(case.mask, n), torch.ones(case.b, case.h, 1, 1)
+        batch, head = (torch.arange(x) for x in every.shape[:2])
+
+        def kept(i: Tensor, j: Tensor) -> Tensor:
+            if case.mask == "documents":  # a table of n, where the others are formulas
+                i, j = i.clamp(0, n - 1), j.clamp(0, n - 1)
+            return every * mask(batch[:, None, None, None], head[:, None, None], i, j)
+
+        rules["mask_mod"], seen = kept, kept(i, j)
+        instead["mask_mod"] = {"inverted": 1 - seen, "of head 0 for all": seen[:, :1], "of batch 0 for all": seen[:1]}
     if case.dilation:
         (w, r), h = (torch.tensor(x)[:, None, None, None, None] for x in case.dilation), case.h
         branch, head = torch.arange(len(w))[:, None, None, None, None], torch.arange(h)[:, None, None]
