@@ -12,6 +12,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ringref import (
     Dilation,
@@ -283,6 +284,18 @@ DILATIONS = {
     "odd": Dilation([5, 40], [2, 3]),  # neither divides w, n or h; a tail; w > n
     "grouped": Dilation([6, 12, 30], [1, 2, 3], heads="grouped"),
 }
+
+
+class Seen(TorchDispatchMode):
+    """The operators that a rank's thread runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.ops = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.ops.append(str(func))
+        return func(*args, **kwargs or {})
 
 
 def everything(ring, device="cpu", rounds=6):

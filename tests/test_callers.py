@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from common import METHODS, Inputs, Results, Split, assert_close, both_ways, inputs, layout
-from torch.utils._python_dispatch import TorchDispatchMode
+from common import METHODS, Inputs, Results, Seen, Split, assert_close, both_ways, inputs, layout
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import ringref
@@ -192,18 +191,6 @@ def test_selective_activation_checkpointing(method, adversarial):
     found = simulate(on, 3, adversarial=adversarial)
     for rank, (one, true) in enumerate(zip(found, split.true(given, causal=True))):
         assert_close(one, true, f"rank {rank}")
-
-
-class Seen(TorchDispatchMode):
-    """The operators that a rank's thread runs."""
-
-    def __init__(self):
-        super().__init__()
-        self.ops = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.ops.append(str(func))
-        return func(*args, **kwargs or {})
 
 
 @pytest.mark.parametrize("adversarial", [False, True])

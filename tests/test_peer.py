@@ -9,13 +9,14 @@ import random
 import threading
 import time
 import weakref
+from contextlib import nullcontext
 from functools import partial
 from itertools import product
 
 import pytest
 import torch
 import torch.distributed as dist
-from common import OTHERS, Results, assert_close, both_ways, everything, inputs
+from common import OTHERS, Results, Seen, assert_close, both_ways, everything, inputs
 
 import ringref
 from ringref import Shard, partition
@@ -651,3 +652,79 @@ def test_what_fails_before_the_header_is_heard(method, lateness):
         assert call().out.equal(first)
 
     good(ranks(on, 3, lateness=lateness))
+
+
+@pytest.mark.parametrize("method", OTHERS)
+@pytest.mark.parametrize("what", ["positions", "scale"])
+def test_what_begins_anew_keeps_nothing_of_what_it_began(method, what):
+    """Nor what has failed: without a garbage collection, as memory on a GPU is to be free at once."""
+    given = inputs(6)
+
+    def on(ring):
+        shard, other = partition(6, ring), Shard(torch.arange(5, 2, -1), ring)
+        for turn in range(2):
+            changed = turn * ring.rank
+            q, k, v = (shard.take(x) for x in given[:3])
+            how = {"shard": other if changed and what == "positions" else shard}
+            how |= {"scale": 0.3} if changed and what == "scale" else {}
+            with pytest.raises(ValueError, match="scale differs") if turn and what == "scale" else nullcontext():
+                OTHERS[method](q, k, v, **how)
+        kept = [weakref.ref(x) for x in (q, k, v)]
+        del q, k, v
+        return [x() is None for x in kept]
+
+    gc.disable()
+    try:
+        found = good(ranks(on, 2))
+    finally:
+        gc.enable()
+    assert all(map(all, found)), found
+
+
+@pytest.mark.parametrize("method", OTHERS)
+def test_an_interruption_before_the_header_is_heard(method):
+    """What the others said of that call is not taken for what they say of the next."""
+    given = inputs(8)
+    true = ringref.dense_attention(*given[:3], causal=True)
+
+    def on(ring):
+        interrupted = []
+
+        def seen(b, h, q_idx, kv_idx):
+            if interrupted:
+                raise KeyboardInterrupt
+            return q_idx >= kv_idx
+
+        def call(layout):
+            shard = partition(8, ring, layout)
+            out = OTHERS[method](*(shard.take(x) for x in given[:3]), mask_mod=seen, shard=shard).out
+            return shard.gather(out)
+
+        call("contiguous")
+        for _ in range(2):
+            interrupted.append(True)
+            with pytest.raises(KeyboardInterrupt):
+                call("contiguous")
+            interrupted.clear()
+        return [call(layout) for layout in ("zigzag", "striped", "zigzag", "contiguous")]
+
+    for found in good(ranks(on, 2)):
+        assert all(x.allclose(true.out, 0, 1e-12) for x in found)
+
+
+@pytest.mark.parametrize("method", OTHERS)
+def test_a_call_that_another_rank_changes_looks_like_any_to_a_mode(method):
+    """One that replays what it has seen (selective checkpointing) must not see what begins anew."""
+    given = inputs(6)
+
+    def on(ring):
+        parts, found = [torch.arange(3), torch.arange(3, 6)], []
+        for other in (parts[1], parts[1], parts[1].flip(0), parts[1].flip(0)):
+            own = Shard((parts[0], other)[ring.rank], ring)
+            with Seen() as mode:
+                OTHERS[method](*(own.take(x) for x in given[:3]), shard=own)
+            found.append(mode.ops)
+        return found
+
+    same, _ = good(ranks(on, 2))
+    assert same[0] == same[1] and same[2] == same[3], [len(ops) for ops in same]

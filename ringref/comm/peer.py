@@ -56,7 +56,7 @@ class Peers:
 
     def __init__(self, rank: int, size: int, store, make_device: Callable, timeout: float):
         self.rank, self.size, self.timeout = rank, size, timeout
-        self.broken, self._signals = None, None
+        self.broken, self._signals, self._unheard = None, None, 0
         self._others = [r for r in range(size) if r != rank]
         self._told = {r: set() for r in self._others}  # the segments of mine that a rank knows
         self._maps = {r: {} for r in self._others}  # where its segments are for me
@@ -190,11 +190,15 @@ class Peers:
         with self._or_broken(), self._line.lock:
             for peer in self._others:
                 self._mailbox.send(peer, text)
+        self._unheard += 1
 
         def hear():
             with self._or_broken():
-                self._serve(lambda: self._come(self._others, "row", since), captured=False)
-                return [row if r == self.rank else self._mailbox.receive(r, "row")[0] for r in range(self.size)]
+                while self._unheard:  # first what this rank was interrupted before it waited for
+                    self._serve(lambda: self._come(self._others, "row", since), captured=False)
+                    rows = [row if r == self.rank else self._mailbox.receive(r, "row")[0] for r in range(self.size)]
+                    self._unheard -= 1
+                return rows
 
         return hear
 

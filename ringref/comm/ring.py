@@ -261,7 +261,7 @@ class NumberedRing(Ring):
     def __init__(self, whole: Ring, number: int | Callable[[], int]):
         self.whole, self.number = whole, number
         self.rank, self.size, self.traffic = whole.rank, whole.size, whole.traffic
-        self._held: list[Callable[[], None]] = []
+        self._held: list[tuple] = []  # what is to be sent, and where to put what waits for it; no cycle with this ring
         self._told: set[int] = set()
         self._heard: set[int] = set()
 
@@ -269,14 +269,14 @@ class NumberedRing(Ring):
         """Ask for the number, and post what has been held back."""
         if callable(self.number):
             self.number, held, self._held = self.number(), self._held, []
-            for post in held:
-                post()
+            for posted, *exchange in held:
+                posted.append(self._send(*exchange))
 
     def _post(self, outgoing, into):
         if not callable(self.number):
             return self._send(outgoing, into)
         moment, posted = self.moment(), []
-        self._held.append(lambda: posted.append(self._send(outgoing, into, moment)))
+        self._held.append((posted, outgoing, into, moment))
 
         def finish():
             self.release()
