@@ -2,6 +2,7 @@
 
 import json
 from argparse import Namespace
+from contextlib import nullcontext
 
 import pytest
 import torch.nn.functional as F
@@ -80,6 +81,23 @@ def test_a_hop_hides_from_the_length_after_the_last_at_which_it_does_not():
 
     assert bench.hides_from(rows(1.02, 1.2, 1.03, 0.99)) == 4
     assert bench.hides_from(rows(1.0, 1.0)) == 1 and bench.hides_from(rows(1.0, 1.04)) == "not here"
+
+
+class Replayed(bench.Bench):
+    """A graph's replay is the step itself."""
+
+    def captured(self, step):
+        return nullcontext(step)
+
+    def host(self, step):
+        assert self.ring.traffic.messages, "a first hop, which makes connections, is no measure of the next"
+        return super().host(step)
+
+
+def test_a_hop_is_measured_once_it_has_run():
+    for row in ringref.simulate(lambda ring: bench._hop(Replayed(ring), ring, 32), 2):
+        names = {f"{name}{how}_ms" for name in ("hop", "kernel", "together") for how in ("", "_captured")}
+        assert set(row) == {*names, "host_us", "gb_per_s"} and min(row.values()) > 0
 
 
 def test_the_command_writes_what_it_found(tmp_path):
