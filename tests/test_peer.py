@@ -10,6 +10,7 @@ import threading
 import time
 import weakref
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from itertools import product
 
@@ -646,9 +647,14 @@ def test_what_fails_before_the_header_is_heard(method, lateness):
         wrong.append("mine")
         with pytest.raises(ArithmeticError, match="mine"):
             call()
+        sent = replace(ring.traffic)
         with pytest.raises(ValueError, match="scale differs between ranks"):
             call(scale=0.5) if ring.rank else call()
+        assert ring.traffic == sent, "nothing has left"
         wrong.clear()
+        with pytest.raises(ValueError, match="scale differs between ranks"):
+            call(scale=0.5) if ring.rank else call()
+        assert ring.traffic == sent
         assert call().out.equal(first)
 
     good(ranks(on, 3, lateness=lateness))
@@ -703,8 +709,10 @@ def test_an_interruption_before_the_header_is_heard(method):
         call("contiguous")
         for _ in range(2):
             interrupted.append(True)
+            sent = replace(ring.traffic)
             with pytest.raises(KeyboardInterrupt):
                 call("contiguous")
+            assert ring.traffic == sent
             interrupted.clear()
         return [call(layout) for layout in ("zigzag", "striped", "zigzag", "contiguous")]
 

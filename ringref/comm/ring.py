@@ -34,6 +34,10 @@ class Traffic:
     received: int = 0
     messages: int = 0
 
+    def add(self, other: Traffic) -> None:
+        for name, count in vars(other).items():
+            setattr(self, name, getattr(self, name) + count)
+
 
 class Pending:
     """A posted exchange. Neither its sends may be written nor its receives read before `wait()`
@@ -239,8 +243,11 @@ class SubRing(Ring):
 
     def __init__(self, whole: Ring, members: Sequence[int]):
         self.whole, self.members = whole, list(members)
-        self.rank, self.size, self.traffic = (self.members.index(whole.rank), len(self.members), whole.traffic)
-        self.transport = whole.transport
+        self.rank, self.size, self.transport = self.members.index(whole.rank), len(self.members), whole.transport
+
+    @property
+    def traffic(self) -> Traffic:
+        return self.whole.traffic
 
     def _post(self, outgoing, into, *number):
         return self.whole._post(*({self.members[r]: m for r, m in x.items()} for x in (outgoing, into)), *number)
@@ -256,11 +263,12 @@ class SubRing(Ring):
 
 
 class NumberedRing(Ring):
-    """A ring whose first messages carry a number (see `numbered`); traffic is counted by the whole."""
+    """A ring whose first messages carry a number (see `numbered`); traffic is counted by the whole, once it leaves."""
 
     def __init__(self, whole: Ring, number: int | Callable[[], int]):
         self.whole, self.number = whole, number
-        self.rank, self.size, self.traffic = whole.rank, whole.size, whole.traffic
+        self.rank, self.size = whole.rank, whole.size
+        self.traffic = Traffic() if callable(number) else whole.traffic  # what is held back may never leave
         self._held: list[tuple] = []  # what is to be sent, and where to put what waits for it; no cycle with this ring
         self._told: set[int] = set()
         self._heard: set[int] = set()
@@ -269,6 +277,8 @@ class NumberedRing(Ring):
         """Ask for the number, and post what has been held back."""
         if callable(self.number):
             self.number, held, self._held = self.number(), self._held, []
+            self.whole.traffic.add(self.traffic)
+            self.traffic = self.whole.traffic
             for posted, *exchange in held:
                 posted.append(self._send(*exchange))
 

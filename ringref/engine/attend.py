@@ -12,7 +12,6 @@ dK and dV, which kernels return in it, and sums over ranks in the accumulating o
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -43,7 +42,6 @@ def attend(conduct: Conductor, method: str, q: Tensor, k: Tensor, v: Tensor, **a
 
     if header.likely is None or torch._C._len_torch_dispatch_stack():  # what begins anew would show to a mode
         return run(header.agreed())
-    counted, before = arguments["shard"].ring.traffic, replace(arguments["shard"].ring.traffic)
     try:
         return run(header.likely)
     except Otherwise:
@@ -51,7 +49,6 @@ def attend(conduct: Conductor, method: str, q: Tensor, k: Tensor, v: Tensor, **a
     except Exception:
         if header.heard:
             raise
-    vars(counted).update(vars(before))  # nothing has left
     return run(header.agreed())
 
 
