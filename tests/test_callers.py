@@ -171,17 +171,20 @@ def test_no_room_leaves_a_device_to_chance():
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("adversarial", [False, True])
-def test_selective_activation_checkpointing(method, adversarial):
-    """Some products are kept and the rest is recomputed, messages and all."""
+@pytest.mark.parametrize("backend", ["auto", "math"])
+@pytest.mark.parametrize("keep", [("mm",), ("mm", "bmm"), ("bmm", "exp", "flash", "addcmul", "logaddexp")], ids=str)
+def test_selective_activation_checkpointing(method, adversarial, backend, keep):
+    """Some products are kept and the rest is recomputed, messages and all; attention as a whole, whatever is kept."""
     given, split = inputs(16), Split(layout("zigzag", 16, 3))
 
     def on(ring):
         def policy(_, op, *__, **___):
-            return CheckpointPolicy.MUST_SAVE if op == torch.ops.aten.mm.default else CheckpointPolicy.PREFER_RECOMPUTE
+            kept = any(f"aten.{name}." in f"{op}." or (name == "flash" and name in str(op)) for name in keep)
+            return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
         def layer(q, k, v):
             mixed = [(x.flatten(0, 2) @ weight).view(x.shape) for x in (q, k, v)]
-            return METHODS[method](*mixed, causal=True, shard=split.shard(ring))
+            return METHODS[method](*mixed, causal=True, shard=split.shard(ring), backend=backend)
 
         weight = torch.eye(3, dtype=torch.float64)
         mine = given.cut(*split.rows[ring.rank])

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..comm.ring import Message
 from ..shard import Agreed, Attended, Otherwise, once, unseen
 from . import kernels
-from .call import Call, agreeing, exactly
+from .call import Call, agreeing, exactly, recomputed
 from .plan import Meeting, Part, meetings, parts
 from .route import Block, Load, Trip, heads_of
 from .sums import Gradients, Running, Sum
@@ -56,6 +56,7 @@ class _Attend(torch.autograd.Function):
     """Forward and backward of every method: two loops over the same visits, part by part."""
 
     @staticmethod
+    @recomputed
     @exactly
     def forward(ctx, q, k, v, anchor, call: Call, conduct: Conductor):
         ctx.call, ctx.conduct = call, conduct
@@ -128,7 +129,7 @@ def _forward(call: Call, conduct: Conductor, part: Part, q: Tensor, k: Tensor, v
                     there = (keys.of(x, meeting.used) for x in (block.k, block.v))
                     piece = kernels.forward(rows.of(q, heads), *there, _seen(call, part, meeting, q), call)
                     running.merge(rows, heads, *piece)
-            call.ring.release()  # the own block is under way, and what follows needs other ranks
+                    call.ring.release()  # something is under way, and what follows needs other ranks
             block = blocks = None  # let go of them, or they live on beside the next two
             blocks = walk.send(None)
         walk = walk.close()  # and gone: Python 3.12 keeps what a closed generator held

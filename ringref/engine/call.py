@@ -6,7 +6,7 @@ import inspect
 import operator
 import warnings
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from functools import cache, partial, reduce, wraps
 from itertools import islice
 from types import CellType
@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode_stack
 
 from ..comm.process import forgot, world_size
 from ..comm.ring import Ring
@@ -35,6 +36,32 @@ def exactly(step: Callable) -> Callable:
         if device is None or not torch.amp.is_autocast_available(device):
             return step(*args)
         with torch.autocast(device, enabled=False):
+            return step(*args)
+
+    return run
+
+
+def _selective(mode: Any) -> bool:
+    """Whether a dispatch mode is one of selective checkpointing's two, which have no public name."""
+    names = {cls.__name__ for cls in type(mode).__mro__}
+    return not names.isdisjoint({"_CachingTorchDispatchMode", "_CachedTorchDispatchMode"})
+
+
+def recomputed(step: Callable) -> Callable:
+    """`step` hidden from selective checkpointing, which recomputes it as a whole: what it kept of it, it would give
+    back as it is after a softmax in the scores' memory, or a merge in a block's.
+    """
+
+    @wraps(step)
+    def run(*args):
+        modes = _get_current_dispatch_mode_stack()
+        others = [mode for mode in modes if not _selective(mode)]
+        if len(others) == len(modes):
+            return step(*args)
+        with ExitStack() as stack:
+            stack.enter_context(_disable_current_modes())
+            for mode in others:
+                stack.enter_context(mode)
             return step(*args)
 
     return run
