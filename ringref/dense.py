@@ -121,7 +121,9 @@ def _define(q: Tensor, k: Tensor, v: Tensor, q_idx: Tensor, kv_idx: Tensor, call
     blind = ~seen.any(-1, keepdim=True)
     # before the softmax, whose gradient on a row of −inf is NaN
     scores = scores.masked_fill(blind, 0.0)
-    weights = rearrange(scores.softmax(-1).masked_fill(blind, 0.0), "b (g e) q k -> b g e q k", g=g)
+    weights = scores.softmax(-1)
+    lse = _log_sum_exp(scores, weights).masked_fill(blind[..., 0], -math.inf)
+    weights = rearrange(weights.masked_fill(blind, 0.0), "b (g e) q k -> b g e q k", g=g)
     if v.is_cpu and not v.sum().isfinite():  # 0 · NaN is NaN, and what is not seen must not count; what is seen is NaN
         number = v.isfinite()
         reached = rearrange(seen, "b (g e) q k -> b g e q k", g=g).to(v.dtype)
@@ -130,9 +132,15 @@ def _define(q: Tensor, k: Tensor, v: Tensor, q_idx: Tensor, kv_idx: Tensor, call
         out = out * torch.where(reached, math.nan, 1.0).to(v.dtype)
     else:
         out = torch.einsum("bgeqk,bkgd->bqged", weights, v)
-    out = rearrange(out, "b q g e d -> b q (g e) d")
-    lse = scores.logsumexp(-1) if k.shape[1] else scores.sum(-1)
-    return Attended(out, lse.masked_fill(blind[..., 0], -math.inf))
+    return Attended(rearrange(out, "b q g e d -> b q (g e) d"), lse)
+
+
+def _log_sum_exp(scores: Tensor, weights: Tensor) -> Tensor:
+    """log Σ exp(score): any key's score less the log of its weight. `torch.logsumexp` holds a score matrix more."""
+    if not scores.shape[3]:
+        return scores.sum(-1)
+    top = scores.argmax(-1, keepdim=True)
+    return (scores.gather(-1, top) - weights.gather(-1, top).log())[..., 0]
 
 
 def _times_seen(q_idx: Tensor, kv_idx: Tensor, scores: Tensor, call: Call) -> tuple[Tensor, tuple[Tensor, ...]]:
