@@ -25,14 +25,17 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
+from common import Seen
 from test_sanitizer import kinds, peers, run
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, _get_current_dispatch_mode_stack
 from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from torch.utils.weak import WeakIdKeyDictionary
 
 import ringref
 from ringref import dense_attention, launch
 from ringref.comm.launch import Pickler, RankError, pickled
+from ringref.engine.call import _selective
 from ringref.engine.kernels import aten
 from ringref.oracle import pool
 
@@ -190,6 +193,25 @@ def test_a_dispatch_mode_sees_operators_and_steps_aside():
         assert before and len(seen) == before and torch._C._len_torch_dispatch_stack() == 1
         x + x
     assert len(seen) == before + 1
+
+
+def test_the_modes_of_selective_checkpointing_are_known_by_their_names():
+    """engine/call.py looks for _CachingTorchDispatchMode and _CachedTorchDispatchMode among the modes, of which
+    _get_current_dispatch_mode_stack knows the order.
+    """
+    found = []
+
+    def layer(x):
+        modes = _get_current_dispatch_mode_stack()
+        found.append(([type(mode).__name__ for mode in modes], [_selective(mode) for mode in modes]))
+        return x.exp()
+
+    contexts = functools.partial(create_selective_checkpoint_contexts, [torch.ops.aten.mm.default])
+    x = torch.ones(2, requires_grad=True)
+    with Seen():
+        checkpoint(layer, x, use_reentrant=False, context_fn=contexts).sum().backward()
+    names = ["_CachingTorchDispatchMode", "_CachedTorchDispatchMode"]
+    assert found == [(["Seen", name], [False, True]) for name in names]
 
 
 def test_a_storage_is_one_object_that_ends_with_its_bytes():
