@@ -1,5 +1,7 @@
 """Engines start as ranks and leave nothing behind, also where the block raises."""
 
+import time
+
 import psutil
 import pytest
 
@@ -21,3 +23,28 @@ def test_engines_know_who_they_are_and_are_gone_after_an_error():
 def test_a_number_of_engines_is_asked_for(p):
     with pytest.raises(ValueError, match="p must be a number of engines"):
         Engines(p)
+
+
+class Deaf:
+    """An engine that hears from a message on: the first, the second or none."""
+
+    def __init__(self, hears):
+        self.hears, self.facts = hears, {}
+
+    def push(self, facts, block):
+        self.hears -= 1
+        self.facts |= facts if self.hears < 1 else {}
+        return self
+
+    def wait(self, seconds):
+        return self.hears < 1
+
+
+def test_an_engine_that_misses_a_message_is_told_again():
+    ranks = Engines(3)
+    ranks.client = [Deaf(1), Deaf(2), Deaf(1)]
+    ranks._greet({"p": 3}, time.monotonic() + 60)
+    assert [engine.facts for engine in ranks.client] == [{"p": 3, "me": i} for i in range(3)]
+    ranks.client[1] = Deaf(1e9)
+    with pytest.raises(TimeoutError, match=r"engines \[1\] of 3 have started and do not answer"):
+        ranks._greet({"p": 3}, time.monotonic() + 0.1)

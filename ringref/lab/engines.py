@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 
 GUARD = """if True:
     import psutil, shutil, sys
@@ -46,12 +47,22 @@ class Engines:
             self.client.wait_for_engines(self.p, timeout=timeout, interactive=False)
             self.view = self.client[:]
             self.view.block = True
-            self.view.push({"p": self.p, "store": f"file://{self.folder}/store"})
-            self.view.scatter("me", range(self.p), flatten=True)
+            self._greet({"p": self.p, "store": f"file://{self.folder}/store"}, time.monotonic() + timeout)
         except BaseException:
             self._release()
             raise
         return self
+
+    def _greet(self, facts: dict, end: float, patience: float = 10) -> None:
+        """Tell every engine the facts, and its number, until it answers: a message to one that has just registered was
+        seen to be lost.
+        """
+        late = list(range(self.p))
+        while late:
+            sent = {i: self.client[i].push({**facts, "me": i}, block=False) for i in late}
+            late = [i for i, answer in sent.items() if not answer.wait(patience)]
+            if late and time.monotonic() > end:
+                raise TimeoutError(f"engines {late} of {self.p} have started and do not answer")
 
     def stop(self) -> list[int]:
         """End every process of this cluster; returns the ids of those that are left, which should be none."""
