@@ -1,6 +1,7 @@
 """Pip's and conda's set-ups bring the same things, and the README's commands are the real ones."""
 
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -75,3 +76,12 @@ def test_the_readmes_commands_are_the_ones_that_ci_runs():
 def test_licence_and_typing_travel_along():
     assert (ROOT / "LICENSE").read_text().startswith("MIT License")
     assert (ROOT / "ringref" / "py.typed").exists()
+
+
+def test_the_top_level_holds_what_a_reader_looks_for():
+    """And nothing that was left lying about: a wheel came in once with `git add -A`."""
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    known = {"notebooks", "ringref", "tests", "figures", "environment.yml", "README.md", "pyproject.toml", "LICENSE"}
+    assert {name.split("/")[0] for name in listed.stdout.splitlines()} == known | {".ci", ".gitignore"}
