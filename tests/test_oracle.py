@@ -22,6 +22,7 @@ from test_zoo import SAYS
 
 import ringref
 from ringref.oracle import FEATURES, Case, Pool, Report, adapt, cases, check, diagnose
+from ringref.oracle.causes import rules_of
 from ringref.oracle.cli import main
 from ringref.oracle.scene import Scene, rows
 from ringref.oracle.truth import Truth
@@ -916,6 +917,16 @@ def test_every_option_of_the_shell_arrives(words, monkeypatch, capsys):
     assert told == USUAL | GIVEN[words]
     assert adapt.name_of(fn) == ("bhsd(gathering)" if "adapt" in words else "gathering")
     assert json.loads(shown)["ok"] is False if "json" in words else "was not judged" in shown
+
+
+@pytest.mark.parametrize("mask", [None, "documents", "heads", "blind"])
+@pytest.mark.parametrize("more", [{}, {"dilation": ((4, 12), (1, 2))}, {"queries": 5}, {"window": (3, 2)}], ids=str)
+def test_the_rules_together_say_who_sees_whom(mask, more):
+    """Whatever else a case asks, one rule is not another's."""
+    case = Case("x", p=2, n=12, causal=True, mask=mask, **more)
+    s = Truth(case, case.data()).scene
+    seen = math.prod(rule(s.i, s.j) for rule in rules_of(s)[0].values())
+    assert (seen * torch.ones(1, *s.times.shape)).sum(0).equal(s.times.float())
 
 
 def test_no_option_of_the_shell_is_untested(capsys):

@@ -59,14 +59,14 @@ def rules_of(s: Scene) -> tuple[dict[str, Callable], dict[str, dict[str, Any]]]:
         instead["documents"] = {f"nothing is seen {text}": together & (i < end) for text, end in ends.items()}
     if case.mask:
         mask, every = make_mask(case.mask, n), torch.ones(case.b, case.h, 1, 1)
-        batch, head = (torch.arange(x) for x in every.shape[:2])
+        whose = torch.arange(case.b)[:, None, None, None], torch.arange(case.h)[:, None, None]
 
-        def kept(i: Tensor, j: Tensor) -> Tensor:
+        def masked(i: Tensor, j: Tensor) -> Tensor:
             if case.mask == "documents":  # a table of n, where the others are formulas
                 i, j = i.clamp(0, n - 1), j.clamp(0, n - 1)
-            return every * mask(batch[:, None, None, None], head[:, None, None], i, j)
+            return every * mask(*whose, i, j)
 
-        rules["mask_mod"], seen = kept, kept(i, j)
+        rules["mask_mod"], seen = masked, masked(i, j)
         instead["mask_mod"] = {"inverted": 1 - seen, "of head 0 for all": seen[:, :1], "of batch 0 for all": seen[:1]}
     if case.dilation:
         (w, r), h = (torch.tensor(x)[:, None, None, None, None] for x in case.dilation), case.h
