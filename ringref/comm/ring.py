@@ -285,7 +285,7 @@ class NumberedRing(Ring):
     def _post(self, outgoing, into):
         if not callable(self.number):
             return self._send(outgoing, into)
-        moment, posted = self.moment(), []
+        moment, posted = self.whole.moment(), []
         self._held.append((posted, outgoing, into, moment))
 
         def finish():
@@ -293,9 +293,6 @@ class NumberedRing(Ring):
             posted[0]()
 
         return finish
-
-    def moment(self):
-        return self.whole.moment()
 
     def _send(self, outgoing, into, moment=None):
         if self.whole.numbers(outgoing, into):
