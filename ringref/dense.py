@@ -121,9 +121,9 @@ def _define(q: Tensor, k: Tensor, v: Tensor, q_idx: Tensor, kv_idx: Tensor, call
     blind = ~seen.any(-1, keepdim=True)
     # before the softmax, whose gradient on a row of −inf is NaN
     scores = scores.masked_fill(blind, 0.0)
-    weights = scores.softmax(-1)
-    lse = _log_sum_exp(scores, weights).masked_fill(blind[..., 0], -math.inf)
-    weights = rearrange(weights.masked_fill(blind, 0.0), "b (g e) q k -> b g e q k", g=g)
+    logs = scores.log_softmax(-1)
+    lse = _log_sum_exp(scores, logs).masked_fill(blind[..., 0], -math.inf)
+    weights = rearrange(logs.exp(), "b (g e) q k -> b g e q k", g=g)
     if v.is_cpu and not v.sum().isfinite():  # 0 · NaN is NaN, and what is not seen must not count; what is seen is NaN
         number = v.isfinite()
         reached = rearrange(seen, "b (g e) q k -> b g e q k", g=g).to(v.dtype)
@@ -132,15 +132,18 @@ def _define(q: Tensor, k: Tensor, v: Tensor, q_idx: Tensor, kv_idx: Tensor, call
         out = out * torch.where(reached, math.nan, 1.0).to(v.dtype)
     else:
         out = torch.einsum("bgeqk,bkgd->bqged", weights, v)
-    return Attended(rearrange(out, "b q g e d -> b q (g e) d"), lse)
+    out = rearrange(out, "b q g e d -> b q (g e) d")
+    return Attended(out.masked_fill(blind[..., 0].transpose(1, 2)[..., None], 0.0), lse)
 
 
-def _log_sum_exp(scores: Tensor, weights: Tensor) -> Tensor:
-    """log Σ exp(score): any key's score less the log of its weight. `torch.logsumexp` holds a score matrix more."""
+def _log_sum_exp(scores: Tensor, logs: Tensor) -> Tensor:
+    """log Σ exp(score): any key's score less the log of its weight. `torch.logsumexp` holds a score matrix more, and so
+    does the backward of `softmax` on a GPU.
+    """
     if not scores.shape[3]:
         return scores.sum(-1)
-    top = scores.argmax(-1, keepdim=True)
-    return (scores.gather(-1, top) - weights.gather(-1, top).log())[..., 0]
+    most, top = scores.max(-1)
+    return most - logs.gather(-1, top[..., None])[..., 0]
 
 
 def _times_seen(q_idx: Tensor, kv_idx: Tensor, scores: Tensor, call: Call) -> tuple[Tensor, tuple[Tensor, ...]]:
