@@ -414,7 +414,7 @@ class Header:
 
 @unseen
 def meet(shard: Shard, names: Sequence[str], say: Callable[[], tuple[list, bool]]) -> Header:
-    """Post one fixed-size header to every rank; the positions follow only when new.
+    """Post one fixed-size header to every rank; words follow only where they differ, and positions when new.
 
     Args:
         names: of the words that must be alike on all ranks, in the words' order.
@@ -430,8 +430,8 @@ def meet(shard: Shard, names: Sequence[str], say: Callable[[], tuple[list, bool]
         words, needs, mistake = [0] * len(names), False, error
         told = f"{type(error).__name__}: {error}".encode()[:4096] or b"?"
     ring = shard.ring
-    digests = [len(shard.queries), len(shard.keys), shard.queries.digest, shard.keys.digest]
-    mine = int(needs), *map(_number, words), *digests
+    mine = int(needs), len(words), _digest(*words), *(len(side) for side in (shard.queries, shard.keys))
+    mine += shard.queries.digest, shard.keys.digest
     with _lock:
         known = dict(_tables.get(ring, {}))
     known_names = list(known)[-_KNOWN:]
@@ -450,12 +450,15 @@ def meet(shard: Shard, names: Sequence[str], say: Callable[[], tuple[list, bool]
         # higher than any call's before on any of these ranks, so no two that share a rank have the same
         number = max(said[1] for said in rows)
         needs = any(said[2] for said in rows)
-        for name, word, *column in zip(names, words, *(said[3:] for said in rows), strict=False):
-            if (name not in _FOR_GRADIENTS or needs) and len(set(column)) > 1:
-                alike = [r for r, x in enumerate(column) if x == column[ring.rank]]
-                shown = column if all(abs(x) < 2**31 for x in column) else f"{word!r} only on ranks {alike}"
-                raise ValueError(f"{name} differs between ranks: {shown}")
-        sizes = [said[2 + len(mine) - len(digests) :] for said in rows]
+        if len({said[4] for said in rows}) > 1:
+            numbers = torch.tensor([_number(word) for word in words], dtype=torch.int64, device="cpu")
+            every = [x.tolist() for x in ring.share(numbers, [said[3] for said in rows])]
+            for name, word, *column in zip(names, words, *every, strict=False):
+                if (name not in _FOR_GRADIENTS or needs) and len(set(column)) > 1:
+                    alike = [r for r, x in enumerate(column) if x == column[ring.rank]]
+                    shown = column if all(abs(x) < 2**31 for x in column) else f"{word!r} only on ranks {alike}"
+                    raise ValueError(f"{name} differs between ranks: {shown}")
+        sizes = [said[5:] for said in rows]
         name = hash(tuple(tuple(s[:4]) for s in sizes)) & (2**62 - 1)
         if not all(name in s[4:] for s in sizes):
             every = ring.share(torch.cat([shard.queries.index, shard.keys.index]), [s[0] + s[1] for s in sizes])
@@ -483,10 +486,13 @@ def _keep_last(those: WeakKeyDictionary, ring: Ring, name: Any, value: Any) -> N
 
 
 def _number(word: Any) -> int:
-    """An integer that stands for a word of the header: itself if it is one, else a digest."""
-    if isinstance(word, int):
-        return int(word)
-    return 2**40 + int.from_bytes(hashlib.blake2b(repr(word).encode(), digest_size=6).digest(), "big")
+    """An integer that stands for a word: itself if it is one, else a digest."""
+    return int(word) if isinstance(word, int) else 2**40 + _digest(word)
+
+
+@lru_cache(maxsize=256, typed=True)
+def _digest(*words: Any) -> int:
+    return int.from_bytes(hashlib.blake2b(repr(words).encode(), digest_size=6).digest(), "big")
 
 
 def _check_cover(table: Table) -> None:

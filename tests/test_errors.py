@@ -621,15 +621,16 @@ def test_different_methods(one, other):
         everywhere(errors(on), "method differs")
 
 
-def test_a_call_and_a_gather():
+@pytest.mark.parametrize("of, words", [("shard", "method differs between ranks"), ("ring", "not in the same call")])
+def test_a_call_and_a_gather(of, words):
     def on(ring):
         shard, leaves = shards(ring)
         if ring.rank == 1:
-            shard.gather(leaves[0])
+            {"shard": shard, "ring": ring}[of].gather(leaves[0])
         else:
             ring_attention(*leaves, shard=shard)
 
-    everywhere(errors(on), "not in the same call")
+    everywhere(errors(on), words)
 
 
 def test_a_call_less():

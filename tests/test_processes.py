@@ -138,7 +138,8 @@ def mistakes(ring):
         "positions overlap": lambda f: f(*three, shard=overlap),
         "positions leave gaps": lambda f: f(*three, shard=gap),
         "x has": lambda f: shard.gather(one[0] if last else q),
-        "not in the same call": lambda f: shard.gather(q) if last else f(q, k, v, shard=shard),
+        "method differs": lambda f: shard.gather(q) if last else f(q, k, v, shard=shard),
+        "not in the same call": lambda f: ring.gather(q) if last else f(q, k, v, shard=shard),
         "method": lambda f: METHODS["dense" if last else "ring"](q, k, v, shard=shard),
     }
     raised = []

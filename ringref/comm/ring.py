@@ -20,7 +20,7 @@ from torch import Tensor
 Message = Sequence[Tensor]
 log = logging.getLogger(__name__)  # at DEBUG: every hop, so that a survivor's log names its last
 watchers: list[Callable[[str], Any]] = []  # told the same, whatever is logged
-HEADER = 48  # integers in a header
+HEADER = 16  # integers in a header
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.bool)
 
 
