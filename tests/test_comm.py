@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ringref import Dilation, partition, ring_attention, simulate
 from ringref.comm.ring import MixedUp
-from ringref.comm.simulate import Deadlock
+from ringref.comm.simulate import Deadlock, ThreadRing
 from ringref.engine.visits import strands, visits
 from ringref.shard import counted
 
@@ -338,6 +338,33 @@ def test_a_buffer_with_gaps(adversarial):
             ring.exchange({1 - ring.rank: (torch.ones(2, 3),)}, {1 - ring.rank: (torch.empty(3, 2).t(),)})
 
     simulate(on, 2, adversarial)
+
+
+def test_what_is_received_lies_where_the_transport_wants_it(monkeypatch):
+    """Else other ranks would map, and hold, memory that has nothing to do with them."""
+    made, post = [], ThreadRing._post
+
+    def space(ring, make):
+        made.extend(found := make())
+        return found
+
+    def checked(ring, outgoing, into):
+        storages = {x.untyped_storage().data_ptr() for x in made}
+        arriving = [x for message in into.values() for x in message if x.is_floating_point()]
+        assert all(x.untyped_storage().data_ptr() in storages for x in arriving)
+        return post(ring, outgoing, into)
+
+    def on(ring):
+        shard = partition(12, ring, "striped")
+        leaves = [shard.take(x).requires_grad_() for x in inputs(12)[:3]]
+        for attention in METHODS.values():
+            for how in ({"causal": True}, {"window": (3, 1)}, {"dilation": Dilation([4, 12], [1, 3])}):
+                shard.gather(attention(*leaves, shard=shard, **how).out).sum().backward()
+        return len(made)
+
+    monkeypatch.setattr(ThreadRing, "space", space)
+    monkeypatch.setattr(ThreadRing, "_post", checked)
+    assert min(simulate(on, 3)) > 0
 
 
 def test_what_cannot_be_announced():

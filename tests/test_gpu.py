@@ -331,6 +331,32 @@ def test_gpus_that_reach_each_other_use_copy_engines():
     assert set(ringref.launch(_exchanges, torch.cuda.device_count(), "nccl")) == {("peer", "peer")}
 
 
+def _memory_of_messages(ring):
+    """A pool of their own, which gets what PyTorch has cached for itself, and gives where that finds nothing else."""
+
+    def pool(x):
+        segments = torch.cuda.memory_snapshot()
+        (found,) = (s for s in segments if 0 <= x.data_ptr() - s["address"] < s["total_size"])
+        return tuple(found["segment_pool_id"])
+
+    torch.cuda.empty_cache()
+    few = torch.cuda.mem_get_info()[0] // 8
+    cached = torch.empty(7 * few, dtype=torch.uint8, device="cuda")
+    pools = [pool(cached)]
+    del cached
+    arriving = ring.space(lambda: torch.empty(3 * few, dtype=torch.uint8, device="cuda"))
+    pools.append(pool(arriving))
+    del arriving
+    rest = [torch.empty(x * few, dtype=torch.uint8, device="cuda") for x in (4, 3)]
+    return [*pools, *map(pool, rest)]
+
+
+@two
+def test_messages_have_a_pool_of_their_own():
+    for cached, arriving, rest, lent in ringref.launch(_memory_of_messages, 2, "nccl"):
+        assert cached == rest == (0, 0) != arriving == lent
+
+
 def _same_over_both(ring):
     """Forward and forward+backward, repeatedly, in float64: out, lse and gradients are the same to the last bit."""
     torch.manual_seed(0)

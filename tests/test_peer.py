@@ -72,6 +72,9 @@ class Host:
     def close(self, base):
         self.closed += 1
 
+    def space(self, make):
+        return make()
+
     def capturing(self):
         return False
 

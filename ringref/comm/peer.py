@@ -110,6 +110,12 @@ class Peers:
         """What the current stream holds now, for an exchange that is posted later and need not follow more."""
         return self._device.begin()
 
+    def space(self, make: Callable[[], Any]) -> Any:
+        """What `make` makes to receive in, of memory that nothing else is cut from: others map it whole, and what they
+        map is not free again before they are told.
+        """
+        return self._device.space(make)
+
     def post(
         self, outgoing: dict[int, Message], into: dict[int, Message], number: int, what: str, moment: Any = None
     ) -> Callable[[], None]:
@@ -427,6 +433,7 @@ class Cuda:
         self._stream = torch.cuda.Stream(priority=-1)
         self._queue = ctypes.c_void_p(self._stream.cuda_stream)
         self._bases: dict[int, int] = {}
+        self._pool, self._pool_lock = torch.cuda.MemPool(use_on_oom=True), threading.Lock()
         # what `fail` needs is loaded now: nothing can be loaded while a stream waits
         self._false = torch.zeros((), dtype=torch.bool, device=self._index)
         torch._assert_async(~self._false)
@@ -443,6 +450,18 @@ class Cuda:
         zeros = torch.zeros(count, dtype=torch.int32, device=self._index)
         torch.cuda.synchronize()
         return zeros
+
+    def space(self, make: Callable[[], Any]) -> Any:
+        if self.capturing():  # a graph has a pool of its own
+            return make()
+        with self._pool_lock:  # which one thread at a time may use
+            try:
+                with torch.cuda.use_mem_pool(self._pool, self._index):
+                    return make()
+            except torch.OutOfMemoryError:  # what PyTorch keeps for itself is free for this pool once it is given back
+                torch.cuda.empty_cache()
+                with torch.cuda.use_mem_pool(self._pool, self._index):
+                    return make()
 
     def locate(self, address: int) -> tuple[int, int]:
         """The segment that an address is in, by a number that is never used twice, and the offset in it."""

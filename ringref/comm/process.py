@@ -111,6 +111,9 @@ class ProcessRing(Ring):
     def moment(self):
         return self._peers and self._peers.moment()
 
+    def space(self, make):
+        return make() if self._peers is None else self._peers.space(make)
+
     def _over_group(self, outgoing, into):
         sends = [(r, x.contiguous()) for r, message in outgoing.items() for x in message]
         ops = [dist.P2POp(dist.isend, x, self._world_ranks[r], self.group) for r, x in sends]

@@ -85,6 +85,10 @@ class Ring:
     def moment(self) -> Any:
         """What the device's stream holds now; None where messages need not know."""
 
+    def space(self, make: Callable[[], Any]) -> Any:
+        """What `make` makes to receive in, where this transport wants it."""
+        return make()
+
     def exchange(self, outgoing: dict[int, Message], into: dict[int, Message]) -> Pending:
         """Send `outgoing[peer]` and receive `into[peer]`, contiguous buffers that the peer's tensors match one
         by one.
@@ -170,7 +174,8 @@ class Ring:
             return Pending(posted.wait, into)
         if not isinstance(x, Tensor):
             raise TypeError(f"x must be a tensor (several want buffers, `into`), got {type(x).__name__}")
-        arriving = x.new_empty(self._shapes(x)[before])
+        shape = self._shapes(x)[before]
+        arriving = self.space(lambda: x.new_empty(shape))
         return Pending(self.exchange({after: (x,)}, {before: (arriving,)}).wait, arriving)
 
     def gather(self, x: Tensor, shapes: Sequence[Sequence[int]] | None = None) -> list[Tensor]:
@@ -178,7 +183,7 @@ class Ring:
         given.
         """
         shapes = shapes or self._shapes(x)
-        every = [x if r == self.rank else x.new_empty(shapes[r]) for r in range(self.size)]
+        every = self.space(lambda: [x if r == self.rank else x.new_empty(shapes[r]) for r in range(self.size)])
         others = [r for r in range(self.size) if r != self.rank]
         self.exchange(dict.fromkeys(others, (x,)), {r: (every[r],) for r in others}).wait()
         return every
@@ -199,7 +204,11 @@ class Ring:
         share for rank r. My own part is added to in place.
         """
         total = parts[self.rank]
-        for _, arrived in self.scatter(dict(enumerate(parts)), lambda _: tuple(x.new_empty(x.shape) for x in total)):
+
+        def into(_):
+            return self.space(lambda: tuple(x.new_empty(x.shape) for x in total))
+
+        for _, arrived in self.scatter(dict(enumerate(parts)), into):
             for x, y in zip(total, arrived, strict=True):
                 x += y
         return total
@@ -258,6 +267,9 @@ class SubRing(Ring):
     def moment(self):
         return self.whole.moment()
 
+    def space(self, make):
+        return self.whole.space(make)
+
     def _report(self, words):
         self.whole._report(words)
 
@@ -272,6 +284,9 @@ class NumberedRing(Ring):
         self._held: list[tuple] = []  # what is to be sent, and where to put what waits for it; no cycle with this ring
         self._told: set[int] = set()
         self._heard: set[int] = set()
+
+    def space(self, make):
+        return self.whole.space(make)
 
     def release(self) -> None:
         """Ask for the number, and post what has been held back."""

@@ -186,11 +186,15 @@ class Trip:
 
     def space(self, load: Load, summed: bool = False) -> Message:
         """Buffers for the K and V of this load, or its dK and dV, which may be summed already."""
-        return tuple(
-            x.new_empty((x.shape[0], len(index), len(heads), x.shape[3]), dtype=wide(x.dtype) if summed else x.dtype)
-            for index, heads in zip(load.index, self._kv_heads, strict=True)
-            for x in (self._k, self._v)
-        )
+
+        def make():
+            return tuple(
+                x.new_empty((x.shape[0], len(rows), len(heads), x.shape[3]), dtype=wide(x.dtype) if summed else x.dtype)
+                for rows, heads in zip(load.index, self._kv_heads, strict=True)
+                for x in (self._k, self._v)
+            )
+
+        return self.ring.space(make)
 
     def blocks(self, load: Load, message: Message) -> tuple[Block, ...]:
         """A load that has arrived, a block for each strand that it has rows of."""

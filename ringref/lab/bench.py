@@ -237,7 +237,8 @@ class Bench:
         try:
             if row["fits"]:
                 row |= run(*self.inputs(n // p, h, d))
-        except torch.OutOfMemoryError:
+        except torch.OutOfMemoryError as error:
+            self.say(f"{row['method']}, {n} tokens: {error}")
             row["fits"] = False
         torch.cuda.empty_cache()
         return row
