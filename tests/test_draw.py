@@ -71,6 +71,15 @@ def test_curves_put_points_on_their_own_line():
     assert [t.get_text() for t in ax.get_legend().get_texts()] == ["ring", "dense"]
 
 
+def test_what_was_only_allocated_is_hollow():
+    hollow = {"ring": ([8], [65]), "dense": ([8], [9])}
+    ax = draw.curves({"ring": ([1, 8], [8, 64])}, {"ring": ([1], [8])}, hollow=hollow)
+    _, computed, allocated, _ = ax.lines
+    assert computed.get_markerfacecolor() == computed.get_color() == allocated.get_color()
+    assert allocated.get_markerfacecolor() == "white" and allocated.get_ydata() == [65]
+    assert [t.get_text() for t in ax.get_legend().get_texts()] == ["ring", "dense"]
+
+
 def test_a_method_has_one_colour_in_every_figure():
     ax = draw.curves({"collective: 2·n·d": ([1, 2], [1, 2]), "ring, forward": ([1, 2], [1, 2])})
     bar = draw.bars({"ring": {"a": 1}, "collective": {"a": 2}}).patches

@@ -242,16 +242,16 @@ def timeline(bars, ax=None, title="", unit="ms"):
 
 
 @_styled
-def curves(lines, points=None, ax=None, title="", x="", y="", log=True):
+def curves(lines, points=None, ax=None, title="", x="", y="", log=True, hollow=None):
     """Predictions as lines, measurements as points of the same colour, on log₂ axes.
 
-    lines, points: {label: (xs, ys)}. A label in both is one series and one legend entry; a label that begins with a
-    method's name has the method's colour.
+    lines, points, hollow: {label: (xs, ys)}; hollow are points of what was only allocated, not computed. A label in
+    several of them is one series and one legend entry; a label that begins with a method's name has its colour.
     """
-    points = points or {}
+    points, hollow = points or {}, hollow or {}
     ax = figure()[1] if ax is None else ax
     used = set()
-    for i, label in enumerate(dict.fromkeys([*lines, *points])):
+    for i, label in enumerate(dict.fromkeys([*lines, *points, *hollow])):
         ink, shape, dash = named(label) or (INKS[i % 8], MARKERS[i % 8], DASHES[i % 8])
         if (ink, dash) in used:  # a second series of one method
             free = [j % 8 for j in range(i + 4, i + 12) if (ink, DASHES[j % 8]) not in used]
@@ -260,9 +260,10 @@ def curves(lines, points=None, ax=None, title="", x="", y="", log=True):
         marker = {"marker": shape, "markeredgecolor": "black", "markersize": 5}
         if label in lines:
             ax.plot(*lines[label], linestyle=dash, label=label, linewidth=1.6, color=ink, zorder=2)
-        if label in points:
-            shown = "_nolegend_" if label in lines else label
-            ax.plot(*points[label], linestyle="", label=shown, color=ink, zorder=3, **marker)
+        for series, face, others in ((points, ink, [lines]), (hollow, "white", [lines, points])):
+            if label in series:
+                shown = "_nolegend_" if any(label in x for x in others) else label
+                ax.plot(*series[label], linestyle="", label=shown, color=ink, mfc=face, zorder=3, **marker)
     if log:
         ax.set_xscale("log", base=2)
         ax.set_yscale("log", base=2)
