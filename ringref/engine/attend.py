@@ -20,9 +20,10 @@ from ..comm.ring import Message
 from ..shard import Agreed, Attended, Otherwise, once, unseen
 from . import kernels
 from .call import Call, agreeing, exactly, recomputed
-from .plan import Meeting, Part, meetings, parts
+from .plan import Part, parts, visits_of
 from .route import Block, Load, Trip, heads_of
 from .sums import Gradients, Running, Sum
+from .visits import Visit
 
 # yields blocks, is sent their gradients, and returns what came home: a load of mine with its dK and dV
 Conductor = Callable[[Trip], Generator["Sequence[Block] | None", "Gradients | None", "Sequence[tuple[Load, Message]]"]]
@@ -103,17 +104,17 @@ def plan(call: Call, q: Tensor, k: Tensor, forward: bool) -> tuple[Part, ...]:
     return parts(call.dilation, documents, tuple(bounds), call.exact, h, g, row_bytes, table, rank, forward)
 
 
-def meet(call: Call, part: Part, block: Block, q: Tensor, **backward) -> tuple[Meeting, ...]:
+def meet(call: Call, part: Part, block: Block, q: Tensor, **backward) -> tuple[Visit, ...]:
     """Everything that a part's queries do with one block of keys."""
     uneven = call.exact and not call.masked and call.q_chunk is None
     return _meet(call, part, block, uneven and kernels.ragged(q, block.v, call, **backward))
 
 
 @unseen
-def _meet(call: Call, part: Part, block: Block, ragged: bool) -> tuple[Meeting, ...]:
+def _meet(call: Call, part: Part, block: Block, ragged: bool) -> tuple[Visit, ...]:
     mine, group, bounds = call.table.queries[call.ring.rank], len(part.heads) // len(part.kv_heads), call.sight[:2]
     told = bounds, call.masked, call.q_chunk, ragged
-    return meetings(block.strands, block.kv_heads, group, mine, block.positions, *told)
+    return visits_of(block.strands, block.kv_heads, group, mine, block.positions, *told)
 
 
 def _forward(call: Call, conduct: Conductor, part: Part, q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
@@ -124,10 +125,10 @@ def _forward(call: Call, conduct: Conductor, part: Part, q: Tensor, k: Tensor, v
         blocks = next(walk)
         while blocks is not None:
             for block in blocks:
-                for meeting in meet(call, part, block, q):
-                    (rows, keys, *_), heads = meeting.visit, heads_of(meeting.heads)
-                    there = (keys.of(x, meeting.used) for x in (block.k, block.v))
-                    piece = kernels.forward(rows.of(q, heads), *there, _seen(call, part, meeting, q), call)
+                for visit in meet(call, part, block, q):
+                    rows, heads = visit.queries, heads_of(visit.heads)
+                    there = (visit.keys.of(x, visit.used) for x in (block.k, block.v))
+                    piece = kernels.forward(rows.of(q, heads), *there, _seen(call, part, visit, q), call)
                     running.merge(rows, heads, *piece)
                     call.ring.release()  # something is under way, and what follows needs other ranks
             block = blocks = None  # let go of them, or they live on beside the next two
@@ -166,26 +167,25 @@ def _differentiate(call: Call, part: Part, block: Block, saved: list, dq_sum: Su
     A function of its own so that what it worked with is let go of before the next block's buffers
     are made.
     """
-    for meeting in meet(call, part, block, saved[0], backward=True, lse_gradient=saved[2] is not None):
-        (rows, keys, *_), heads = meeting.visit, heads_of(meeting.heads)
+    for visit in meet(call, part, block, saved[0], backward=True, lse_gradient=saved[2] is not None):
+        rows, keys, heads = visit.queries, visit.keys, heads_of(visit.heads)
         q, dout, dlse, out, lse = (None if x is None else rows.of(x, heads) for x in saved)
-        k, v = (keys.of(x, meeting.used) for x in (block.k, block.v))
-        seen = _seen(call, part, meeting, k)
+        k, v = (keys.of(x, visit.used) for x in (block.k, block.v))
+        seen = _seen(call, part, visit, k)
         dq, dk, dv = kernels.backward(dout, dlse, q, k, v, out, lse, seen, call)
         dq_sum.add(rows, heads, dq)
         for total, x in zip(dkv_sums, (dk, dv), strict=True):
-            total.add(keys, meeting.used, x)
+            total.add(keys, visit.used, x)
         del dq, dk, dv, x  # before the next visit's are made
 
 
-def _seen(call: Call, part: Part, meeting: Meeting, like: Tensor) -> kernels.Seen:
+def _seen(call: Call, part: Part, visit: Visit, like: Tensor) -> kernels.Seen:
     """What of a visit's square is seen: a kind that kernels know, or a mask b m h q k
     (broadcastable).
     """
-    visit = meeting.visit
     if visit.kind != "mask":
         return kernels.Seen(visit.kind, ragged=visit.ragged)
-    heads = range(part.heads.start + meeting.heads.start, part.heads.start + meeting.heads.stop, meeting.heads.step)
+    heads = part.heads[visit.heads.start : visit.heads.stop : visit.heads.step]
     at = (x.to(like.device) for x in (visit.q_positions, visit.k_positions))
     return kernels.Seen("mask", *call.rules(like.shape[0], heads, *at))
 

@@ -73,7 +73,7 @@ def paths(q: Tensor, k: Tensor, v: Tensor, **arguments) -> tuple[set[tuple[str, 
             where = way if any(map(len, loads)) else "stay"
             others = loads[: trip.ring.rank] + loads[trip.ring.rank + 1 :]
             blocks = [*trip.own, *(block for load in others for block in trip.blocks(load, trip.space(load)))]
-            met = [x.visit for block in blocks for x in meet(call, part, block, q)]
+            met = [visit for block in blocks for visit in meet(call, part, block, q)]
             read = {"strided views" if x.queries.strided and x.keys.strided else "copied rows" for x in met}
             kinds |= {(x.kind, x.queries.c == 1) for x in met}
             count = f"{len(met)} visit{'s' if len(met) > 1 else ''}"

@@ -75,19 +75,11 @@ def _inside(strand: Strand, heads: range, group: int) -> list[Strand]:
     return [strand._replace(heads=each) for each in ([some] if even else regular(some, group))]
 
 
-class Meeting(NamedTuple):
-    """A visit of some heads in even steps: which query heads of the part, and which key/value heads of the block."""
-
-    visit: Visit
-    heads: range
-    used: slice
-
-
 @lru_cache(maxsize=2048)
-def meetings(
+def visits_of(
     some: tuple[Strand, ...], kv_heads: range, group: int, queries: Positions, keys: Positions, bounds: Bounds,
     masked: bool, q_chunk: int | None, ragged: bool = False,
-) -> tuple[Meeting, ...]:  # fmt: skip
+) -> tuple[Visit, ...]:  # fmt: skip
     """Everything that some strands do with one block of keys, which has these key/value heads; ragged: whether the
     kernel takes segments of lengths of their own.
     """
@@ -99,7 +91,7 @@ def meetings(
             run += 1
         found += _slanted(met[:run], group)
         met = met[run:]
-    return tuple(Meeting(visit, heads, _within(serving(heads, group), kv_heads)) for visit, heads in found)
+    return tuple(x._replace(heads=j, used=_within(serving(j, group), kv_heads)) for x, j in found)
 
 
 def _within(heads: range, of: range) -> slice:

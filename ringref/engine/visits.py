@@ -296,6 +296,8 @@ class Visit(NamedTuple):
 
     kind "full": each query sees each key; "causal": square, query i sees keys 0 … i; "mask": decided by positions;
     "ragged": one row of segments of lengths of their own, for a kernel that takes them.
+
+    heads, used: which query heads of a part, in even steps, and which key/value heads of a block; plan.py says it.
     """
 
     queries: Rows
@@ -303,6 +305,8 @@ class Visit(NamedTuple):
     kind: str
     at: tuple[Positions, Positions]  # of all rows of queries and keys
     ragged: Ragged | None = None
+    heads: range = range(0)
+    used: slice = slice(0)
 
     @property
     def q_positions(self) -> Tensor:
