@@ -76,6 +76,11 @@ def test_a_method_has_one_colour_in_every_figure():
     bar = draw.bars({"ring": {"a": 1}, "collective": {"a": 2}}).patches
     assert [x.get_color() for x in ax.lines] == [colors.to_hex(x.get_facecolor()).upper() for x in bar[::-1]]
     assert ax.lines[1].get_color() == draw.METHODS["ring"][0]
+    alone = draw.bars({"MiB": {"ring,\nreported": 1, "robust ring": 2, "collective": 3}}).patches
+    seen = [colors.to_hex(x.get_facecolor()).upper() for x in alone]
+    assert seen == [draw.METHODS["ring"][0], draw.INKS[0], draw.METHODS["collective"][0]]
+    inks = [*(ink for ink, *_ in draw.METHODS.values()), *draw.INKS]
+    assert len(set(inks)) == len(inks)  # and no two things one colour
 
 
 def test_without_a_folder_nothing_is_written(tmp_path, monkeypatch):

@@ -23,16 +23,16 @@ from ..engine import visits as engine
 
 COLOURS = ("#0072B2", "#F0E442", "#000000", "#56B4E9", "#D55E00", "#E69F00", "#009E73", "#CC79A7")
 HATCHES = ("", "//", "", "..", "xx", "\\\\", "oo", "++")
-INKS = ("#7F7F7F", "#882255", "#999933", "#44AA99", "#AA4499", "#661100", "#6699CC", "#332288")  # for what has no name
+INKS = ("#7F7F7F", "#882255", "#999933", "#44AA99", "#AA4499", "#661100", "#6699CC", "#DDCC77")  # for what has no name
 METHODS = {  # a method's colour, marker and dash, by the first word of a label
     "dense": ("#000000", "D", ":"),
     "dilated": ("#009E73", "^", "-."),
-    "grouped": ("#999933", "^", "-."),
-    "dilated-attention-pytorch": ("#882255", "^", "-."),
+    "grouped": ("#117733", "X", "-."),
+    "dilated-attention-pytorch": ("#CC6677", "^", "-."),
     "collective": ("#E69F00", "s", "--"),
     "ring": ("#0072B2", "o", "-"),
     "ulysses": ("#CC79A7", "v", (0, (5, 1))),
-    "ring×ulysses": ("#D55E00", "P", (0, (3, 1, 1, 1))),
+    "ring×ulysses": ("#332288", "P", (0, (3, 1, 1, 1))),
     "compute": ("#BBBBBB", "s", "-"),
     "message": ("#D55E00", "o", "-"),
 }
@@ -287,7 +287,8 @@ def power(ax, xs, name, start, slope):
 
 @_styled
 def bars(groups, ax=None, title="", y="", log=False):
-    """Grouped bars. groups: {series: {label: value}}; every series has a bar at every label.
+    """Grouped bars. groups: {series: {label: value}}; every series has a bar at every label. In a single series a label
+    that begins with a method's name has the method's colour.
 
     On a logarithmic axis they are points, because a bar's length would depend on where the axis happens to begin.
     """
@@ -299,8 +300,10 @@ def bars(groups, ax=None, title="", y="", log=False):
         if log:
             fill = {"color": look["facecolor"], "markeredgecolor": "black"}
             ax.plot(at, list(values.values()), MARKERS[i % 8], label=series, **fill)
-        else:
-            ax.bar(at, list(values.values()), width, label=series, **look)
+            continue
+        for bar, label in zip(ax.bar(at, list(values.values()), width, label=series, **look), values, strict=True):
+            if len(groups) == 1 and named(label):  # one series: what it compares stands below it
+                bar.set_facecolor(named(label)[0])
     if log:
         ax.set_yscale("log")
         ax.grid(axis="y", alpha=0.25, linewidth=0.5)
