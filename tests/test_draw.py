@@ -106,6 +106,9 @@ def test_timeline_and_bars_draw_what_they_are_given():
     ax = draw.timeline([("rank 0", 0, 2, "block"), ("rank 1", 1, 4, "wait")])
     assert [(p.get_x(), p.get_width()) for p in ax.patches] == [(0, 2), (1, 3)]
     assert [t.get_text() for t in ax.get_yticklabels()] == ["rank 0", "rank 1"]
+    kinds = "compute", "message: K, V", "message: dK, dV", "ring, captured"
+    ax = draw.timeline([("rank 0", i, i + 1, kind) for i, kind in enumerate(kinds)])
+    assert [p.get_hatch() for p in ax.patches] == ["", "", "//", "//"]
     ax = draw.bars({"fwd": {"dense": 1, "ring": 2}, "bwd": {"dense": 3, "ring": 4}})
     assert [p.get_height() for p in ax.patches] == [1, 2, 3, 4]
     ax = draw.bars({"fwd": {"dense": 1, "ring": 2}}, log=True)

@@ -100,13 +100,13 @@ def named(label):
 
 
 def _fill(label, i):
-    """A patch's look: the rank's, the hop's or the method's that the label names, else one of its own; a method's
-    variant, named after a comma, is hatched.
+    """A patch's look: the rank's, the hop's or the method's that the label names, else one of its own. A variant of a
+    method ("ring, captured") is hatched.
     """
     numbered = re.match(r"(rank|hop) (\d+)", label)
     if numbered:
         return colour(int(numbered[2]), f"{numbered[1]}s")
-    known, variant = named(label), HATCHES["," in label]
+    known, variant = named(label), HATCHES[bool(re.match(r"[^\s:(]+,", label))]
     return {**colour(0), "facecolor": known[0] if known else INKS[i % 8], "hatch": variant if known else HATCHES[i % 8]}
 
 
