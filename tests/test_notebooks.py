@@ -31,7 +31,7 @@ SETTINGS = {  # other numbers that the first cells say may be chosen: one for ev
     "02_who_holds_what": ("p, n = 3, 25", "p, n = 6, 48", "p, n = 2, 4"),
     "03_collective": ("p, n, h, d = 2, 13, 2, 4", "p, n, h, d = 3, 20, 6, 8", "p, n, h, d = 5, 10, 5, 1"),
     "04_memory": ("d, longest = 8, 2048", "d, longest = 32, 2048"),
-    "05_multi_gpu": ("p, n, h, d = 3, 36, 1, 8", "p, n, h, d = 4, 64, 2, 16"),
+    "05_multi_gpu": ("p, n, h, d = 3, 36, 1, 8", "p, n, h, d = 4, 64, 2, 16", "p, n, h, d = 3, 6, 1, 1"),
     "06_dilated": ("n, h, d = 24, 2, 4", "n, h, d = 12, 8, 8"),
     "07_documents_and_windows": (
         "p, h, d, left, ends = 3, 1, 4, 3, [0, 7, 7, 20]",

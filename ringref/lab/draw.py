@@ -27,7 +27,7 @@ INKS = ("#7F7F7F", "#882255", "#999933", "#44AA99", "#AA4499", "#661100", "#6699
 METHODS = {  # a method's colour, marker and dash, by the first word of a label
     "dense": ("#000000", "D", ":"),
     "dilated": ("#009E73", "^", "-."),
-    "grouped": ("#117733", "X", "-."),
+    "grouped": ("#117733", "p", "-."),
     "dilated-attention-pytorch": ("#CC6677", "^", "-."),
     "collective": ("#E69F00", "s", "--"),
     "ring": ("#0072B2", "o", "-"),
@@ -281,7 +281,9 @@ def power(ax, xs, name, start, slope):
     """A thin grey line of a known power of x, from `start` at xs[0] on, named at its end."""
     ys = [start * (x / xs[0]) ** slope for x in xs]
     ax.plot(xs, ys, color="0.6", linewidth=0.8, zorder=1)
-    ax.annotate(name, (xs[-1], ys[-1]), textcoords="offset points", xytext=(3, -2), color="0.35", fontsize=8)
+    clear = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}  # of a line that it would lie on
+    at = {"textcoords": "offset points", "xytext": (3, -2)}
+    ax.annotate(name, (xs[-1], ys[-1]), color="0.35", fontsize=8, bbox=clear, **at)
     return ax
 
 
