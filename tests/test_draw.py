@@ -85,6 +85,11 @@ def test_a_method_has_one_colour_in_every_figure():
     bar = draw.bars({"ring": {"a": 1}, "collective": {"a": 2}}).patches
     assert [x.get_color() for x in ax.lines] == [colors.to_hex(x.get_facecolor()).upper() for x in bar[::-1]]
     assert ax.lines[1].get_color() == draw.METHODS["ring"][0]
+    alone = draw.bars({"MiB": {"ring,\nreported": 1, "robust ring": 2, "collective": 3}}).patches
+    seen = [colors.to_hex(x.get_facecolor()).upper() for x in alone]
+    assert seen == [draw.METHODS["ring"][0], draw.INKS[0], draw.METHODS["collective"][0]]
+    inks = [*(ink for ink, *_ in draw.METHODS.values()), *draw.INKS]
+    assert len(set(inks)) == len(inks)  # and no two things one colour
 
 
 def test_without_a_folder_nothing_is_written(tmp_path, monkeypatch):
@@ -110,6 +115,9 @@ def test_timeline_and_bars_draw_what_they_are_given():
     ax = draw.timeline([("rank 0", 0, 2, "block"), ("rank 1", 1, 4, "wait")])
     assert [(p.get_x(), p.get_width()) for p in ax.patches] == [(0, 2), (1, 3)]
     assert [t.get_text() for t in ax.get_yticklabels()] == ["rank 0", "rank 1"]
+    kinds = "compute", "message: K, V", "message: dK, dV", "ring, captured"
+    ax = draw.timeline([("rank 0", i, i + 1, kind) for i, kind in enumerate(kinds)])
+    assert [p.get_hatch() for p in ax.patches] == ["", "", "//", "//"]
     ax = draw.bars({"fwd": {"dense": 1, "ring": 2}, "bwd": {"dense": 3, "ring": 4}})
     assert [p.get_height() for p in ax.patches] == [1, 2, 3, 4]
     ax = draw.bars({"fwd": {"dense": 1, "ring": 2}}, log=True)

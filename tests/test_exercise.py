@@ -1,5 +1,8 @@
 """An exercise's answer is missing, wrong or right, and the reader is told which."""
 
+import html
+import re
+
 import pytest
 import torch
 
@@ -29,4 +32,6 @@ def test_sources_stand_side_by_side():
     shown = side_by_side(check, test_sources_stand_side_by_side)
     assert shown._repr_html_().count("<pre") == 2 and "def check(answer" in repr(shown)
     assert "&lt;= within" in shown._repr_html_()
+    bare = html.unescape(re.sub("<[^>]*>", "", shown._repr_html_()))
+    assert bare == "".join(shown.sources.values())  # the same text where a reader's program drops the styles
     assert "\n    shown = side_by_side(" in repr(shown) and "\n    answers, truths = " in repr(shown)  # still indented

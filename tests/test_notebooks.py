@@ -31,14 +31,32 @@ SETTINGS = {  # other numbers that the first cells say may be chosen: one for ev
     "02_who_holds_what": ("p, n = 3, 25", "p, n = 6, 48", "p, n = 2, 4"),
     "03_collective": ("p, n, h, d = 2, 13, 2, 4", "p, n, h, d = 3, 20, 6, 8", "p, n, h, d = 5, 10, 5, 1"),
     "04_memory": ("d, longest = 8, 2048", "d, longest = 32, 2048"),
-    "05_multi_gpu": ("p, n, h, d = 3, 36, 1, 8", "p, n, h, d = 4, 64, 2, 16"),
+    "05_multi_gpu": ("p, n, h, d = 3, 36, 1, 8", "p, n, h, d = 4, 64, 2, 16", "p, n, h, d = 3, 6, 1, 1"),
     "06_dilated": ("n, h, d = 24, 2, 4", "n, h, d = 12, 8, 8"),
     "07_documents_and_windows": (
         "p, h, d, left, ends = 3, 1, 4, 3, [0, 7, 7, 20]",
         "p, h, d, left, ends = 2, 2, 8, 40, [0, 1, 18]",
+        "p, h, d, left, ends = 1, 4, 8, 0, [0, 1, 2, 3, 4]",
+        "p, h, d, left, ends = 5, 1, 1, 100, [0, 1, 2, 3, 4, 5]",
     ),
-    "08_oracle": ("n, h, d = 34, 2, 8", "n, h, d = 12, 1, 32"),
+    "08_oracle": ("n, h, d = 34, 2, 8", "n, h, d = 12, 1, 32", "n, h, d = 4, 1, 1"),
     "09_training": ("n, steps = 50, 5", "n, steps = 130, 8"),
+}
+REFUSED = {  # numbers that mean nothing there
+    "00_one_block": ("cut, n, h, d = 0, 24, 4, 16", "cut, n, h, d = 4, 11, 4, 16"),
+    "01_ring": ("p, n, h, d = 1, 16, 2, 8", "p, n, h, d = 6, 11, 2, 8"),
+    "02_who_holds_what": ("p, n = 1, 32", "p, n = 4, 7"),
+    "03_collective": ("p, n, h, d = 1, 16, 4, 8", "p, n, h, d = 3, 16, 4, 8", "p, n, h, d = 4, 16, 0, 8"),
+    "04_memory": ("d, longest = 4, 2048", "d, longest = 16, 3000"),
+    "05_multi_gpu": ("p, n, h, d = 1, 32, 2, 16", "p, n, h, d = 2, 30, 2, 16", "p, n, h, d = 2, 0, 2, 16"),
+    "06_dilated": ("n, h, d = 18, 4, 8", "n, h, d = 8, 4, 8", "n, h, d = 16, 1, 8"),
+    "07_documents_and_windows": (
+        "p, h, d, left, ends = 4, 2, 8, 6, [1, 5]",
+        "p, h, d, left, ends = 4, 2, 8, 6, [0, 9, 5]",
+        "p, h, d, left, ends = 4, 2, 8, -1, [0, 5]",
+    ),
+    "08_oracle": ("n, h, d = 33, 4, 16", "n, h, d = 2, 4, 16"),
+    "09_training": ("n, steps = 128, 1", "n, steps = 8, 20"),
 }
 MACHINE = re.compile(
     r"0x[0-9a-f]{6,}|/home/|/root/|/tmp/|PosixPath"  # addresses and paths
@@ -167,11 +185,13 @@ def test_a_changed_output_fails(tmp_path, changed):
 
 
 def with_numbers(notebook, setting):
-    """The notebook with other numbers, in the one cell that says which may be chosen."""
+    """The notebook with other numbers, in the one cell that says which may be chosen; returns that cell's source."""
     (cell,) = [cell for cell in notebook["cells"] if tagged(cell) == "parameters"]
-    given = re.match(r"(.+?) = ", text(cell["source"]))[1]
+    first, limits = text(cell["source"]).split("\n", 1)
+    given = re.match(r"(.+?) = ", first)[1]
     assert setting.startswith(f"{given} = "), f"the cell sets {given}"
-    cell["source"] = setting
+    cell["source"] = f"{setting}\n{limits}"
+    return cell["source"]
 
 
 def with_answers(notebook):
@@ -217,6 +237,13 @@ def test_a_notebook_lives_with_other_numbers_and_its_answers_are_right(tmp_path,
     passes(tmp_path, name, notebook, "--nbval-lax", RINGREF_EXERCISES="1")
 
 
+@pytest.mark.parametrize(("name", "setting"), [(name, x) for name, settings in REFUSED.items() for x in settings])
+def test_numbers_that_a_notebook_cannot_serve_are_refused_in_words(name, setting):
+    limits = with_numbers(read(name), setting)
+    with pytest.raises(AssertionError, match="may vary: .{9}"):
+        exec(limits, {})
+
+
 @pytest.mark.slow
 def test_what_is_compared_is_the_same_where_two_gpus_make_two_ranks(tmp_path):
     notebook = read("09_training")
@@ -250,7 +277,7 @@ def test_a_recorded_peak_is_near_what_was_predicted_for_it():
 
 
 def test_every_notebook_has_other_numbers():
-    assert list(SETTINGS) == [path.stem for path in NOTEBOOKS]
+    assert list(SETTINGS) == list(REFUSED) == [path.stem for path in NOTEBOOKS]
 
 
 @pytest.mark.parametrize("path", FIGURES, ids=lambda path: path.stem)

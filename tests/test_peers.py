@@ -220,7 +220,7 @@ def own_queries_only(fn):
         assert max(errors["out"], errors["dq"], apart(got[name], kept)) < 1e-5
     return (
         "out and dq are right. dk and dv hold what the rank's own queries give; what the other ranks' queries give is "
-        f"lost (relative errors {errors['dk']:.1f} and {errors['dv']:.1f} at p = 3; plain einsum over the own queries "
+        f"lost (relative errors {errors['dk']:.1f} and {errors['dv']:.1f} at p = 3; plain einsum over its own queries "
         "gives the same). The backward of AllGather takes its slice without a sum over ranks."
     )
 

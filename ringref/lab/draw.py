@@ -23,16 +23,16 @@ from ..engine import visits as engine
 
 COLOURS = ("#0072B2", "#F0E442", "#000000", "#56B4E9", "#D55E00", "#E69F00", "#009E73", "#CC79A7")
 HATCHES = ("", "//", "", "..", "xx", "\\\\", "oo", "++")
-INKS = ("#7F7F7F", "#882255", "#999933", "#44AA99", "#AA4499", "#661100", "#6699CC", "#332288")  # for what has no name
+INKS = ("#7F7F7F", "#882255", "#999933", "#44AA99", "#AA4499", "#661100", "#6699CC", "#DDCC77")  # for what has no name
 METHODS = {  # a method's colour, marker and dash, by the first word of a label
     "dense": ("#000000", "D", ":"),
     "dilated": ("#009E73", "^", "-."),
-    "grouped": ("#999933", "^", "-."),
-    "dilated-attention-pytorch": ("#882255", "^", "-."),
+    "grouped": ("#117733", "p", "-."),
+    "dilated-attention-pytorch": ("#CC6677", "^", "-."),
     "collective": ("#E69F00", "s", "--"),
     "ring": ("#0072B2", "o", "-"),
     "ulysses": ("#CC79A7", "v", (0, (5, 1))),
-    "ring×ulysses": ("#D55E00", "P", (0, (3, 1, 1, 1))),
+    "ring×ulysses": ("#332288", "P", (0, (3, 1, 1, 1))),
     "compute": ("#BBBBBB", "s", "-"),
     "message": ("#D55E00", "o", "-"),
 }
@@ -100,13 +100,13 @@ def named(label):
 
 
 def _fill(label, i):
-    """A patch's look: the rank's, the hop's or the method's that the label names, else one of its own; a method's
-    variant, named after a comma, is hatched.
+    """A patch's look: the rank's, the hop's or the method's that the label names, else one of its own. A variant of a
+    method ("ring, captured") is hatched.
     """
     numbered = re.match(r"(rank|hop) (\d+)", label)
     if numbered:
         return colour(int(numbered[2]), f"{numbered[1]}s")
-    known, variant = named(label), HATCHES["," in label]
+    known, variant = named(label), HATCHES[bool(re.match(r"[^\s:(]+,", label))]
     return {**colour(0), "facecolor": known[0] if known else INKS[i % 8], "hatch": variant if known else HATCHES[i % 8]}
 
 
@@ -282,13 +282,16 @@ def power(ax, xs, name, start, slope):
     """A thin grey line of a known power of x, from `start` at xs[0] on, named at its end."""
     ys = [start * (x / xs[0]) ** slope for x in xs]
     ax.plot(xs, ys, color="0.6", linewidth=0.8, zorder=1)
-    ax.annotate(name, (xs[-1], ys[-1]), textcoords="offset points", xytext=(3, -2), color="0.35", fontsize=8)
+    clear = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}  # of a line that it would lie on
+    at = {"textcoords": "offset points", "xytext": (3, -2)}
+    ax.annotate(name, (xs[-1], ys[-1]), color="0.35", fontsize=8, bbox=clear, **at)
     return ax
 
 
 @_styled
 def bars(groups, ax=None, title="", y="", log=False):
-    """Grouped bars. groups: {series: {label: value}}; every series has a bar at every label.
+    """Grouped bars. groups: {series: {label: value}}; every series has a bar at every label. In a single series a label
+    that begins with a method's name has the method's colour.
 
     On a logarithmic axis they are points, because a bar's length would depend on where the axis happens to begin.
     """
@@ -300,8 +303,10 @@ def bars(groups, ax=None, title="", y="", log=False):
         if log:
             fill = {"color": look["facecolor"], "markeredgecolor": "black"}
             ax.plot(at, list(values.values()), MARKERS[i % 8], label=series, **fill)
-        else:
-            ax.bar(at, list(values.values()), width, label=series, **look)
+            continue
+        for bar, label in zip(ax.bar(at, list(values.values()), width, label=series, **look), values, strict=True):
+            if len(groups) == 1 and named(label):  # one series: what it compares stands below it
+                bar.set_facecolor(named(label)[0])
     if log:
         ax.set_yscale("log")
         ax.grid(axis="y", alpha=0.25, linewidth=0.5)

@@ -45,7 +45,17 @@ class side_by_side:
         pre = "font-size:11px;line-height:1.35;white-space:pre-wrap"
         longest = [max(map(len, x.splitlines())) for x in self.sources.values()]  # the longer lines, the wider a column
         row = "".join(
-            f'<td style="{style};width:{100 * wide / sum(longest):.0f}%"><pre style="{pre}">{html.escape(x)}</pre></td>'
+            f'<td style="{style};width:{100 * wide / sum(longest):.0f}%"><pre style="{pre}">{_hanging(x)}</pre></td>'
             for wide, x in zip(longest, self.sources.values(), strict=True)
         )
         return f'<table style="table-layout:fixed;width:100%"><tr>{row}</tr></table>'
+
+
+def _hanging(source):
+    """As HTML, in which what is wrapped of a line stands deeper than the line; without styles the same text."""
+    rows = []
+    for line in source.splitlines():
+        deep = len(line) - len(line.lstrip()) + 4
+        look = f"display:inline-block;width:100%;box-sizing:border-box;padding-left:{deep}ch;text-indent:-{deep}ch"
+        rows.append(f'<span style="{look}">{html.escape(line)}</span>' if line else "")
+    return "\n".join(rows)
