@@ -10,7 +10,7 @@ import torch
 from common import DILATIONS, LAYOUTS, Split, layout, sweep, window
 
 import ringref
-from ringref import Dilation, explain, simulate
+from ringref import Dilation, explain, partition, simulate
 from ringref.engine import kernels
 from ringref.lab.memory import measured
 
@@ -65,6 +65,24 @@ def test_explain_says_what_happens(p, dilation, name, ran):
             assert "keys travel" in said or not moved, (what, said)
         travels = any("keys travel" in said for said, *_ in found)  # some ranks may have nothing to ask
         assert travels == any(moved for *_, moved in found), (what, found)
+
+
+@pytest.mark.parametrize("layout, visits", [("contiguous", [1, 2, 3, 4]), ("zigzag", [4] * 4)])
+def test_neighbouring_offsets_travel_and_meet_as_one(layout, visits):
+    """Four heads with four offsets: one visit of each rank whose keys are seen, not four."""
+    q, dilation = torch.randn(1, 64, 4, 8), Dilation([64], [8])
+
+    def on(ring, h=4):
+        shard = partition(64, ring, layout)
+        mine, keys = shard.take(q), shard.take(q)[:, :, :h]
+        return explain(mine, keys, shard=shard, causal=True, dilation=dilation)
+
+    def count(found):
+        return [int(re.search(r"(\d+) visit", said)[1]) for said in found]
+
+    assert count(simulate(on, 4)) == visits
+    if layout == "contiguous":  # two heads of keys have rows for two offsets each, which do not lie side by side
+        assert count(simulate(lambda ring: on(ring, 2), 4))[-1] > 4
 
 
 def test_explain_gives_reasons():

@@ -119,9 +119,9 @@ def _meet(call: Call, part: Part, block: Block, ragged: bool) -> tuple[Visit, ..
 
 def _forward(call: Call, conduct: Conductor, part: Part, q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
     """out and lse b s h of one part."""
-    running, group = Running(q.shape[:3] + v.shape[3:], q), q.shape[2] // k.shape[2]
+    running = Running(q.shape[:3] + v.shape[3:], q)
     for route in part.routes:
-        walk = conduct(Trip(call.ring, route, group, k, v))
+        walk = conduct(Trip(call.ring, route, k, v))
         blocks = next(walk)
         while blocks is not None:
             for block in blocks:
@@ -140,9 +140,9 @@ def _forward(call: Call, conduct: Conductor, part: Part, q: Tensor, k: Tensor, v
 def _backward(call: Call, conduct: Conductor, part: Part, mine: list, theirs: list) -> list[Tensor]:
     """dq, dk and dv of one part, from its q, dout, dlse, out and lse, and its k and v."""
     (q, *_), (k, v) = mine, theirs
-    sums, group = [Sum(x.shape, x) for x in (q, k, v)], q.shape[2] // k.shape[2]
+    sums = [Sum(x.shape, x) for x in (q, k, v)]
     for route in part.routes:
-        trip = Trip(call.ring, route, group, k, v, backward=True)
+        trip = Trip(call.ring, route, k, v, backward=True)
         walk = conduct(trip)
         blocks = next(walk)
         while blocks is not None:

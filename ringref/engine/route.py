@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -18,27 +19,48 @@ from ..shard import EVERYTHING, Positions, Table, unseen, wide
 from .visits import Bounds, Rows, Strand, ascending, joined, serving
 
 
-class Load:
-    """Of each strand that travels, the rows of one rank's keys, in its tensors' order, and their positions."""
+class Pack(NamedTuple):
+    """Rows of one rank's keys that are one tensor `b k g d` of a message: a strand's, or those of neighbouring strands
+    of one head each, every next of which starts one row further on. positions: of each strand's rows.
+    """
 
-    def __init__(self, keys: Positions, index: Sequence[Tensor]):
-        self.index = tuple(index)
-        self.rows = tuple(Rows(some[None]) for some in index)
-        self.positions = tuple(keys if len(some) == len(keys) else keys[some] for some in index)
+    strands: tuple[Strand, ...]
+    kv_heads: range
+    rows: Rows
+    positions: tuple[Positions, ...]
+
+
+class Load:
+    """What travels of one rank's keys: of each strand some rows, in its tensors' order. Of those that are `together`,
+    12 at a time where 12 heads have 12 offsets, one pack is made if their rows allow it.
+    """
+
+    def __init__(self, keys: Positions, strands: Sequence[Strand], index: Sequence[Tensor], group: int, together: list):
+        self.packs: list[Pack] = []
+        for some in together:
+            rows = [Rows(index[i][None]) for i in some]
+            if len(some) > 1 and all(y.follows(x) for x, y in pairwise(rows)):
+                each = [(some, rows[0].slanted(1))]
+            else:
+                each = [([i], one) for i, one in zip(some, rows, strict=True)]
+            for few, first in each:
+                heads = serving([j for i in few for j in strands[i].heads], group)
+                at = tuple(keys if len(index[i]) == len(keys) else keys[index[i]] for i in few)
+                self.packs.append(Pack(tuple(strands[i] for i in few), heads, first, at))
 
     def __len__(self):
-        return sum(map(len, self.index))
+        return sum(pack.rows.c for pack in self.packs)
 
     def among(self, more: Load) -> list[Tensor | None]:
-        """Where these rows lie among more, strand by strand; None where they are all of them."""
-        pairs = zip(self.index, more.index, strict=True)
-        return [None if len(some) == len(every) else torch.searchsorted(every, some) for some, every in pairs]
+        """Where these rows lie among more, pack by pack; None where they are all of them."""
+        pairs = [(some.rows, every.rows) for some, every in zip(self.packs, more.packs, strict=True)]
+        return [None if x.c == y.c else torch.searchsorted(y.index[0], x.index[0]) for x, y in pairs]
 
 
 class Block(NamedTuple):
-    """Keys and values `b k g d` that are here, the positions of their rows, and the strands that see them."""
+    """Keys and values `b k g d` that are here, the strands that see them, and where each strand's rows are."""
 
-    positions: Positions
+    positions: tuple[Positions, ...]
     k: Tensor
     v: Tensor
     strands: tuple[Strand, ...]
@@ -87,13 +109,21 @@ class Route:
 
     Args:
         exact: whether masks that positions decide trim what travels round; otherwise segments alone do.
+        group: query heads that share a key/value head.
     """
 
     def __init__(
-        self, members: tuple[int, ...], strands: tuple[Strand, ...], table: Table, bounds: Bounds, exact: bool
-    ):
-        self.members, self.strands, self._bounds, self._exact = members, strands, bounds, exact
+        self, members: tuple[int, ...], strands: tuple[Strand, ...], table: Table, bounds: Bounds, exact: bool,
+        group: int,
+    ):  # fmt: skip
+        self.members, self.strands, self._bounds, self._exact, self._group = members, strands, bounds, exact, group
         self.queries, self.keys = ([side[r] for r in members] for side in table)
+        self._together: list[list[int]] = []
+        for i, strand in enumerate(strands):
+            if i and group == 1 and not exact and strand.follows(strands[i - 1]) and len(strand.heads) == 1:
+                self._together[-1].append(i)
+            else:
+                self._together.append([i])
         self._known: dict = {}
 
     def seen(self, of: int, by: int) -> Load:
@@ -119,7 +149,8 @@ class Route:
         if name not in self._known:
             keys, bounds = self.keys[of], self._bounds if exact else (None, None)
             queries = [self.queries[x] for x in by]
-            self._known[name] = Load(keys, [_needed(strand, keys, queries, bounds) for strand in self.strands])
+            index = [_needed(strand, keys, queries, bounds) for strand in self.strands]
+            self._known[name] = Load(keys, self.strands, index, self._group, self._together)
         return self._known[name]
 
 
@@ -148,12 +179,14 @@ def most_linked(strand: Strand, table: Table) -> int:
 
 
 @lru_cache(maxsize=64)
-def routes(strands: tuple[Strand, ...], table: Table, rank: int, bounds: Bounds, exact: bool) -> tuple[Route, ...]:
+def routes(
+    strands: tuple[Strand, ...], table: Table, rank: int, bounds: Bounds, exact: bool, group: int
+) -> tuple[Route, ...]:
     """The strands by the ranks that share their keys: those that stay on this rank first, then in one order on all."""
     found: dict[tuple[int, ...], list[Strand]] = {(rank,): []}
     for strand in strands:
         found.setdefault(_linked(strand.pattern, table)[rank], []).append(strand)
-    return tuple(Route(members, tuple(some), table, bounds, exact) for members, some in found.items() if some)
+    return tuple(Route(members, tuple(some), table, bounds, exact, group) for members, some in found.items() if some)
 
 
 class Trip:
@@ -161,12 +194,11 @@ class Trip:
     the route's members.
     """
 
-    def __init__(self, ring: Ring, route: Route, group: int, k: Tensor, v: Tensor, backward: bool = False):
-        self.ring, self._route, self._k, self._v = ring.among(route.members), route, k, v
-        self.backward = backward
+    def __init__(self, ring: Ring, route: Route, k: Tensor, v: Tensor, backward: bool = False):
+        self.ring, self._k, self._v, self.backward = ring.among(route.members), k, v, backward
         self.seen, self.load, self.gathered = route.seen, route.load, route.gathered
-        self._kv_heads = [serving(strand.heads, group) for strand in route.strands]
-        self.own = (Block(route.keys[self.ring.rank], k, v, route.strands, range(k.shape[2])),)
+        everywhere = (route.keys[self.ring.rank],) * len(route.strands)
+        self.own = (Block(everywhere, k, v, route.strands, range(k.shape[2])),)
 
     def pack_for(self, asked: dict[int, Load]) -> dict[int, Message]:
         """My K and V of these loads, packed once where ranks ask for the same."""
@@ -175,11 +207,14 @@ class Trip:
 
     def pack(self, load: Load) -> Message:
         """My K and V of this load, ready to be sent."""
-        cut = [(rows, heads_of(heads)) for rows, heads in zip(load.rows, self._kv_heads, strict=True)]
-        return tuple(rows.of(x, heads)[:, 0].contiguous() for rows, heads in cut for x in (self._k, self._v))
+        return tuple(
+            pack.rows.of(x, heads_of(pack.kv_heads))[:, 0].contiguous()
+            for pack in load.packs
+            for x in (self._k, self._v)
+        )
 
     def pass_on(self, message: Message, where: Sequence[Tensor | None]) -> Message:
-        """What of a message travels on: these of each strand's rows."""
+        """What of a message travels on: these of each pack's rows."""
         return tuple(
             x if where[i // 2] is None else x.index_select(1, where[i // 2].to(x.device)) for i, x in enumerate(message)
         )
@@ -189,22 +224,23 @@ class Trip:
 
         def make():
             return tuple(
-                x.new_empty((x.shape[0], len(rows), len(heads), x.shape[3]), dtype=wide(x.dtype) if summed else x.dtype)
-                for rows, heads in zip(load.index, self._kv_heads, strict=True)
+                x.new_empty((x.shape[0], pack.rows.c, len(pack.kv_heads), x.shape[3]), dtype=dtype(x.dtype))
+                for pack in load.packs
                 for x in (self._k, self._v)
             )
 
+        dtype = wide if summed else lambda own: own
         return self.ring.space(make)
 
     def blocks(self, load: Load, message: Message) -> tuple[Block, ...]:
-        """A load that has arrived, a block for each strand that it has rows of."""
-        each = zip(load.positions, message[::2], message[1::2], self._route.strands, self._kv_heads, strict=True)
-        return tuple(Block(at, k, v, (strand,), heads) for at, k, v, strand, heads in each)
+        """A load that has arrived, a block for each pack."""
+        each = zip(load.packs, message[::2], message[1::2], strict=True)
+        return tuple(Block(pack.positions, k, v, pack.strands, pack.kv_heads) for pack, k, v in each)
 
     def home(self, load: Load, message: Message) -> Iterator[tuple[Rows, slice, Tensor, Tensor]]:
         """dK and dV of a load of mine that others computed: to which rows and heads they belong."""
-        each = zip(load.rows, self._kv_heads, message[::2], message[1::2], strict=True)
-        return ((rows, heads_of(heads), dk[:, None], dv[:, None]) for rows, heads, dk, dv in each)
+        each = zip(load.packs, message[::2], message[1::2], strict=True)
+        return ((pack.rows, heads_of(pack.kv_heads), dk[:, None], dv[:, None]) for pack, dk, dv in each)
 
 
 def heads_of(heads: range) -> slice:

@@ -12,7 +12,7 @@ is no bound. Causal attention is (None, 0).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 from functools import cached_property, lru_cache, partial
 from typing import Any, NamedTuple
@@ -40,6 +40,11 @@ class Strand(NamedTuple):
     def pattern(self) -> Strand:
         """The strand without its heads: what is kept, seen and met is known for all of them."""
         return self._replace(heads=range(0)) if self.heads else self
+
+    def follows(self, other: Strand) -> bool:
+        """Whether it is the other one row and one head further on."""
+        shifted = list(self.heads) == [j + 1 for j in other.heads] and self.offset == other.offset + 1
+        return shifted and self[:2] == other[:2]
 
     def held(self, positions: Positions) -> Held:
         """The rows that this strand keeps."""
@@ -170,7 +175,7 @@ def strands(dilation: Dilation | None, h: int, documents: Positions | None = Non
     return [strand._replace(documents=documents) for strand in found if strand.heads]
 
 
-def serving(heads: range, group: int) -> range:
+def serving(heads: Sequence[int], group: int) -> range:
     """The key/value heads of evenly spaced query heads: j // group, which must be evenly spaced
     too.
     """
@@ -217,16 +222,16 @@ class Rows:
         """The rows of the first head, m c."""
         return self._even() if self._uneven is None else self._uneven
 
-    def slanted(self) -> Rows:
-        """The same, but each next head starts one row further."""
+    def slanted(self, by: int) -> Rows:
+        """The same, but each next head starts so many rows further on."""
         other = copy(self)
-        other.slant = 1
+        other.slant = by
         return other
 
-    def follows(self, other: Rows) -> bool:
-        """Whether these are the other's rows, each one further, and both are views."""
+    def follows(self, other: Rows, by: int = 1) -> bool:
+        """Whether these are the other's rows, each so much further on, and both are views."""
         mine, its = ((x.step, x.hop, x.m, x.c) for x in (self, other))
-        return self.strided and other.strided and self.start == other.start + 1 and mine == its
+        return self.strided and other.strided and self.start == other.start + by and mine == its
 
     def all_of(self, s: int) -> bool:
         """Whether these are rows 0 … s−1 in order."""
