@@ -318,3 +318,18 @@ def test_only_views_are_slanted_together():
     """Rows that agree in all but a gap are not the neighbour's one further: there is no view of both."""
     even, gap, after = (Rows(torch.tensor([rows])) for rows in ([0, 2, 4], [0, 2, 5], [1, 3, 5]))
     assert after.follows(even) and not after.follows(gap) and not even.follows(after)
+
+
+@pytest.mark.parametrize("mine", [[9, 16, 17], [3, 10, 17], [9, 10, 17]], ids=str)
+@pytest.mark.parametrize("method", OTHERS)
+def test_offsets_that_ask_for_other_segments_of_one_pack(method, mine):
+    """One query of each offset, in segments that are not alike or one after the other: the first two and the last two
+    are neighbours, all three only where each sees keys as many rows after those of the one before.
+    """
+    queries = [[], mine, [x for x in range(18) if x not in mine]]
+    keys = [[0, 1, 2, 6, 7, 8, 12, 13, 14], [3, 4, 5, 9], [10, 11, 15, 16, 17]]
+    split = Split([tuple(torch.tensor(x, dtype=torch.int64) for x in both) for both in zip(queries, keys, strict=True)])
+    given, dilation = inputs(18, h=3, g=3), Dilation([6], [3])
+    each = zip(split.found(OTHERS[method], given, dilation=dilation), split.true(given, dilation=dilation), strict=True)
+    for one, true in each:
+        assert_close(one, true)

@@ -87,7 +87,7 @@ def visits_of(
     found = []
     while met:
         run = 1
-        while group == 1 and run < len(met) and _neighbours(*met[run - 1], *met[run]):
+        while group == 1 and run < len(met) and _neighbours(met[: run + 1]):
             run += 1
         found += _slanted(met[:run], group)
         met = met[run:]
@@ -99,14 +99,16 @@ def _within(heads: range, of: range) -> slice:
     return slice((heads[0] - of.start) // of.step, (heads[-1] - of.start) // of.step + 1, max(1, heads.step // of.step))
 
 
-def _neighbours(strand: Strand, met: list[Visit], after: Strand, met_after: list[Visit]) -> bool:
-    """Whether the next strand does the same one head further on, with queries one row further and keys that are so too,
-    or were packed side by side.
+def _neighbours(some: list[tuple[Strand, list[Visit]]]) -> bool:
+    """Whether the last of these strands does the same as the first: of each next one, one head further on, with queries
+    one row further, and keys as many as the second's are.
     """
-    return after.follows(strand) and len(met) == len(met_after) and all(
-        x.kind == y.kind in ("full", "causal") and y.queries.follows(x.queries)
-        and (y.keys.follows(x.keys) or y.keys.follows(x.keys, 0))
-        for x, y in zip(met, met_after, strict=True)
+    (before, _), (after, last), n = *some[-2:], len(some) - 1
+    first, second = (met for _, met in some[:2])
+    return after.follows(before) and len(first) == len(second) == len(last) and all(
+        x.kind == z.kind in ("full", "causal") and z.queries.follows(x.queries, n)
+        and (by := y.keys.start - x.keys.start) >= 0 and z.keys.follows(x.keys, n * by)
+        for x, y, z in zip(first, second, last, strict=True)
     )  # fmt: skip
 
 
