@@ -21,7 +21,7 @@ from common import OTHERS, Results, Seen, assert_close, both_ways, everything, i
 
 import ringref
 from ringref import Shard, partition
-from ringref.comm.peer import _WAIT, Line, Mailbox, Peers, Unreachable
+from ringref.comm.peer import _WAIT, Line, Mailbox, Peers, Unreachable, _pool
 from ringref.comm.ring import Pending, Ring, Traffic
 from ringref.comm.simulate import simulate
 from ringref.engine import kernels
@@ -528,6 +528,21 @@ def test_memory_that_is_gone_is_no_longer_mapped_and_a_ring_lets_go_of_everythin
     gc.collect()
     for device, _ in counts:
         assert device.opened == device.closed > 2  # the last by the ring's end
+
+
+def test_memory_that_is_received_in_does_not_end_with_its_rings(monkeypatch):
+    """PyTorch ends a process in which a pool's end fails."""
+
+    class Pool:
+        def __init__(self, use_on_oom):
+            self.lent = use_on_oom
+
+    monkeypatch.setattr(torch.cuda, "MemPool", Pool)
+    pool = weakref.ref(_pool(-1)[0])
+    assert _pool(-1)[0] is pool() and pool().lent
+    _pool.cache_clear()  # as at the end of the process
+    gc.collect()
+    assert pool() is not None
 
 
 def test_a_full_mailbox_is_emptied_by_who_waits_for_a_place_in_another():

@@ -36,6 +36,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -423,6 +424,17 @@ class _Mark:
         self.join = lambda: torch.cuda.current_stream(device).wait_event(event)
 
 
+@cache
+def _pool(device: int) -> tuple[torch.cuda.MemPool, threading.Lock]:
+    """The pool of the current device that all its rings receive in, and its lock. It outlives all Python objects: its
+    end frees memory, and PyTorch ends the process where that fails, be it that some thread captures a graph or uses a
+    pool just then, be it that the device is lost.
+    """
+    pool = torch.cuda.MemPool(use_on_oom=True)
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(pool))
+    return pool, threading.Lock()
+
+
 class Cuda:
     """What `Peers` asks of a GPU: memory that other processes map, and copies and signals queued on a stream."""
 
@@ -433,7 +445,7 @@ class Cuda:
         self._stream = torch.cuda.Stream(priority=-1)
         self._queue = ctypes.c_void_p(self._stream.cuda_stream)
         self._bases: dict[int, int] = {}
-        self._pool, self._pool_lock = torch.cuda.MemPool(use_on_oom=True), threading.Lock()
+        self._pool = _pool(self._index)
         # what `fail` needs is loaded now: nothing can be loaded while a stream waits
         self._false = torch.zeros((), dtype=torch.bool, device=self._index)
         torch._assert_async(~self._false)
@@ -454,13 +466,14 @@ class Cuda:
     def space(self, make: Callable[[], Any]) -> Any:
         if self.capturing():  # a graph has a pool of its own
             return make()
-        with self._pool_lock:  # which one thread at a time may use
+        pool, lock = self._pool
+        with lock:  # one thread at a time may use it
             try:
-                with torch.cuda.use_mem_pool(self._pool, self._index):
+                with torch.cuda.use_mem_pool(pool, self._index):
                     return make()
             except torch.OutOfMemoryError:  # what PyTorch keeps for itself is free for this pool once it is given back
                 torch.cuda.empty_cache()
-                with torch.cuda.use_mem_pool(self._pool, self._index):
+                with torch.cuda.use_mem_pool(pool, self._index):
                     return make()
 
     def locate(self, address: int) -> tuple[int, int]:
