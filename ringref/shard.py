@@ -490,7 +490,6 @@ def _number(word: Any) -> int:
     return int(word) if isinstance(word, int) else 2**40 + _digest(word)
 
 
-@lru_cache(maxsize=256, typed=True)
 def _digest(*words: Any) -> int:
     return int.from_bytes(hashlib.blake2b(repr(words).encode(), digest_size=6).digest(), "big")
 

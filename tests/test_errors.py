@@ -200,6 +200,7 @@ def test_shard_of_another_kind(method):
 DIFFERENT = {
     "causal": [{"causal": True}, {}],
     "scale": [{"scale": 0.25}, {"scale": 0.2500001}],
+    "scale of nought": [{"scale": 0.0}, {"scale": -0.0}],  # equal to Python, and a cache
     "dilation": [{"dilation": Dilation([4], [2])}, {"dilation": Dilation([4], [1])}, {}],
     "dilation heads": [{"dilation": Dilation([4], [2], x)} for x in ("all", "grouped")],
     "mask_mod": [{"mask_mod": documents}, {}],
