@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..comm.launch import pickled
 from . import adapt, diagnose
-from .cases import FEATURES, PLANS, SIMPLER, Case, _names, cases
+from .cases import FEATURES, PLANS, SIMPLER, Case, _names, apart, cases
 from .pool import Pool
 from .report import Finding, Report, _finding
 from .sanitizer import where
@@ -76,7 +76,7 @@ def check(
         fits = [case for case in todo if case.world <= workers.size]
         report = _sweep(fn, fits, workers, deadline, stop_after, fail_fast, progress, PATIENCE[bool(quick)])
     missing = [f"feature {name}" for name in FEATURES if name not in features]
-    missing += [f"argument {name}" for name in adapt.undeclared(fn, features)]
+    missing += apart(features) + [f"argument {name}" for name in adapt.undeclared(fn, features)]
     for text, there in (
         ("messages, which NCCL carries itself (run on gloo to watch them)", backend == "nccl"),
         ("growth, which wants p = 4 and p = 8", claims and not report.growth),
