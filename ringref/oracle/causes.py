@@ -137,6 +137,7 @@ def views_of(s: Scene) -> Iterator[tuple[str, Tensor, Tensor]]:
 
     for x in (x for x in TILES if x < max(map(len, case.asks))):
         yield f"kept by its shape, as the first tile of {x} had it", i + first_of_shape(s, x), j
+        yield f"with queries counted from a tile of {x}", i - here // x * x, j
     yield "ignored for the first token", i, torch.where(j == 0, i, j)
 
 
@@ -187,6 +188,7 @@ def counted(s: Scene) -> Iterator[Change]:
     for x in TILES:
         some[f"the keys after the last whole tile of {x}"] = s.j >= n // x * x
         some[f"a rank's keys after its last whole tile of {x}"] = there >= held // x * x
+        some[f"a rank's keys after its first tile of {x}"] = there >= x
     if case.layout == "zigzag" and s.even:
         early = [2 * x < n // p for x in (s.here, there)]
         halves = [{"": True, "the early half of": one, "the late half of": ~one} for one in early]
@@ -408,7 +410,7 @@ def merges(s: Scene) -> Iterator[Guess]:
             f"natural lse merged as base 2 ({what})": (low * math.log(2)).softmax(0),
             f"base-2 lse merged as natural ({what})": (low / math.log(2)).softmax(0),
             f"{what} that a query does not see have lse 0 and take weight": finite.softmax(0),
-            f"{what} whose lse is 0 are taken for masked": low.masked_fill(low == 0, -1e30).softmax(0),
+            f"{what} whose lse is 0 are taken for masked": low.masked_fill(low == 0, -math.inf).softmax(0),
             f"{what} are merged without rescaling to a common maximum": alone / alone.sum(0),
             f"the running denominator is not rescaled when the maximum grows ({what})": right / late.sum(0),
             f"what runs is rescaled by exp(new − old maximum), upside down ({what})": over / over.sum(0),

@@ -23,6 +23,7 @@ EARLY = "a receive buffer is read before its wait(): the numbers are right once 
 UNWRITTEN = "memory that nobody wrote is read: there is no NaN once fresh memory holds zeros"
 EARLIER = "it passes alone: the cause lies in an earlier case, whose state is kept"
 PRECISE = "something is kept in low precision: the same in float32 passes"
+COARSE = "what bfloat16 or float16 take alone is wrong: the same in float32 passes"
 RACE = "it fails at some times only, not alone and after no one case: a race, or much that is kept"
 ENOUGH = 0.05  # a guess may leave this share of the error unexplained
 MESSAGES = {
@@ -169,8 +170,6 @@ def name(truth: Any, got: dict, wrong: list, others: list, known: list, way=1, d
     about = [n for n in ("out", "lse") if n in wrong][:1] or [n for n in (*GRADS, "dsink") if n in wrong]
     fine = [n for n in ("out", "lse") if n in whole and n not in wrong]  # which a guess must leave so
     small = precision(whole, truth, about)
-    if small and truth.case.dtype in ("bfloat16", "float16"):  # a wrong term would have shown in a float32 case before
-        return [small]
     left: dict[str, float] = {}
 
     def remains(guess: Callable) -> float:
@@ -195,6 +194,9 @@ def name(truth: Any, got: dict, wrong: list, others: list, known: list, way=1, d
         yield fits(s, whole, about, truth)
 
     best = ask([*usual(), somewhere(s, about, whole)], set(known)) if known else math.inf
+    # a wrong term that is not known would have shown in a float32 case before
+    if best > 0.01 and small and truth.case.dtype in ("bfloat16", "float16"):
+        return [small]
     if quickly and best > 0.01:
         return []
     if best > 0.01:

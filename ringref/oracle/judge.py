@@ -422,13 +422,15 @@ class Judge:
         pairs = [(x, truth.part(name, rank)) for name in wrong for rank, x in enumerate(got[name])]
         if wrong[0] == "lse" and any((x[want == -math.inf].abs() < 1e4).any() for x, want in pairs[: case.p]):
             return [diagnose.BLIND]
-        if any((x.isnan() & ~want.isnan()).any() for x, want in pairs):
-            where = diagnose.not_finite(truth, got, wrong)
+        forward = [name for name in wrong if name in ("out", "lse")]  # from where a gradient may have its NaN
+        lost = [name for name in forward or wrong if any(x.isnan().any() for x in got[name])]
+        if lost:
+            where = diagnose.not_finite(truth, got, lost)
             if quickly:
                 return [cause for cause in known if cause in (diagnose.UNWRITTEN, diagnose.EARLY, where)][:1]
             for cause, planted in ((diagnose.UNWRITTEN, {"fresh": 0.0}), (diagnose.EARLY, {"poison": 0.0})):
                 calm = self.run(case, **planted).values()
-                now = [r["steps"][index].get(name) for r in calm if r["steps"] for name in wrong]
+                now = [r["steps"][index].get(name) for r in calm if r["steps"] for name in lost]
                 spoken = planted.get("fresh") == 0.0 or any(r["ops"] for r in calm)
                 if now and spoken and all(x is not None and not x.isnan().any() for x in now):
                     return [cause]
@@ -440,15 +442,20 @@ class Judge:
             return []
         if causes[0].startswith(diagnose.UNKNOWN) and any((x.isinf() & ~want.isinf()).any() for x, want in pairs):
             causes = [diagnose.not_finite(truth, got, wrong)]
+        none, simplest = causes[0].startswith(diagnose.UNKNOWN), case is self.simplest
         vague = causes[0].startswith(diagnose.VAGUE) or causes[0] == "out is zero"
-        if case is self.simplest and causes[0].startswith(diagnose.UNKNOWN) and case.dtype in LOW:
-            return [diagnose.PRECISE]
+        refused = str(case.without(["dtype", "sharp"])) in sum(self.refusals.values(), [])
+        if simplest and none and case.dtype in LOW and not refused:
+            size = max(truth.error(wrong[0], rank, x)[0] for rank, x in enumerate(got[wrong[0]]))
+            return [diagnose.PRECISE if size < 0.3 or case.offset else diagnose.COARSE]
+        needs = next((text for (field, x), text in diagnose.TAKES.items() if getattr(case, field) == x), None)
+        if none and needs in known:
+            return [needs]
         # a case that fails no more without its large scores fails by them, whatever else would look the same
-        large = (case is self.simplest or (vague and not unknown)) and not causes[0].startswith(diagnose.NOT_LARGE)
-        if large and (far := diagnose.far(case)):
-            return [far]
-        if case is self.simplest and causes[0].startswith(diagnose.UNKNOWN) and "+" in case.name:
-            needs = next((text for (field, x), text in diagnose.TAKES.items() if getattr(case, field) == x), None)
+        if (far := diagnose.far(case)) and not causes[0].startswith(diagnose.NOT_LARGE):
+            if simplest or (vague and not unknown and not self.look(case.without(["shift", "spread"]))):
+                return [far]
+        if simplest and none and "+" in case.name:
             causes = [needs or f"{causes[0]}; it takes {case.name.partition(' + ')[2]}"]
         # the same case in the whole world passed before this one came
         plain = {f"{word}-p{case.p}" for word in ("causal", "full")}
