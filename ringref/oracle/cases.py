@@ -1,8 +1,8 @@
 """The cases of a sweep: small problems, cut across ranks by a layout, that together leave no place to hide.
 
 They are chosen as an experiment is: `FACTORS` are what may differ between two inputs, each with its levels, and the
-sweep meets every pair of levels of two factors in some case, by a seed; a quick one meets every level. A feature adds
-levels and takes none away, so it meets every plan, dtype and stride.
+sweep meets every pair of levels of two factors in some case, by a seed; a quick one meets every level. What other
+features there are changes no case that has none of them; each meets every plan, dtype and stride.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import functools
 import itertools
 import random
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -412,8 +412,10 @@ ONCE = (  # what a candidate must be able to do, name, the p it runs at, what di
 )
 
 
-def covering(levels: list[int], fits: Callable, pairs: bool, seed: int) -> Iterator[tuple[int, ...]]:
-    """Rows of an experiment: every level of every factor, or every pair of levels of two, that `fits` allows."""
+def covering(levels: list[int], fits: Callable, pairs: bool, seed: int, before: Iterable = ()) -> Iterator[tuple]:
+    """Rows of an experiment: every level of every factor, or every pair of levels of two, that `fits` allows and that
+    no row `before` has.
+    """
     chance, size = random.Random(seed), 2 if pairs else 1
 
     def parts(row: dict[int, int]) -> set[tuple]:
@@ -421,7 +423,7 @@ def covering(levels: list[int], fits: Callable, pairs: bool, seed: int) -> Itera
 
     every = itertools.combinations(range(len(levels)), size)
     missing = {c for some in every for c in itertools.product(*([(f, x) for x in range(levels[f])] for f in some))}
-    missing = {c for c in missing if fits(dict(c))}
+    missing = {c for c in missing if fits(dict(c))}.difference(*(parts(dict(enumerate(row))) for row in before))
     while missing:
         tried = []
         for start in chance.sample(sorted(missing), min(3, len(missing))):
@@ -533,8 +535,12 @@ def cases(*, features=(), layout="contiguous", ranks=4, quick=False, claims=None
         sparse = layout != "contiguous" and any(0 in LENGTHS.get(one.get("lengths"), ()) for one in changes)
         return _fits(changes, ranks) and not (sparse and any(one.keys() & {"per", "least"} for one in changes))
 
-    sizes = [len(levels) for levels in factors]
-    for row in itertools.chain(*(covering(sizes, fits, not quick, seed + more) for more in range(1 + quick))):
+    rows = []
+    for more in range(1 + quick):
+        plain = [sum(level[0] in ("", "causal", "gqa") for level in levels) for levels in factors]
+        some = [*covering(plain, fits, not quick, seed + more)]
+        rows += some + [*covering([*map(len, factors)], fits, not quick, seed + more, some)]
+    for row in rows:
         levels = [factors[f][x] for f, x in enumerate(row)]
         changes = {name: x for _, _, changes in levels for name, x in changes.items()}
         words = ["causal" if changes.get("causal") else "full", *(text for _, text, _ in levels[1:] if text)]
