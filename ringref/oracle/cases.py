@@ -163,8 +163,8 @@ class Case:
     def told(self, rank: int) -> dict[str, Tensor]:
         """The keywords of a call that differ between the ranks."""
         if self.queries is None:
-            return {"positions": self.shards[rank].clone()} if self.positions else {}
-        return {"positions": self.asks[rank] + self.n - self.m, "kv_positions": self.shards[rank].clone()}
+            return {"positions": self.slots[rank].clone()} if self.positions else {}
+        return {"positions": self.asks[rank] + self.n - self.m, "kv_positions": self.slots[rank].clone()}
 
     def call(self) -> dict[str, Any]:
         """The keywords of the call that all ranks share, less `group`."""
@@ -551,11 +551,12 @@ def cases(*, features=(), layout="contiguous", ranks=4, quick=False, claims=None
     made = [case for case in made if case and case.world <= (8 if ranks == 4 else ranks)]
     if not made:
         raise ValueError("layout: it cuts none of the lengths that are tried, multiples of p from p to 130 p")
-    # the plain cases first, then the small ones, but last where a token is alone: so they say best what is wrong; one
-    # rank, for which its own block is the whole, comes after two
+    # the plain cases first, then the small ones, but last where a rank has one token or none: so they say best what is
+    # wrong; one rank, for which its own block is the whole, comes after two
     plain, late = ("full", "causal"), {1: 2.5}
 
     def turn(x: Case) -> tuple:
-        return x.name not in plain, "one token" in x.name, x.p if x.name in plain else late.get(x.p, x.p), x.world, x.n
+        few = any(text in x.name for text in ("one token", "empty"))
+        return x.name not in plain, few, x.p if x.name in plain else late.get(x.p, x.p), x.world, x.n
 
     return sorted(made, key=turn)

@@ -75,7 +75,10 @@ def rules_of(s: Scene) -> tuple[dict[str, Callable], dict[str, dict[str, Any]]]:
         own = torch.stack([torch.isin(head, x) for x in many])[:, None]
         usual = (branch % r, own) if case.heads == "grouped" else (head % r, True)
         kept = lambda i, j, w=w, at=usual: (i % w % r == at[0]) & (j % w % r == at[0]) & at[1]
-        rules["dilation offsets"], rules["segments"] = kept, lambda i, j: i // w == j // w
+        together = lambda i, j: i // w == j // w
+        apart = lambda rule, m: torch.where(branch == m, rule(here, there), rule(i, j))
+        rules["dilation offsets"], rules["segments"] = kept, together
+        instead["segments"] = {f"counted from the shard in branch {m} only": apart(together, m) for m in range(len(w))}
         instead["dilation offsets"] = {
             "of keys only": (j % w % r == usual[0]) & usual[1],
             "of queries only": (i % w % r == usual[0]) & usual[1],
@@ -91,6 +94,7 @@ def rules_of(s: Scene) -> tuple[dict[str, Callable], dict[str, dict[str, Any]]]:
             "heads unassigned, h no multiple of the rate": kept(i, j) & (head < h // r * r),
             "the tail that fills no segment is dropped": kept(i, j) & ((j < n // w * w) | (n < w)),
             "a branch whose segment is longer than the sequence is dropped": kept(i, j) & (w <= n),
+            **{f"counted from the shard in branch {m} only": apart(kept, m) for m in range(len(w))},
             **{f"only branch {m} counts": kept(i, j) & (branch == m) for m in range(len(w))},
             **{f"branch {m} is dropped": kept(i, j) & (branch != m) for m in range(len(w))},
         }
@@ -134,6 +138,8 @@ def views_of(s: Scene) -> Iterator[tuple[str, Tensor, Tensor]]:
         yield "with ranks counted from the end", at[p - 1 - mine, here], at[p - 1 - theirs, there]
         for text, x in {"rank + hop for rank − hop": 2 * mine - theirs, "+1": theirs + 1, "−1": theirs - 1}.items():
             yield f"with the wrong source rank for a hop ({text})", i, at[x % p, there]
+        for text, x in {"rank + hop for rank − hop": 2 * theirs - mine, "+1": mine + 1, "−1": mine - 1}.items():
+            yield f"with the wrong source rank for a hop of the queries ({text})", at[x % p, here], j
 
     for x in (x for x in TILES if x < max(map(len, case.asks))):
         yield f"kept by its shape, as the first tile of {x} had it", i + first_of_shape(s, x), j
@@ -163,6 +169,11 @@ def sights(s: Scene, most: int) -> Iterator[Change]:
 
     if s.case.dilation:
         yield "a key seen through several branches counts once", lambda: {"times": s.times.clamp(max=1)}
+        wrapped = math.prod(rule(s.i, s.j + s.case.n) for rule in rules.values())
+        yield "a branch's rows beyond the end wrap to the first ones", lambda: {"times": s.times + wrapped.sum(0)}
+    if padded := sum(int((rows < 0).sum()) for rows in s.case.slots):  # they hold what the last token has
+        text = "padding is attended: the rows of the layout that hold no token"
+        yield text, lambda: {"times": s.times + padded * (s.j == s.case.n - 1)}
     if not s.case.causal:
         yield "a causal mask though causal is False", lambda: {"times": s.times * (s.j <= s.i)}
     for name, choices in instead.items():
@@ -246,7 +257,7 @@ def ingredients(s: Scene) -> Iterator[Change]:
     yield from pairwise(s)
     p, e, g, wrong = s.p, s.e, s.case.g, {}
     for low in (-1e4, -1e3, -100.0):
-        wrong[f"a masked score is {low:g}, not −inf"] = {"hidden": torch.tensor(low).double()}
+        wrong[f"a masked score is {low:g} or more, not −inf"] = {"hidden": torch.tensor(low).double()}
     if s.mod:
         b, h, i, j = s.at
         here, there = (x.view(y.shape) for x, y in zip(s.loc, (i, j), strict=True))
@@ -363,6 +374,13 @@ def forwards(s: Scene) -> Iterator[Guess]:
         lse = torch.logaddexp(s.L, torch.tensor(math.log(count)))
         text = "a zero key is attended: a sum that starts at 1, or padding" if count == 1 else "padding is attended"
         yield text, lambda lse=lse: {"out": s.O * rows((s.L - lse).exp()), "lse": lse}
+
+    if s.case.dilation and not s.case.causal:
+        rules, j = rules_of(s)[0], s.case.n + torch.arange(max(s.case.dilation[0]))
+        padded = rules["dilation offsets"](s.i[:, :1], j) & rules["segments"](s.i[:, :1], j)
+        lse = torch.logaddexp(s.L, padded.sum((0, -1)).log())
+        text = "padding of a branch is attended: zero keys fill its last segment"
+        yield text, lambda lse=lse: {"out": s.O * rows((s.L - lse).exp().nan_to_num()), "lse": lse}
 
     here = s.loc[0], torch.tensor([*map(len, s.case.asks)])[s.owner[0]]
     for x, (whose, (at, size)) in itertools.product(TILES, {"": (s.i[:, 0], s.case.n), "a rank's ": here}.items()):

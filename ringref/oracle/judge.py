@@ -164,7 +164,9 @@ class Judge:
         if found is None:
             return []
         culprit, told = None, case
-        if found and found[-1].causes[0] != diagnose.SILENT and not self.known(case, found):
+        # what differs by chance may well pass alone
+        once = (diagnose.SILENT, diagnose.CHANCE)
+        if found and found[-1].causes[0] not in once and not self.known(case, found):
             culprit, case, found = self.alone(case, found)
         for finding in found:
             if finding.evidence:
@@ -341,7 +343,7 @@ class Judge:
         if not found and case.plan == "twice":
             one, two = ([m[name] for m in mine for name in TENSORS if m.get(name) is not None] for mine in shown)
             if not all(map(torch.equal, one, two)):
-                return [_finding(case, "property", "not deterministic: the same step twice differs in some bits")]
+                return [_finding(case, "property", diagnose.CHANCE)]
         return found
 
     def unpadded(self, case: Case, rank: int, step: dict[str, Any]) -> dict[str, Any]:
