@@ -53,7 +53,7 @@ class Case:
         layout: "contiguous", "zigzag", "striped", or a function (n, p, rank) -> positions, −1 where a row is padding.
         heads: "all", or "grouped" for the convention of dilated attention that `ringref.Dilation` names so.
         cu_seqlens: where packed documents begin, and n.
-        score_mod: "softcap" or "alibi".
+        score_mod: "softcap", "alibi" or "bias".
         sink: every query head has an attention sink, whose logit is a leaf too.
         scale: told to the candidate; None leaves it to the default, 1/√d.
         value_dim: head dim of v and out, where it is not d.
@@ -312,6 +312,7 @@ def sunk(out: Tensor, lse: Tensor, sink: Tensor | None) -> tuple[Tensor, Tensor]
 SCORE_MODS: dict[str | None, Callable] = {
     "softcap": lambda score, b, h, q, k: 1.5 * (score / 1.5).tanh(),
     "alibi": lambda score, b, h, q, k: score - 0.1 * (h + 1) * (q - k).abs(),
+    "bias": lambda score, b, h, q, k: score + 0.3 * ((b + 2 * h + q + 3 * k) % 7),
 }
 
 
@@ -381,7 +382,7 @@ FACTORS: dict[str, tuple[tuple[str, str, dict[str, Any]], ...]] = {
     "documents": (USUAL, *(("cu_seqlens", f"documents {x}", {"cu_seqlens": x})
                            for x in ((0.3, 0.7), (0.5, 0.5), (0.1, 0.15, 0.9)))),
     "scale": (USUAL, *(("scale", f"scale {x}", {"scale": x}) for x in (0.2, 1.0))),
-    "score_mod": (USUAL, *(("score_mod", x, {"score_mod": x}) for x in ("softcap", "alibi"))),
+    "score_mod": (USUAL, *(("score_mod", x, {"score_mod": x}) for x in SCORE_MODS)),
     "sink": (USUAL, ("sink", "sink", {"sink": True})),
     "value_dim": (USUAL, *(("value_dim", f"d of v {x}", {"value_dim": x}) for x in (4, 24))),
     "cut": (

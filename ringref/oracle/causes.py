@@ -53,10 +53,12 @@ def rules_of(s: Scene) -> tuple[dict[str, Callable], dict[str, dict[str, Any]]]:
         instead["window (right)"] = {"taken as left": j - i <= left, "taken as 0": j <= i}
     if case.cu_seqlens:
         starts, together = case.cu_seqlens, together_in(case.cu_seqlens, i, j)
-        rules["documents"] = partial(together_in, starts)
+        rules["documents"] = partial(together_in, starts[1:-1])
         empty = next((a for a, b in itertools.pairwise(starts) if a == b), n)
         ends = {"after an empty one": empty, "in the last": starts[-2]}
         instead["documents"] = {f"nothing is seen {text}": together & (i < end) for text, end in ends.items()}
+        for text, by in {"late, and the first is alone": -1, "early, and the last is alone": 1}.items():
+            instead["documents"][f"a token too {text}"] = together_in(starts, i + by, j + by)
     if case.mask:
         mask, every = make_mask(case.mask, n), torch.ones(case.b, case.h, 1, 1)
         whose = torch.arange(case.b)[:, None, None, None], torch.arange(case.h)[:, None, None]
@@ -169,6 +171,7 @@ def sights(s: Scene, most: int) -> Iterator[Change]:
 
     if s.case.dilation:
         yield "a key seen through several branches counts once", lambda: {"times": s.times.clamp(max=1)}
+        yield "log of how often a key counts is added twice", lambda: {"times": s.times.square()}
         wrapped = math.prod(rule(s.i, s.j + s.case.n) for rule in rules.values())
         yield "a branch's rows beyond the end wrap to the first ones", lambda: {"times": s.times + wrapped.sum(0)}
     if padded := sum(int((rows < 0).sum()) for rows in s.case.slots):  # they hold what the last token has
@@ -191,11 +194,14 @@ def sights(s: Scene, most: int) -> Iterator[Change]:
 def counted(s: Scene) -> Iterator[Change]:
     """Some pairs of query and key that are left out, alone there, or there twice."""
     case, n, p, there = s.case, s.case.n, s.p, s.there
-    some = s.places() | {"the last key": s.j == n - 1} | {f"hops 0 to {t}": s.hop <= t for t in range(1, p - 1)}
-    some |= {f"the block of rank {rank}": s.theirs == rank for rank in range(p)}
     corner = s.seen_in_block() <= case.b * case.h
-    some["blocks of which one pair is seen: a bound that is off by one skips them"] = corner
+    sides = {"": True, " of earlier ranks": s.theirs < s.mine, " of later ranks": s.theirs > s.mine}
+    text = "of which one pair is seen: a bound that is off by one skips them"
+    some = {f"blocks{side} {text}": corner & pairs for side, pairs in sides.items()}
+    some |= s.places() | {"the last key": s.j == n - 1} | {f"hops 0 to {t}": s.hop <= t for t in range(1, p - 1)}
+    some |= {f"the block of rank {rank}": s.theirs == rank for rank in range(p)}
     held = torch.tensor([*map(len, case.shards)])[s.theirs]
+    some["keys beyond the length of the query's own shard"] = there >= torch.tensor([*map(len, case.asks)])[s.mine]
     for x in TILES:
         some[f"the keys after the last whole tile of {x}"] = s.j >= n // x * x
         some[f"a rank's keys after its last whole tile of {x}"] = there >= held // x * x
@@ -263,11 +269,13 @@ def ingredients(s: Scene) -> Iterator[Change]:
         here, there = (x.view(y.shape) for x, y in zip(s.loc, (i, j), strict=True))
         wrong |= {
             "score_mod ignored": {"mod": None},
+            "score_mod is applied twice": {"mod": lambda x, *at: s.mod(s.mod(x, *at), *at)},
+            "score_mod of batch 0 for all": {"at": (b * 0, h, i, j)},
             "score_mod in local coordinates": {"at": (b, h, here, there)},
             "score_mod in local coordinates, queries only": {"at": (b, h, here, j)},
             "score_mod in local coordinates, keys only": {"at": (b, h, i, there)},
             "score_mod of head 0 for all": {"at": (b, h * 0, i, j)},
-            "score_mod with query and key swapped": {"at": (b, h, j.mT, i.mT)},
+            "score_mod with query and key swapped": {"at": (b, h, j, i)},
             "score_mod is applied before the scale": {"mod": lambda x, *at: s.mod(x / s.scale, *at) * s.scale},
         }
     if s.sink is not None:
@@ -285,6 +293,8 @@ def ingredients(s: Scene) -> Iterator[Change]:
             "the sink is 0": {"sink": s.sink * 0},
             "the sink is that of head 0 for all": {"sink": s.sink[:1].expand_as(s.sink)},
             "the sink is counted twice": {"sink": s.sink + math.log(2)},
+            "the sink is natural, taken for base 2": {"sink": s.sink * math.log(2)},
+            "the sink is base 2, taken for natural": {"sink": s.sink / math.log(2)},
             "the sink is taken by key/value head": {"sink": s.sink[:g].repeat_interleave(e)},
             "the sink is taken for heads in another order": {"sink": s.sink.view(e, g).mT.flatten()},
         }

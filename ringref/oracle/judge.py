@@ -445,7 +445,7 @@ class Judge:
         if causes[0].startswith(diagnose.UNKNOWN) and any((x.isinf() & ~want.isinf()).any() for x, want in pairs):
             causes = [diagnose.not_finite(truth, got, wrong)]
         none, simplest = causes[0].startswith(diagnose.UNKNOWN), case is self.simplest
-        vague = causes[0].startswith(diagnose.VAGUE) or causes[0] == "out is zero"
+        vague = causes[0].startswith(diagnose.VAGUE) or "out is zero" in causes
         refused = str(case.without(["dtype", "sharp"])) in sum(self.refusals.values(), [])
         if simplest and none and case.dtype in LOW and not refused:
             size = max(truth.error(wrong[0], rank, x)[0] for rank, x in enumerate(got[wrong[0]]))
