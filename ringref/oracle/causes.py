@@ -161,8 +161,10 @@ def first_of_shape(s: Scene, size: int) -> Tensor:
     return later
 
 
-def sights(s: Scene, most: int) -> Iterator[Change]:
-    """Who sees whom, got wrong: up to `most` rules are ignored, replaced, or asked in a wrong view of the positions."""
+def sights(s: Scene, everywhere: bool) -> Iterator[Change]:
+    """Who sees whom, got wrong: one rule, both of a window, all, or all but one are ignored, replaced, or asked in a
+    wrong view of the positions.
+    """
     (rules, instead), views = rules_of(s), [*views_of(s)]
 
     def seen(right: set[str], wrong: Iterable[str] = (), view: Any = (), rule: Any = 1.0) -> dict[str, Tensor]:
@@ -182,11 +184,13 @@ def sights(s: Scene, most: int) -> Iterator[Change]:
     for name, choices in instead.items():
         for text, rule in choices.items():
             yield f"{name}: {text}", partial(seen, rules.keys() - {name}, rule=rule)
-    some = [names for m in range(min(most, len(rules))) for names in itertools.combinations(rules, m + 1)]
+    sizes = {1, len(rules), len(rules) - everywhere} - {0}
+    some = [names for m in range(len(rules)) for names in itertools.combinations(rules, m + 1)]
+    some = [names for names in some if len(names) in sizes or names == ("window (left)", "window (right)")]
     met = s.seen_in_block() > 0
     for names in some:
         what, right = " and ".join(names), rules.keys() - set(names)
-        each = itertools.product([("", 1.0), (SKIPPED, met)][: most - 1], [("ignored",), *views])
+        each = itertools.product([("", 1.0), (SKIPPED, met)][: 1 + everywhere], [("ignored",), *views])
         for (after, rule), (text, *view) in each:
             yield f"{what} {text}{after}", partial(seen, right, names if view else (), view, rule)
 
@@ -241,7 +245,7 @@ def pairwise(s: Scene, everywhere: bool = True) -> Iterator[Change]:
         swaps = {"K is taken for V": ["V_of"], "V is taken for K": ["K_of"], "K and V swap": ["K_of", "V_of"]}
         wrong |= {x + ", everywhere" * everywhere: dict.fromkeys(names, s.j + s.case.n) for x, names in swaps.items()}
     yield from ((text, partial(dict, changed)) for text, changed in wrong.items())
-    yield from sights(s, 9 if everywhere else 2)
+    yield from sights(s, everywhere)
     yield from counted(s) if everywhere else ()
     d = s.case.d
     for text, scale in {

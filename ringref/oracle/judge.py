@@ -441,6 +441,9 @@ class Judge:
                 if now and spoken and all(x is not None and not x.isnan().any() for x in now):
                     return [cause]
             return [where]
+        far = diagnose.far(case)
+        if far in known and not self.look(case.without(["shift", "spread"])):
+            return [far]
         others = truths[:index] + truths[index + 1 :]
         unknown = sum(f.causes[0].startswith(diagnose.UNKNOWN) for f in found)
         causes = diagnose.name(truth, got, wrong, others, known, self.way, unknown < DEEP, quickly)
@@ -458,7 +461,7 @@ class Judge:
         if none and needs in known:
             return [needs]
         # a case that fails no more without its large scores fails by them, whatever else would look the same
-        if (far := diagnose.far(case)) and not causes[0].startswith(diagnose.NOT_LARGE):
+        if far and not causes[0].startswith(diagnose.NOT_LARGE):
             if simplest or (vague and not unknown and not self.look(case.without(["shift", "spread"]))):
                 return [far]
         if simplest and none and "+" in case.name:
