@@ -24,7 +24,7 @@ from .scene import Scene, row_sums, rows
 
 CALLS = "a call's result depends on another call:"
 GRADS = ["dq", "dk", "dv"]
-SKIPPED = ", but for blocks of which nothing is seen"
+SKIPPED, ALONE = ", but for blocks of which nothing is seen", ", and the token at the end is alone"
 TILES = (128, 64, 32, 16)  # rows of a kernel's tile, or of a chunk of queries
 
 Guess = tuple[str, Callable[[], dict[str, Tensor]]]
@@ -57,8 +57,8 @@ def rules_of(s: Scene) -> tuple[dict[str, Callable], dict[str, dict[str, Any]]]:
         empty = next((a for a, b in itertools.pairwise(starts) if a == b), n)
         ends = {"after an empty one": empty, "in the last": starts[-2]}
         instead["documents"] = {f"nothing is seen {text}": together & (i < end) for text, end in ends.items()}
-        for text, by in {"late, and the first is alone": -1, "early, and the last is alone": 1}.items():
-            instead["documents"][f"a token too {text}"] = together_in(starts, i + by, j + by)
+        for text, by in {"late": -1, "early": 1}.items():
+            instead["documents"][f"a token too {text}{ALONE}"] = together_in(starts, i + by, j + by)
     if case.mask:
         mask, every = make_mask(case.mask, n), torch.ones(case.b, case.h, 1, 1)
         whose = torch.arange(case.b)[:, None, None, None], torch.arange(case.h)[:, None, None]
