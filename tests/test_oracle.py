@@ -22,6 +22,7 @@ from test_zoo import SAYS
 
 import ringref
 from ringref.oracle import FEATURES, Case, Pool, Report, adapt, cases, check, diagnose
+from ringref.oracle.cases import apart
 from ringref.oracle.causes import rules_of
 from ringref.oracle.cli import main
 from ringref.oracle.scene import Scene, rows
@@ -507,9 +508,94 @@ def test_every_pair_of_levels_meets_and_a_feature_only_adds():
         assert any(case.dilation and case.plan == plan for case in more) and any(
             case.window and case.plan == plan for case in more
         )
-    assert any(not case.window and not case.dilation and case.plan == "steps" for case in more)
+    assert {*map(repr, plain)} <= {*map(repr, more)}
     assert list(map(repr, more)) == list(map(repr, cases(features={"causal", "gqa", "window", "dilation"})))
     assert list(map(repr, more)) != list(map(repr, cases(features={"causal", "gqa", "window", "dilation"}, seed=1)))
+
+
+MEET = {  # what two levels of different factors make of a case
+    "bfloat16 and a second tile": lambda x: x.dtype == "bfloat16" and x.n > 32 * x.p,
+    "bfloat16 and a dilation": lambda x: x.dtype == "bfloat16" and x.dilation,
+    "float16 and a score_mod": lambda x: x.dtype == "float16" and x.score_mod,
+    "bfloat16 and a shorter rank": lambda x: x.dtype == "bfloat16" and x.lengths and min(x.lengths),
+    "a second tile and a shorter rank": lambda x: x.lengths and x.lengths[0] > 32 and min(x.lengths),
+    "a dilation and a score_mod": lambda x: x.dilation and x.score_mod,
+    "a window and documents": lambda x: x.window and x.cu_seqlens,
+    "a mask and a window": lambda x: x.mask and x.window,
+    "a scale and v's own head dim": lambda x: x.scale and x.value_dim,
+    "a sink and a score_mod": lambda x: x.sink and x.score_mod,
+}
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_levels_of_different_factors_meet(seed):
+    every = cases(features=set(FEATURES), seed=seed)
+    assert [what for what, both in MEET.items() if not any(map(both, every))] == []
+    # where people do not agree what both mean, no case has both, and the report says so
+    beside = {"cu_seqlens beside dilation", "dilation beside mask", "dilation beside window"}
+    assert set(apart({"causal", "gqa", "lse", "cu_seqlens", "dilation", "mask", "window"})) == beside
+    assert not any(case.dilation and (case.window or case.mask or case.cu_seqlens) for case in every)
+
+
+def coarse_tiles(q, k, v, *, causal, group):
+    """Only what runs in bfloat16 has tiles: rows count from theirs, of 32."""
+    if dist.get_world_size(group) > 1 or q.dtype != torch.bfloat16:
+        return gathering(q, k, v, causal=causal, group=group)[0]
+    i = torch.arange(q.shape[1])
+    weights = scores_of(q, k, i % 32, i, causal).softmax(-1)
+    return torch.einsum("bhqk,bkhd->bqhd", weights.to(v.dtype), v.repeat_interleave(q.shape[2] // v.shape[2], 2))
+
+
+def in_coarse_steps(q, k, v, **told):
+    """Nobody's mistake has a name, and no rounding is as large."""
+    out, lse = gathering(q, k, v, **told)
+    return (out.roll(1, -1) if q.dtype == torch.bfloat16 else out), lse
+
+
+def test_what_bfloat16_alone_does_wrong_is_not_called_rounding(pool):
+    some = [case for case in cases(features={"causal"}, ranks=1) if MEET["bfloat16 and a second tile"](case)]
+    report = check(coarse_tiles, only=some, pool=pool, stop_after=2)
+    assert "queries counted from a tile of 32" in report.diagnosis, str(report)
+    case = Case("full + bfloat16", p=1, n=16, dtype="bfloat16", sharp=0.3)
+    assert check(in_coarse_steps, only=[case], pool=pool).diagnosis == diagnose.COARSE
+
+
+def swapped(q, k, v, *, score_mod=None, first=False, **told):
+    """score_mod is told a key's position for its query's, or the first sequence for all."""
+    turned, alike = (lambda x, b, h, i, j: score_mod(x, b, h, j, i)), lambda x, b, *at: score_mod(x, b * 0, *at)
+    return zoo.build("serving")(q, k, v, score_mod=score_mod and (alike if first else turned), **told)
+
+
+@pytest.mark.parametrize("first, says", [(False, "query and key swapped"), (True, "batch 0 for all")])
+def test_every_argument_of_a_score_mod_counts(first, says, pool):
+    some = [case for case in cases(features={"score_mod"}, ranks=2, quick=True) if case.score_mod == "bias"]
+    report = check(functools.partial(swapped, first=first), only=some, pool=pool, stop_after=2)
+    assert says in (report.diagnosis or ""), str(report)
+
+
+def own_keys(q, k, v, *, causal, group):
+    """Every hop meets the rank's own keys: out as if they were met once, lse as if p times."""
+    out, lse = gathering(q, k, v, causal=causal, group=group)
+    i = torch.arange(q.shape[1])
+    own = scores_of(q, k, i, i, False)
+    out = torch.einsum("bhqk,bkhd->bqhd", own.softmax(-1), v)
+    return out, own.logsumexp(-1) + math.log(dist.get_world_size(group))
+
+
+def test_of_two_causes_of_one_out_lse_decides(pool):
+    report = check(own_keys, only=[Case("full", p=2, n=12)], pool=pool)
+    assert "K and V are the rank's own, on received blocks" in report.diagnosis, str(report)
+
+
+def noisy_by_chance(q, k, v, **told):
+    out, lse = gathering(q, k, v, **told)
+    return out * (1 + 2e-7 * (os.urandom(1)[0] % 2)), lse
+
+
+def test_chance_is_no_earlier_case(pool):
+    some = [Case("twice", p=1, n=6, plan="twice", seed=seed) for seed in range(8)]
+    report = check(noisy_by_chance, only=some, pool=pool)
+    assert {f.diagnosis for f in report.findings} == {diagnose.CHANCE}, str(report)
 
 
 def unwritten(q, k, v, *, fill=False, **told):
@@ -581,13 +667,12 @@ def paged(n, p, rank):
     return torch.cat([torch.full((longest - len(rows),), -1), rows])
 
 
-def on_pages(q, k, v, *, causal, group, masked=True):
-    rank, p = dist.get_rank(group), dist.get_world_size(group)
-    n = {2: 10, 3: 16}[p]  # as its caller would know
+def on_pages(q, k, v, *, causal, group, positions, masked=True):
+    every = [torch.empty_like(positions) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(every, positions, group=group)
+    kpos, qpos = torch.cat(every), positions
     k, v = Gather.apply(k, group), Gather.apply(v, group)
-    kpos = torch.cat([paged(n, p, r) for r in range(p)])
-    qpos = paged(n, p, rank)
-    scores = scores_of(q, k, qpos.masked_fill(qpos < 0, n), kpos, causal)
+    scores = scores_of(q, k, qpos.masked_fill(qpos < 0, len(kpos)), kpos, causal)
     scores = scores.masked_fill(kpos < 0, -1e30) if masked else scores
     v = v.repeat_interleave(q.shape[2] // v.shape[2], 2).to(scores.dtype)
     return torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), v).to(q.dtype)
@@ -595,9 +680,10 @@ def on_pages(q, k, v, *, causal, group, masked=True):
 
 @pytest.mark.parametrize("masked", [True, False])
 def test_a_layout_may_be_a_function_and_pad(masked, pool):
-    some = [Case("pages", p=p, n=n, causal=causal, layout=paged) for p, n, causal in ((2, 10, False), (3, 16, True))]
-    report = check(functools.partial(on_pages, masked=masked), only=some, pool=pool)
+    fn = functools.partial(on_pages, masked=masked)
+    report = check(fn, features={"causal", "uneven"}, layout=paged, ranks=3, quick=True, pool=pool)
     assert bool(report) == masked, str(report)
+    assert masked or "padding is attended: the rows of the layout" in report.diagnosis, str(report)
     assert all(case.n % 2 == 0 for case in cases(features={"causal"}, layout=paged))
     with pytest.raises(ValueError, match="layout: the ranks' positions"):
         cases(layout=lambda n, p, rank: torch.arange(n))

@@ -27,6 +27,7 @@ to the call:
 | deterministic | | two equal steps agree to the bit |
 
 `layout` may be a function (n, p, rank) -> positions; −1 is a row of padding: anything comes in, anything may come out.
+Who cannot tell these rows by their number declares `uneven`, and is told `positions`, −1 for padding.
 
 **Budget.** A tensor's error is ‖candidate − float64‖ / ‖float64‖ on its rank. It may be `MULTIPLE` times the error
 that plain PyTorch attention makes in the same dtype on the same inputs on that rank (float64 is granted float32's

@@ -1,8 +1,8 @@
 """The cases of a sweep: small problems, cut across ranks by a layout, that together leave no place to hide.
 
 They are chosen as an experiment is: `FACTORS` are what may differ between two inputs, each with its levels, and the
-sweep meets every pair of levels of two factors in some case, by a seed; a quick one meets every level. A feature adds
-levels and takes none away, so it meets every plan, dtype and stride.
+sweep meets every pair of levels of two factors in some case, by a seed; a quick one meets every level. What other
+features there are changes no case that has none of them; each meets every plan, dtype and stride.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import functools
 import itertools
 import random
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -53,7 +53,7 @@ class Case:
         layout: "contiguous", "zigzag", "striped", or a function (n, p, rank) -> positions, −1 where a row is padding.
         heads: "all", or "grouped" for the convention of dilated attention that `ringref.Dilation` names so.
         cu_seqlens: where packed documents begin, and n.
-        score_mod: "softcap" or "alibi".
+        score_mod: "softcap", "alibi" or "bias".
         sink: every query head has an attention sink, whose logit is a leaf too.
         scale: told to the candidate; None leaves it to the default, 1/√d.
         value_dim: head dim of v and out, where it is not d.
@@ -163,8 +163,8 @@ class Case:
     def told(self, rank: int) -> dict[str, Tensor]:
         """The keywords of a call that differ between the ranks."""
         if self.queries is None:
-            return {"positions": self.shards[rank].clone()} if self.positions else {}
-        return {"positions": self.asks[rank] + self.n - self.m, "kv_positions": self.shards[rank].clone()}
+            return {"positions": self.slots[rank].clone()} if self.positions else {}
+        return {"positions": self.asks[rank] + self.n - self.m, "kv_positions": self.slots[rank].clone()}
 
     def call(self) -> dict[str, Any]:
         """The keywords of the call that all ranks share, less `group`."""
@@ -312,6 +312,7 @@ def sunk(out: Tensor, lse: Tensor, sink: Tensor | None) -> tuple[Tensor, Tensor]
 SCORE_MODS: dict[str | None, Callable] = {
     "softcap": lambda score, b, h, q, k: 1.5 * (score / 1.5).tanh(),
     "alibi": lambda score, b, h, q, k: score - 0.1 * (h + 1) * (q - k).abs(),
+    "bias": lambda score, b, h, q, k: score + 0.3 * ((b + 2 * h + q + 3 * k) % 7),
 }
 
 
@@ -353,15 +354,17 @@ def make_mask(kind: str, n: int) -> Callable:
 AWKWARD = (((4, 8, 64), (1, 2, 4)), ((5, 7), (2, 3)), ((6,), (3,)), ((3, 12), (1, 5)), ((4, 12), (4, 2)))
 LENGTHS = {"uneven": (3, 7, 1, 5), "shorter later": (8, 6, 3, 4), "empty": (5, 0, 4, 0), "first empty": (0, 4, 0, 5)}
 USUAL = "", "", {}
+FEW = {"least": 1, "lengths": None}  # so few tokens meet neither a dtype nor lengths that want more
 # What may differ between two inputs: a level is what a candidate must be able to do, how the name says it, and what
-# differs from a plain case. Two levels that set the same thing do not meet. `per` are tokens a rank, `ps` the ranks.
+# differs from a plain case. Two levels that set the same thing do not meet. `per` are tokens a rank, of which a coarse
+# dtype needs at `least` some for its errors to be typical; `ps` are the most ranks.
 FACTORS: dict[str, tuple[tuple[str, str, dict[str, Any]], ...]] = {
     "causal": (USUAL, ("causal", "causal", {"causal": True})),
     "ranks": tuple(("", "", {"p": p}) for p in (2, 1, 3, 4)),
     "heads": (USUAL, ("", "odd heads", {"h": 3, "g": 3}), ("gqa", "grouped heads", {"g": "p"}),
               ("gqa", "one key head", {"g": 1}), ("gqa", "uneven groups", {"h": 6, "g": 3})),
     "width": (USUAL, *(("", f"d {d}", {"d": d}) for d in (12, 5, 32))),
-    "tokens": (USUAL, ("", "one token a rank", {"per": 1}), ("", "short shards", {"per": 3}),
+    "tokens": (USUAL, *(("", text, {"per": x, **FEW}) for text, x in (("one token a rank", 1), ("short shards", 3))),
                *(("", f"{x} tokens a rank", {"per": x, "b": 1, "ps": ps}) for x, ps in ((33, 3), (70, 2), (130, 1)))),
     "views": (USUAL, *(("", f"{x} qkv", {"views": x}) for x in ("packed", "heads first"))),
     "dout": (USUAL, *(("", f"{x} dO", {"dout": x}) for x in ("heads first", "expanded"))),
@@ -369,25 +372,22 @@ FACTORS: dict[str, tuple[tuple[str, str, dict[str, Any]], ...]] = {
                ("", "scores -12000", {"shift": -12000.0, "d": 16, "dtype": "float32"}), ("", "sharp", {"sharp": 2.0}),
                ("", "rows far apart", {"spread": 100.0}), ("", "ties and lse 0", {"zeros": True})),
     "dtype": (USUAL, ("", "float64", {"dtype": "float64"}),
-              *(("", x, {"dtype": x, "per": 16, "sharp": 0.3, "plain": True}) for x in ("bfloat16", "float16"))),
+              *(("", x, {"dtype": x, "least": 16, "sharp": 0.3}) for x in ("bfloat16", "float16"))),
     "plan": (USUAL, ("", "two graphs", {"plan": "stacked"}), ("", "properties", {"plan": "properties"}),
              ("", "training", {"plan": "steps"}), ("deterministic", "two backwards", {"plan": "twice"})),
-    "seen": (
-        USUAL,
-        *(("mask", f"mask {x}", {"mask": x}) for x in ("documents", "heads", "blind", "stored")),
-        *(("window", f"window {x}", {"window": x}) for x in ((3, 2), (8, 0), (0, 7), (1, 1))),
-        *(("dilation", f"dilation {x}", {"dilation": x, "plain": True}) for x in AWKWARD),
-        *(("cu_seqlens", f"documents {x}", {"cu_seqlens": x}) for x in ((0.3, 0.7), (0.5, 0.5), (0.1, 0.15, 0.9))),
-    ),
-    "model": (
-        USUAL,
-        *(("scale", f"scale {x}", {"scale": x}) for x in (0.2, 1.0)),
-        *(("score_mod", x, {"score_mod": x, "plain": True}) for x in ("softcap", "alibi")),
-        ("sink", "sink", {"sink": True}), *(("value_dim", f"d of v {x}", {"value_dim": x}) for x in (4, 24)),
-    ),
+    # beside a dilation nobody has agreed what windows and documents count
+    "seen": (USUAL, *(("mask", f"mask {x}", {"mask": x}) for x in ("documents", "heads", "blind", "stored")),
+             *(("dilation", f"dilation {x}", {"dilation": x, "window": None, "cu_seqlens": None}) for x in AWKWARD)),
+    "window": (USUAL, *(("window", f"window {x}", {"window": x}) for x in ((3, 2), (8, 0), (0, 7), (1, 1)))),
+    "documents": (USUAL, *(("cu_seqlens", f"documents {x}", {"cu_seqlens": x})
+                           for x in ((0.3, 0.7), (0.5, 0.5), (0.1, 0.15, 0.9)))),
+    "scale": (USUAL, *(("scale", f"scale {x}", {"scale": x}) for x in (0.2, 1.0))),
+    "score_mod": (USUAL, *(("score_mod", x, {"score_mod": x}) for x in SCORE_MODS)),
+    "sink": (USUAL, ("sink", "sink", {"sink": True})),
+    "value_dim": (USUAL, *(("value_dim", f"d of v {x}", {"value_dim": x}) for x in (4, 24))),
     "cut": (
         USUAL,
-        *((x.split()[-1] if x != "shorter later" else "uneven", x, {"lengths": x, "per": 6}) for x in LENGTHS),
+        *((x.split()[-1] if x != "shorter later" else "uneven", x, {"lengths": x}) for x in LENGTHS),
         ("kv", "cross", {"queries": "cross", "causal": False}), ("kv", "prefill", {"queries": "prefill"}),
         ("kv", "decode", {"queries": "decode", "plan": "inference"}),
     ),
@@ -413,8 +413,10 @@ ONCE = (  # what a candidate must be able to do, name, the p it runs at, what di
 )
 
 
-def covering(levels: list[int], fits: Callable, pairs: bool, seed: int) -> Iterator[tuple[int, ...]]:
-    """Rows of an experiment: every level of every factor, or every pair of levels of two, that `fits` allows."""
+def covering(levels: list[int], fits: Callable, pairs: bool, seed: int, before: Iterable = ()) -> Iterator[tuple]:
+    """Rows of an experiment: every level of every factor, or every pair of levels of two, that `fits` allows and that
+    no row `before` has.
+    """
     chance, size = random.Random(seed), 2 if pairs else 1
 
     def parts(row: dict[int, int]) -> set[tuple]:
@@ -422,7 +424,7 @@ def covering(levels: list[int], fits: Callable, pairs: bool, seed: int) -> Itera
 
     every = itertools.combinations(range(len(levels)), size)
     missing = {c for some in every for c in itertools.product(*([(f, x) for x in range(levels[f])] for f in some))}
-    missing = {c for c in missing if fits(dict(c))}
+    missing = {c for c in missing if fits(dict(c))}.difference(*(parts(dict(enumerate(row))) for row in before))
     while missing:
         tried = []
         for start in chance.sample(sorted(missing), min(3, len(missing))):
@@ -439,13 +441,21 @@ def covering(levels: list[int], fits: Callable, pairs: bool, seed: int) -> Itera
 
 
 def _fits(changes: list[dict[str, Any]], most: int) -> bool:
-    """Whether levels can meet: nothing set twice, unless to say that both want all else plain; few enough ranks."""
-    told = [name for one in changes for name in one if name != "plain"]
+    """Whether levels can meet: nothing set twice; few enough ranks."""
+    told = [name for one in changes for name in one]
     both = {name: value for one in changes for name, value in one.items()}
-    alone = sum("plain" in one for one in changes) < 2
     needs_two = both.get("lengths") or both.get("queries") == "decode"
     few, enough = both.get("p", 1) <= min(most, both.get("ps", most)), not (needs_two and both.get("p") == 1)
-    return alone and len(told) == len(set(told)) and few and enough
+    return len(told) == len(set(told)) and few and enough
+
+
+def apart(features: set[str]) -> list[str]:
+    """Pairs of features that no case has both of."""
+    of = {name: [(f, one[2]) for f, levels in FACTORS.items() for one in levels if one[0] == name] for name in features}
+    pairs = {(a, b): [*itertools.product(of[a], of[b])] for a, b in itertools.combinations(sorted(features), 2)}
+    differ = {both: some for both, some in pairs.items() if any(x.keys() != y.keys() for (_, x), (_, y) in some)}
+    meet = lambda f, x, g, y: f != g and _fits([x, y], 4)
+    return [f"{a} beside {b}" for (a, b), some in differ.items() if not any(meet(*x, *y) for x, y in some)]
 
 
 def _names(features: Any) -> set[str]:
@@ -457,8 +467,8 @@ def _names(features: Any) -> set[str]:
 
 def _made(name: str, layout: str | Callable, **told: Any) -> Case | None:
     """A case from what its levels say; None where a layout of the caller's own has no such n."""
-    p, told = told.get("p", 2), {name: x for name, x in told.items() if name not in ("ps", "plain")}
-    per, kind, cut = told.pop("per", 6), told.pop("queries", None), told.get("lengths")
+    p, told = told.get("p", 2), {name: x for name, x in told.items() if name != "ps"}
+    per, kind, cut = max(told.pop("per", 6), told.pop("least", 1)), told.pop("queries", None), told.get("lengths")
     # head counts are multiples of p, so that all-to-all over heads can be judged too
     told["h"] = told.get("h", max(4, 2 * p))
     told["g"] = {"p": max(2, p)}.get(told.get("g"), told.get("g", told["h"]))
@@ -466,12 +476,12 @@ def _made(name: str, layout: str | Callable, **told: Any) -> Case | None:
     per += (per % 2 if layout == "zigzag" else 0) + 2 * (per == told["h"])
     n = p * per
     if cut:
-        lengths = LENGTHS[cut][:p]
+        lengths = tuple(x * -(-per // 8) for x in LENGTHS[cut][:p])
         n = sum(lengths) if layout == "contiguous" or all(lengths) else p - 1
         told["lengths"] = lengths if layout == "contiguous" else None
     if kind:
         told |= {"queries": 1 if kind == "decode" else p * max(1, per // 4 * 2), "replicated": kind == "decode"}
-    if "cu_seqlens" in told:  # an end that is given twice is an empty document
+    if told.get("cu_seqlens"):  # an end that is given twice is an empty document
         told["cu_seqlens"] = (0, *(int(x * n) for x in told["cu_seqlens"]), n)
     case = Case(name, n=n, layout=layout, **told)
     if callable(layout):
@@ -521,10 +531,17 @@ def cases(*, features=(), layout="contiguous", ranks=4, quick=False, claims=None
     factors = [[level for level in levels if not level[0] or level[0] in able] for levels in FACTORS.values()]
 
     def fits(row: dict[int, int]) -> bool:
-        return _fits([factors[f][x][2] for f, x in row.items()], ranks)
+        changes = [factors[f][x][2] for f, x in row.items()]
+        # a rank is empty where another layout has fewer tokens than ranks
+        sparse = layout != "contiguous" and any(0 in LENGTHS.get(one.get("lengths"), ()) for one in changes)
+        return _fits(changes, ranks) and not (sparse and any(one.keys() & {"per", "least"} for one in changes))
 
-    sizes = [len(levels) for levels in factors]
-    for row in itertools.chain(*(covering(sizes, fits, not quick, seed + more) for more in range(1 + quick))):
+    rows = []
+    for more in range(1 + quick):
+        plain = [sum(level[0] in ("", "causal", "gqa") for level in levels) for levels in factors]
+        some = [*covering(plain, fits, not quick, seed + more)]
+        rows += some + [*covering([*map(len, factors)], fits, not quick, seed + more, some)]
+    for row in rows:
         levels = [factors[f][x] for f, x in enumerate(row)]
         changes = {name: x for _, _, changes in levels for name, x in changes.items()}
         words = ["causal" if changes.get("causal") else "full", *(text for _, text, _ in levels[1:] if text)]
@@ -535,11 +552,12 @@ def cases(*, features=(), layout="contiguous", ranks=4, quick=False, claims=None
     made = [case for case in made if case and case.world <= (8 if ranks == 4 else ranks)]
     if not made:
         raise ValueError("layout: it cuts none of the lengths that are tried, multiples of p from p to 130 p")
-    # the plain cases first, then the small ones, but last where a token is alone: so they say best what is wrong; one
-    # rank, for which its own block is the whole, comes after two
+    # the plain cases first, then the small ones, but last where a rank has one token or none: so they say best what is
+    # wrong; one rank, for which its own block is the whole, comes after two
     plain, late = ("full", "causal"), {1: 2.5}
 
     def turn(x: Case) -> tuple:
-        return x.name not in plain, "one token" in x.name, x.p if x.name in plain else late.get(x.p, x.p), x.world, x.n
+        few = any(text in x.name for text in ("one token", "empty"))
+        return x.name not in plain, few, x.p if x.name in plain else late.get(x.p, x.p), x.world, x.n
 
     return sorted(made, key=turn)

@@ -24,7 +24,7 @@ from .scene import Scene, row_sums, rows
 
 CALLS = "a call's result depends on another call:"
 GRADS = ["dq", "dk", "dv"]
-SKIPPED = ", but for blocks of which nothing is seen"
+SKIPPED, ALONE = ", but for blocks of which nothing is seen", ", and the token at the end is alone"
 TILES = (128, 64, 32, 16)  # rows of a kernel's tile, or of a chunk of queries
 
 Guess = tuple[str, Callable[[], dict[str, Tensor]]]
@@ -53,10 +53,12 @@ def rules_of(s: Scene) -> tuple[dict[str, Callable], dict[str, dict[str, Any]]]:
         instead["window (right)"] = {"taken as left": j - i <= left, "taken as 0": j <= i}
     if case.cu_seqlens:
         starts, together = case.cu_seqlens, together_in(case.cu_seqlens, i, j)
-        rules["documents"] = partial(together_in, starts)
+        rules["documents"] = partial(together_in, starts[1:-1])
         empty = next((a for a, b in itertools.pairwise(starts) if a == b), n)
         ends = {"after an empty one": empty, "in the last": starts[-2]}
         instead["documents"] = {f"nothing is seen {text}": together & (i < end) for text, end in ends.items()}
+        for text, by in {"late": -1, "early": 1}.items():
+            instead["documents"][f"a token too {text}{ALONE}"] = together_in(starts, i + by, j + by)
     if case.mask:
         mask, every = make_mask(case.mask, n), torch.ones(case.b, case.h, 1, 1)
         whose = torch.arange(case.b)[:, None, None, None], torch.arange(case.h)[:, None, None]
@@ -75,7 +77,10 @@ def rules_of(s: Scene) -> tuple[dict[str, Callable], dict[str, dict[str, Any]]]:
         own = torch.stack([torch.isin(head, x) for x in many])[:, None]
         usual = (branch % r, own) if case.heads == "grouped" else (head % r, True)
         kept = lambda i, j, w=w, at=usual: (i % w % r == at[0]) & (j % w % r == at[0]) & at[1]
-        rules["dilation offsets"], rules["segments"] = kept, lambda i, j: i // w == j // w
+        together = lambda i, j: i // w == j // w
+        apart = lambda rule, m: torch.where(branch == m, rule(here, there), rule(i, j))
+        rules["dilation offsets"], rules["segments"] = kept, together
+        instead["segments"] = {f"counted from the shard in branch {m} only": apart(together, m) for m in range(len(w))}
         instead["dilation offsets"] = {
             "of keys only": (j % w % r == usual[0]) & usual[1],
             "of queries only": (i % w % r == usual[0]) & usual[1],
@@ -91,6 +96,7 @@ def rules_of(s: Scene) -> tuple[dict[str, Callable], dict[str, dict[str, Any]]]:
             "heads unassigned, h no multiple of the rate": kept(i, j) & (head < h // r * r),
             "the tail that fills no segment is dropped": kept(i, j) & ((j < n // w * w) | (n < w)),
             "a branch whose segment is longer than the sequence is dropped": kept(i, j) & (w <= n),
+            **{f"counted from the shard in branch {m} only": apart(kept, m) for m in range(len(w))},
             **{f"only branch {m} counts": kept(i, j) & (branch == m) for m in range(len(w))},
             **{f"branch {m} is dropped": kept(i, j) & (branch != m) for m in range(len(w))},
         }
@@ -134,9 +140,12 @@ def views_of(s: Scene) -> Iterator[tuple[str, Tensor, Tensor]]:
         yield "with ranks counted from the end", at[p - 1 - mine, here], at[p - 1 - theirs, there]
         for text, x in {"rank + hop for rank − hop": 2 * mine - theirs, "+1": theirs + 1, "−1": theirs - 1}.items():
             yield f"with the wrong source rank for a hop ({text})", i, at[x % p, there]
+        for text, x in {"rank + hop for rank − hop": 2 * theirs - mine, "+1": mine + 1, "−1": mine - 1}.items():
+            yield f"with the wrong source rank for a hop of the queries ({text})", at[x % p, here], j
 
     for x in (x for x in TILES if x < max(map(len, case.asks))):
         yield f"kept by its shape, as the first tile of {x} had it", i + first_of_shape(s, x), j
+        yield f"with queries counted from a tile of {x}", i - here // x * x, j
     yield "ignored for the first token", i, torch.where(j == 0, i, j)
 
 
@@ -152,8 +161,10 @@ def first_of_shape(s: Scene, size: int) -> Tensor:
     return later
 
 
-def sights(s: Scene, most: int) -> Iterator[Change]:
-    """Who sees whom, got wrong: up to `most` rules are ignored, replaced, or asked in a wrong view of the positions."""
+def sights(s: Scene, everywhere: bool) -> Iterator[Change]:
+    """Who sees whom, got wrong: one rule, both of a window, all, or all but one are ignored, replaced, or asked in a
+    wrong view of the positions.
+    """
     (rules, instead), views = rules_of(s), [*views_of(s)]
 
     def seen(right: set[str], wrong: Iterable[str] = (), view: Any = (), rule: Any = 1.0) -> dict[str, Tensor]:
@@ -162,16 +173,24 @@ def sights(s: Scene, most: int) -> Iterator[Change]:
 
     if s.case.dilation:
         yield "a key seen through several branches counts once", lambda: {"times": s.times.clamp(max=1)}
+        yield "log of how often a key counts is added twice", lambda: {"times": s.times.square()}
+        wrapped = math.prod(rule(s.i, s.j + s.case.n) for rule in rules.values())
+        yield "a branch's rows beyond the end wrap to the first ones", lambda: {"times": s.times + wrapped.sum(0)}
+    if padded := sum(int((rows < 0).sum()) for rows in s.case.slots):  # they hold what the last token has
+        text = "padding is attended: the rows of the layout that hold no token"
+        yield text, lambda: {"times": s.times + padded * (s.j == s.case.n - 1)}
     if not s.case.causal:
         yield "a causal mask though causal is False", lambda: {"times": s.times * (s.j <= s.i)}
     for name, choices in instead.items():
         for text, rule in choices.items():
             yield f"{name}: {text}", partial(seen, rules.keys() - {name}, rule=rule)
-    some = [names for m in range(min(most, len(rules))) for names in itertools.combinations(rules, m + 1)]
+    sizes = {1, len(rules), len(rules) - everywhere} - {0}
+    some = [names for m in range(len(rules)) for names in itertools.combinations(rules, m + 1)]
+    some = [names for names in some if len(names) in sizes or names == ("window (left)", "window (right)")]
     met = s.seen_in_block() > 0
     for names in some:
         what, right = " and ".join(names), rules.keys() - set(names)
-        each = itertools.product([("", 1.0), (SKIPPED, met)][: most - 1], [("ignored",), *views])
+        each = itertools.product([("", 1.0), (SKIPPED, met)][: 1 + everywhere], [("ignored",), *views])
         for (after, rule), (text, *view) in each:
             yield f"{what} {text}{after}", partial(seen, right, names if view else (), view, rule)
 
@@ -179,14 +198,18 @@ def sights(s: Scene, most: int) -> Iterator[Change]:
 def counted(s: Scene) -> Iterator[Change]:
     """Some pairs of query and key that are left out, alone there, or there twice."""
     case, n, p, there = s.case, s.case.n, s.p, s.there
-    some = s.places() | {"the last key": s.j == n - 1} | {f"hops 0 to {t}": s.hop <= t for t in range(1, p - 1)}
-    some |= {f"the block of rank {rank}": s.theirs == rank for rank in range(p)}
     corner = s.seen_in_block() <= case.b * case.h
-    some["blocks of which one pair is seen: a bound that is off by one skips them"] = corner
+    sides = {"": True, " of earlier ranks": s.theirs < s.mine, " of later ranks": s.theirs > s.mine}
+    text = "of which one pair is seen: a bound that is off by one skips them"
+    some = {f"blocks{side} {text}": corner & pairs for side, pairs in sides.items()}
+    some |= s.places() | {"the last key": s.j == n - 1} | {f"hops 0 to {t}": s.hop <= t for t in range(1, p - 1)}
+    some |= {f"the block of rank {rank}": s.theirs == rank for rank in range(p)}
     held = torch.tensor([*map(len, case.shards)])[s.theirs]
+    some["keys beyond the length of the query's own shard"] = there >= torch.tensor([*map(len, case.asks)])[s.mine]
     for x in TILES:
         some[f"the keys after the last whole tile of {x}"] = s.j >= n // x * x
         some[f"a rank's keys after its last whole tile of {x}"] = there >= held // x * x
+        some[f"a rank's keys after its first tile of {x}"] = there >= x
     if case.layout == "zigzag" and s.even:
         early = [2 * x < n // p for x in (s.here, there)]
         halves = [{"": True, "the early half of": one, "the late half of": ~one} for one in early]
@@ -222,7 +245,7 @@ def pairwise(s: Scene, everywhere: bool = True) -> Iterator[Change]:
         swaps = {"K is taken for V": ["V_of"], "V is taken for K": ["K_of"], "K and V swap": ["K_of", "V_of"]}
         wrong |= {x + ", everywhere" * everywhere: dict.fromkeys(names, s.j + s.case.n) for x, names in swaps.items()}
     yield from ((text, partial(dict, changed)) for text, changed in wrong.items())
-    yield from sights(s, 9 if everywhere else 2)
+    yield from sights(s, everywhere)
     yield from counted(s) if everywhere else ()
     d = s.case.d
     for text, scale in {
@@ -244,17 +267,19 @@ def ingredients(s: Scene) -> Iterator[Change]:
     yield from pairwise(s)
     p, e, g, wrong = s.p, s.e, s.case.g, {}
     for low in (-1e4, -1e3, -100.0):
-        wrong[f"a masked score is {low:g}, not −inf"] = {"hidden": torch.tensor(low).double()}
+        wrong[f"a masked score is {low:g} or more, not −inf"] = {"hidden": torch.tensor(low).double()}
     if s.mod:
         b, h, i, j = s.at
         here, there = (x.view(y.shape) for x, y in zip(s.loc, (i, j), strict=True))
         wrong |= {
             "score_mod ignored": {"mod": None},
+            "score_mod is applied twice": {"mod": lambda x, *at: s.mod(s.mod(x, *at), *at)},
+            "score_mod of batch 0 for all": {"at": (b * 0, h, i, j)},
             "score_mod in local coordinates": {"at": (b, h, here, there)},
             "score_mod in local coordinates, queries only": {"at": (b, h, here, j)},
             "score_mod in local coordinates, keys only": {"at": (b, h, i, there)},
             "score_mod of head 0 for all": {"at": (b, h * 0, i, j)},
-            "score_mod with query and key swapped": {"at": (b, h, j.mT, i.mT)},
+            "score_mod with query and key swapped": {"at": (b, h, j, i)},
             "score_mod is applied before the scale": {"mod": lambda x, *at: s.mod(x / s.scale, *at) * s.scale},
         }
     if s.sink is not None:
@@ -272,6 +297,8 @@ def ingredients(s: Scene) -> Iterator[Change]:
             "the sink is 0": {"sink": s.sink * 0},
             "the sink is that of head 0 for all": {"sink": s.sink[:1].expand_as(s.sink)},
             "the sink is counted twice": {"sink": s.sink + math.log(2)},
+            "the sink is natural, taken for base 2": {"sink": s.sink * math.log(2)},
+            "the sink is base 2, taken for natural": {"sink": s.sink / math.log(2)},
             "the sink is taken by key/value head": {"sink": s.sink[:g].repeat_interleave(e)},
             "the sink is taken for heads in another order": {"sink": s.sink.view(e, g).mT.flatten()},
         }
@@ -362,6 +389,13 @@ def forwards(s: Scene) -> Iterator[Guess]:
         text = "a zero key is attended: a sum that starts at 1, or padding" if count == 1 else "padding is attended"
         yield text, lambda lse=lse: {"out": s.O * rows((s.L - lse).exp()), "lse": lse}
 
+    if s.case.dilation and not s.case.causal:
+        rules, j = rules_of(s)[0], s.case.n + torch.arange(max(s.case.dilation[0]))
+        padded = rules["dilation offsets"](s.i[:, :1], j) & rules["segments"](s.i[:, :1], j)
+        lse = torch.logaddexp(s.L, padded.sum((0, -1)).log())
+        text = "padding of a branch is attended: zero keys fill its last segment"
+        yield text, lambda lse=lse: {"out": s.O * rows((s.L - lse).exp().nan_to_num()), "lse": lse}
+
     here = s.loc[0], torch.tensor([*map(len, s.case.asks)])[s.owner[0]]
     for x, (whose, (at, size)) in itertools.product(TILES, {"": (s.i[:, 0], s.case.n), "a rank's ": here}.items()):
         done = (at < size // x * x)[:, None, None]
@@ -408,7 +442,7 @@ def merges(s: Scene) -> Iterator[Guess]:
             f"natural lse merged as base 2 ({what})": (low * math.log(2)).softmax(0),
             f"base-2 lse merged as natural ({what})": (low / math.log(2)).softmax(0),
             f"{what} that a query does not see have lse 0 and take weight": finite.softmax(0),
-            f"{what} whose lse is 0 are taken for masked": low.masked_fill(low == 0, -1e30).softmax(0),
+            f"{what} whose lse is 0 are taken for masked": low.masked_fill(low == 0, -math.inf).softmax(0),
             f"{what} are merged without rescaling to a common maximum": alone / alone.sum(0),
             f"the running denominator is not rescaled when the maximum grows ({what})": right / late.sum(0),
             f"what runs is rescaled by exp(new − old maximum), upside down ({what})": over / over.sum(0),

@@ -15,14 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .causes import CALLS, GRADS, Guess, backwards, crossed, fits, forwards, somewhere
+from .causes import ALONE, CALLS, GRADS, SKIPPED, Guess, backwards, crossed, fits, forwards, somewhere
 from .scene import Scene, assembled
 
 UNKNOWN = "unknown signature"
 EARLY = "a receive buffer is read before its wait(): the numbers are right once the oracle leaves the buffer alone"
 UNWRITTEN = "memory that nobody wrote is read: there is no NaN once fresh memory holds zeros"
 EARLIER = "it passes alone: the cause lies in an earlier case, whose state is kept"
+CHANCE = "not deterministic: the same step twice differs in some bits"
 PRECISE = "something is kept in low precision: the same in float32 passes"
+COARSE = "what bfloat16 or float16 take alone is wrong: the same in float32 passes"
 RACE = "it fails at some times only, not alone and after no one case: a race, or much that is kept"
 ENOUGH = 0.05  # a guess may leave this share of the error unexplained
 MESSAGES = {
@@ -169,14 +171,14 @@ def name(truth: Any, got: dict, wrong: list, others: list, known: list, way=1, d
     about = [n for n in ("out", "lse") if n in wrong][:1] or [n for n in (*GRADS, "dsink") if n in wrong]
     fine = [n for n in ("out", "lse") if n in whole and n not in wrong]  # which a guess must leave so
     small = precision(whole, truth, about)
-    if small and truth.case.dtype in ("bfloat16", "float16"):  # a wrong term would have shown in a float32 case before
-        return [small]
     left: dict[str, float] = {}
+    denied: set[str] = set()  # causes that do not explain the lse that comes with a wrong out
 
-    def remains(guess: Callable) -> float:
+    def remains(told: str, guess: Callable) -> float:
         with suppress(*NO_ROOM):
-            share = {n: _left(whole[n], x, truth.whole[n]) for n, x in guess().items() if n in about + fine}
+            share = {n: _left(whole[n], x, truth.whole[n]) for n, x in guess().items() if n in fine + wrong}
             if all(share.get(n, 0) < 2 for n in fine):
+                denied.update([told] if "lse" in wrong and share.get("lse", 0) > ENOUGH else [])
                 return max(share[n] for n in about)
         return math.inf
 
@@ -186,7 +188,7 @@ def name(truth: Any, got: dict, wrong: list, others: list, known: list, way=1, d
             with suppress(*NO_ROOM):
                 for told, guess in guesses:
                     if told and (only is None or told in only):
-                        left[told] = min(remains(guess), left.get(told, math.inf))
+                        left[told] = min(remains(told, guess), left.get(told, math.inf))
         return min(left.values(), default=math.inf)
 
     def usual() -> Iterator[Iterator[Guess]]:
@@ -195,14 +197,19 @@ def name(truth: Any, got: dict, wrong: list, others: list, known: list, way=1, d
         yield fits(s, whole, about, truth)
 
     best = ask([*usual(), somewhere(s, about, whole)], set(known)) if known else math.inf
+    # a wrong term that is not known would have shown in a float32 case before
+    if best > 0.01 and small and truth.case.dtype in ("bfloat16", "float16"):
+        return [small]
     if quickly and best > 0.01:
         return []
     if best > 0.01:
         best = ask(usual())
-    if best > ENOUGH and deep and s.p > 1 and not small:
+    some = best > ENOUGH or denied.issuperset(told for told, share in left.items() if share <= best + 0.01)
+    if some and deep and s.p > 1 and not small:
         best = ask([somewhere(s, about, whole)])
     if best < ENOUGH:
-        return [told for told, share in left.items() if share <= best + 0.01]
+        alike = (told for told, share in left.items() if share <= best + 0.01)
+        return sorted(alike, key=lambda told: (told in denied, told.endswith((SKIPPED, ALONE))))  # the simpler first
     near = f"; nearest: {min(left, key=left.__getitem__)} (leaves {best:.0%})" if best < 0.7 else ""
     return [small or f"{UNKNOWN}: {place(s, whole, truth, about[0])}{near}"]
 

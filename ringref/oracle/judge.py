@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..comm.launch import pickled
 from . import adapt, diagnose
-from .cases import FEATURES, PLANS, SIMPLER, Case, _names, cases
+from .cases import FEATURES, PLANS, SIMPLER, Case, _names, apart, cases
 from .pool import Pool
 from .report import Finding, Report, _finding
 from .sanitizer import where
@@ -76,7 +76,7 @@ def check(
         fits = [case for case in todo if case.world <= workers.size]
         report = _sweep(fn, fits, workers, deadline, stop_after, fail_fast, progress, PATIENCE[bool(quick)])
     missing = [f"feature {name}" for name in FEATURES if name not in features]
-    missing += [f"argument {name}" for name in adapt.undeclared(fn, features)]
+    missing += apart(features) + [f"argument {name}" for name in adapt.undeclared(fn, features)]
     for text, there in (
         ("messages, which NCCL carries itself (run on gloo to watch them)", backend == "nccl"),
         ("growth, which wants p = 4 and p = 8", claims and not report.growth),
@@ -164,7 +164,9 @@ class Judge:
         if found is None:
             return []
         culprit, told = None, case
-        if found and found[-1].causes[0] != diagnose.SILENT and not self.known(case, found):
+        # what differs by chance may well pass alone
+        once = (diagnose.SILENT, diagnose.CHANCE)
+        if found and found[-1].causes[0] not in once and not self.known(case, found):
             culprit, case, found = self.alone(case, found)
         for finding in found:
             if finding.evidence:
@@ -267,7 +269,11 @@ class Judge:
     def run(self, case: Case, poison: float = math.nan, fresh: float = math.nan, new=False) -> dict[int, dict]:
         """Every rank's results."""
         common = {"groups": case.teams, "call": pickled(case.call()), "steps": []}
-        common |= {"poison": poison, "fresh": fresh, "views": case.views, "dout": case.dout, "program": []}
+        common |= {"poison": poison, "fresh": fresh, "views": case.views, "program": []}
+        padded = any(
+            (rows < 0).any() for rows in case.slots
+        )  # a row of padding has no gradient: they are not all alike
+        common |= {"dout": "" if padded and case.dout == "expanded" else case.dout}
         jobs = {rank: common | {"measure": case.plan == "growth"} for rank in range(case.world)}
         for team, members in enumerate(case.teams):
             inputs = [data for _, data in case.steps(team)]
@@ -341,7 +347,7 @@ class Judge:
         if not found and case.plan == "twice":
             one, two = ([m[name] for m in mine for name in TENSORS if m.get(name) is not None] for mine in shown)
             if not all(map(torch.equal, one, two)):
-                return [_finding(case, "property", "not deterministic: the same step twice differs in some bits")]
+                return [_finding(case, "property", diagnose.CHANCE)]
         return found
 
     def unpadded(self, case: Case, rank: int, step: dict[str, Any]) -> dict[str, Any]:
@@ -422,17 +428,22 @@ class Judge:
         pairs = [(x, truth.part(name, rank)) for name in wrong for rank, x in enumerate(got[name])]
         if wrong[0] == "lse" and any((x[want == -math.inf].abs() < 1e4).any() for x, want in pairs[: case.p]):
             return [diagnose.BLIND]
-        if any((x.isnan() & ~want.isnan()).any() for x, want in pairs):
-            where = diagnose.not_finite(truth, got, wrong)
+        forward = [name for name in wrong if name in ("out", "lse")]  # from where a gradient may have its NaN
+        lost = [name for name in forward or wrong if any(x.isnan().any() for x in got[name])]
+        if lost:
+            where = diagnose.not_finite(truth, got, lost)
             if quickly:
                 return [cause for cause in known if cause in (diagnose.UNWRITTEN, diagnose.EARLY, where)][:1]
             for cause, planted in ((diagnose.UNWRITTEN, {"fresh": 0.0}), (diagnose.EARLY, {"poison": 0.0})):
                 calm = self.run(case, **planted).values()
-                now = [r["steps"][index].get(name) for r in calm if r["steps"] for name in wrong]
+                now = [r["steps"][index].get(name) for r in calm if r["steps"] for name in lost]
                 spoken = planted.get("fresh") == 0.0 or any(r["ops"] for r in calm)
                 if now and spoken and all(x is not None and not x.isnan().any() for x in now):
                     return [cause]
             return [where]
+        far = diagnose.far(case)
+        if far in known and not self.look(case.without(["shift", "spread"])):
+            return [far]
         others = truths[:index] + truths[index + 1 :]
         unknown = sum(f.causes[0].startswith(diagnose.UNKNOWN) for f in found)
         causes = diagnose.name(truth, got, wrong, others, known, self.way, unknown < DEEP, quickly)
@@ -440,15 +451,20 @@ class Judge:
             return []
         if causes[0].startswith(diagnose.UNKNOWN) and any((x.isinf() & ~want.isinf()).any() for x, want in pairs):
             causes = [diagnose.not_finite(truth, got, wrong)]
-        vague = causes[0].startswith(diagnose.VAGUE) or causes[0] == "out is zero"
-        if case is self.simplest and causes[0].startswith(diagnose.UNKNOWN) and case.dtype in LOW:
-            return [diagnose.PRECISE]
+        none, simplest = causes[0].startswith(diagnose.UNKNOWN), case is self.simplest
+        vague = causes[0].startswith(diagnose.VAGUE) or "out is zero" in causes
+        refused = str(case.without(["dtype", "sharp"])) in sum(self.refusals.values(), [])
+        if simplest and none and case.dtype in LOW and not refused:
+            size = max(truth.error(wrong[0], rank, x)[0] for rank, x in enumerate(got[wrong[0]]))
+            return [diagnose.PRECISE if size < 0.3 or case.offset else diagnose.COARSE]
+        needs = next((text for (field, x), text in diagnose.TAKES.items() if getattr(case, field) == x), None)
+        if none and needs in known:
+            return [needs]
         # a case that fails no more without its large scores fails by them, whatever else would look the same
-        large = (case is self.simplest or (vague and not unknown)) and not causes[0].startswith(diagnose.NOT_LARGE)
-        if large and (far := diagnose.far(case)):
-            return [far]
-        if case is self.simplest and causes[0].startswith(diagnose.UNKNOWN) and "+" in case.name:
-            needs = next((text for (field, x), text in diagnose.TAKES.items() if getattr(case, field) == x), None)
+        if far and not causes[0].startswith(diagnose.NOT_LARGE):
+            if simplest or (vague and not unknown and not self.look(case.without(["shift", "spread"]))):
+                return [far]
+        if simplest and none and "+" in case.name:
             causes = [needs or f"{causes[0]}; it takes {case.name.partition(' + ')[2]}"]
         # the same case in the whole world passed before this one came
         plain = {f"{word}-p{case.p}" for word in ("causal", "full")}
