@@ -112,8 +112,8 @@ class Peers:
         return self._device.begin()
 
     def space(self, make: Callable[[], Any]) -> Any:
-        """What `make` makes to receive in, of memory that nothing else is cut from: others map it whole, and what they
-        map is not free again before they are told.
+        """What `make` makes to receive in, of memory from which nothing else is cut where there is other: ranks map it
+        whole, and what they map is not free again before they are told.
         """
         return self._device.space(make)
 
