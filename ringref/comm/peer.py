@@ -467,14 +467,17 @@ class Cuda:
         if self.capturing():  # a graph has a pool of its own
             return make()
         pool, lock = self._pool
+
+        def inside():
+            with torch.cuda.use_mem_pool(pool, self._index):
+                return make()
+
         with lock:  # one thread at a time may use it
             try:
-                with torch.cuda.use_mem_pool(pool, self._index):
-                    return make()
+                return inside()
             except torch.OutOfMemoryError:  # what PyTorch keeps for itself is free for this pool once it is given back
                 torch.cuda.empty_cache()
-                with torch.cuda.use_mem_pool(pool, self._index):
-                    return make()
+                return inside()
 
     def locate(self, address: int) -> tuple[int, int]:
         """The segment that an address is in, by a number that is never used twice, and the offset in it."""

@@ -153,6 +153,11 @@ class Case:
         """Every rank's keys, as global positions."""
         return [mine[mine >= 0] for mine in self.slots]
 
+    @property
+    def padding(self) -> int:
+        """How many rows of the layout hold no token."""
+        return sum(int((rows < 0).sum()) for rows in self.slots)
+
     @functools.cached_property
     def asks(self) -> list[Tensor]:
         """Every rank's queries, as indices of the m; position n − m + i is that of the i-th."""

@@ -176,7 +176,7 @@ def sights(s: Scene, everywhere: bool) -> Iterator[Change]:
         yield "log of how often a key counts is added twice", lambda: {"times": s.times.square()}
         wrapped = math.prod(rule(s.i, s.j + s.case.n) for rule in rules.values())
         yield "a branch's rows beyond the end wrap to the first ones", lambda: {"times": s.times + wrapped.sum(0)}
-    if padded := sum(int((rows < 0).sum()) for rows in s.case.slots):  # they hold what the last token has
+    if padded := s.case.padding:  # they hold what the last token has
         text = "padding is attended: the rows of the layout that hold no token"
         yield text, lambda: {"times": s.times + padded * (s.j == s.case.n - 1)}
     if not s.case.causal:

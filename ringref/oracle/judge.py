@@ -270,10 +270,8 @@ class Judge:
         """Every rank's results."""
         common = {"groups": case.teams, "call": pickled(case.call()), "steps": []}
         common |= {"poison": poison, "fresh": fresh, "views": case.views, "program": []}
-        padded = any(
-            (rows < 0).any() for rows in case.slots
-        )  # a row of padding has no gradient: they are not all alike
-        common |= {"dout": "" if padded and case.dout == "expanded" else case.dout}
+        # a row of padding has no gradient: then dO is not one number
+        common |= {"dout": "" if case.padding and case.dout == "expanded" else case.dout}
         jobs = {rank: common | {"measure": case.plan == "growth"} for rank in range(case.world)}
         for team, members in enumerate(case.teams):
             inputs = [data for _, data in case.steps(team)]
