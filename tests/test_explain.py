@@ -7,10 +7,10 @@ import warnings
 
 import pytest
 import torch
-from common import DILATIONS, LAYOUTS, Split, layout, sweep, window
+from common import DILATIONS, LAYOUTS, Split, error, layout, sweep, window
 
 import ringref
-from ringref import Dilation, explain, partition, simulate
+from ringref import Dilation, explain, partition, ring_attention, simulate
 from ringref.engine import kernels
 from ringref.lab.memory import measured
 
@@ -245,3 +245,17 @@ def test_cpu_flash_is_right_whatever_the_lengths_and_scores(dtype):
     calls, wrong = sweep(kernel, dtype, 64, "cpu", (1, 2, 37, 64, 192), (1, 7, 63, 64, 65, 128, 192, 320))
     assert calls == 4 * (5 * 8 + 8) and not wrong
     assert sweep(broken(dq=1.5), dtype, 64, "cpu", (2,), (7,))[1]
+
+
+@pytest.mark.parametrize("dtype", kernels.HALF, ids=str)
+def test_cpu_flash_rounds_no_more_than_math_does(dtype):
+    x = [torch.randn(1, 512, 2, 64, generator=torch.Generator().manual_seed(i)).to(dtype) for i in range(4)]
+
+    def gradients(dtype, backend):
+        *inputs, dout = (each.to(dtype, copy=True).requires_grad_() for each in x)
+        out = ring_attention(*inputs, backend=backend).out
+        return torch.autograd.grad(out, inputs, dout.detach())
+
+    true = gradients(torch.float64, "math")
+    fused, plain = ([error(*both) for both in zip(gradients(dtype, y), true, strict=True)] for y in ("torch", "math"))
+    assert all(a <= 1.2 * b for a, b in zip(fused, plain, strict=True)), (fused, plain)

@@ -40,11 +40,11 @@ def parts(
     # the widest strand first, which may cover all rows, then the narrow ones
     first, *narrow = strands(dilation, h, documents)
     order, group = [first, *sorted(narrow, key=lambda x: -x.r)], h // g
-    rows = max(map(len, (*table.queries, *table.keys)))
-    linked, count = max(most_linked(strand, table) for strand in order), 1
-    if dilation is not None or (linked > 1 and not forward):
-        share = _PART_BYTES if linked > 2 else _PART_BYTES_OF_TWO
-        count = max(1, min(rows * row_bytes // share, g, _MOST_PARTS))
+    size, count = max(map(len, (*table.queries, *table.keys))) * row_bytes, 1
+    if dilation is not None or (most_linked(first, table) > 1 and not forward):
+        # one row in r of a dilated strand travels
+        travel = [size // strand.r // _PART_BYTES for strand in order if most_linked(strand, table) > 2]
+        count = max(1, min(max(size // _PART_BYTES_OF_TWO, *travel, 0), g, _MOST_PARTS))
         # as many heads in each: 16 in three parts take a kernel 15 % longer than in four
         count = next((x for x in range(count, _MOST_PARTS + 1) if g % x == 0), count)
 

@@ -558,7 +558,7 @@ def flat_section(bench, args):
                     torch.autograd.grad(_out(fn, *inputs), inputs, dout)
             return usage.peak / dout.nbytes
 
-        how = {"dtype": bench.dtype, "causal": True, "layout": "zigzag", "kernel": "cpu_flash"}
+        how = {"dtype": bench.dtype, "causal": True, "layout": "zigzag", "kernel": "cudnn", "scratch": False}
         expected = predicted(name, s * p, p, HEADS, HEAD_DIM, **how) / (s * HEADS * HEAD_DIM * bench.dtype.itemsize)
         facts = {"tokens_per_gpu": s, "p": p, "simulated": True, "method": name}
         yield {**facts, "peak_both_q": max(simulate(rank, p)), "predicted_q": expected}

@@ -48,13 +48,14 @@ def table(n, p, d, c):
 
 def predicted(
     method, n, p, h, d, *, g=None, b=1, dtype=torch.float32, layout="contiguous", c=None, kernel="math",
-    backward=True, **arguments,
+    backward=True, scratch=True, **arguments,
 ):  # fmt: skip
     """Peak bytes that a call adds on the fullest rank: the method itself, run on tensors without data.
 
     layout: of `partition`. c: q_chunk. backward: the peak of forward and backward, else of the forward alone.
     kernel: "math" keeps score matrices; a fused kernel does the blocks that its limits admit and leaves the others to
     those below it, as `auto` does on its device: "cpu_flash" on the CPU, "cudnn" on a GPU, from Hopper on.
+    scratch: whether what a fused CUDA kernel keeps for itself in a backward counts; `measured(tensors=True)` misses it.
     arguments: any others of the call (causal, dilation, mask_mod, ...).
 
     Measured within 10 %. Counted are tensors and what fused CUDA kernels keep for themselves in a backward; not what
@@ -65,6 +66,7 @@ def predicted(
         if given not in among:
             raise ValueError(f"{name}: expected one of {', '.join(among)}, got {given!r}")
     able = kernels.KERNELS[known.index(kernel) - 1 :] if kernel != "math" else ()
+    able = [x if scratch else x._replace(scratch=None) for x in able]
     device = "cpu" if kernel == "cpu_flash" else "cuda"
 
     def choose(backend, task):
