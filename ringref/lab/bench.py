@@ -402,7 +402,8 @@ def overlap_section(bench, args):
     """For each transport: a hop of K and V alone, the attention kernel on them alone (a causal zigzag's: half the
     queries), and both together, launched one by one and captured (a short hop takes the host longer than the device);
     and from which shard length on a hop hides, launched one by one, which is to take no more than 3 % of the kernel's
-    time. Where `--tokens` asks for it also a training step: exposed is message time with no compute under it.
+    time. Where `--tokens` asks for it also a training step, both ways, and with every message waited for at once:
+    exposed is message time with no compute under it.
     """
     for transport in ("peer", "nccl") if bench.cuda and bench.ring.size > 1 else ():
         try:
@@ -418,11 +419,12 @@ def overlap_section(bench, args):
         for row in rows:
             row["hides_from"] = hides_from(rows)
             if row["tokens_per_gpu"] in args.tokens:
-                for name, ring in zip(("_waits_first", ""), rings, strict=True):
-                    kernels = traced(bench, ring, row["tokens_per_gpu"])
+                for name, ring in zip(("_waits_first", "", "_captured"), (*rings, rings[1]), strict=True):
+                    kernels = traced(bench, ring, row["tokens_per_gpu"], captured=name == "_captured")
                     exposed, length = exposed_time(kernels)
                     (row[f"exposed_percent{name}"],) = bench.worst(100 * exposed / length)
-                row["kernels"] = kernels
+                    if ring is rings[1]:
+                        row[f"kernels{name}"] = kernels
             yield row
 
 
@@ -461,19 +463,22 @@ def _hop(bench, ring, s):
     return {**row, "gb_per_s": sum(x.nbytes for x in into) / row["hop_ms"] / 1e6}
 
 
-def traced(bench, ring, s):
-    """The kernels of one training step of a causal ring; NCCL's and copies between GPUs are messages."""
+def traced(bench, ring, s, captured=False):
+    """The kernels of one training step of a causal ring, which may be captured; NCCL's and copies between GPUs are
+    messages.
+    """
     inputs, dout = bench.inputs(s, HEADS, HEAD_DIM)
     attention = partial(ring_attention, causal=True, shard=partition(s * ring.size, ring, "zigzag"))
 
     def step():
         torch.autograd.grad(_out(attention, *inputs), inputs, dout)
-        torch.cuda.synchronize()
 
     step()
-    with profile(activities=[ProfilerActivity.CUDA]) as trace:
-        step()  # profilers start at different times; after a step the ranks are together
-        step()
+    with bench.captured(step) if captured else nullcontext(step) as run:
+        with profile(activities=[ProfilerActivity.CUDA]) as trace:
+            for _ in range(2):  # profilers start at different times; after a step the ranks are together
+                run()
+                torch.cuda.synchronize()
     skipped = ("Memcpy DtoD", "Memcpy HtoD", "Memcpy DtoH", "Memset", "nccl:")  # the last are notes around kernels
     events = [e for e in trace.events() if e.device_type.name == "CUDA" and not e.name.startswith(skipped)]
     spans = sorted((e.time_range.start, e.time_range.end, e.name) for e in events)
