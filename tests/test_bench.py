@@ -1,10 +1,12 @@
 """The benchmark on the CPU: every section runs, checks what it times and writes what it found; its arithmetic."""
 
 import json
+import threading
 from argparse import Namespace
 from contextlib import nullcontext
 
 import pytest
+import torch
 import torch.nn.functional as F
 
 import ringref
@@ -28,6 +30,35 @@ def test_ring_and_collective_are_checked_and_timed():
         assert row["both_ms"] > 0
         if row["method"] != "ideal":
             assert row["checked"] and 4 < row["peak_both_q"] < 20 and row["share_both"] > 0
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_ceiling_computes_what_a_ring_computes_and_sends_nothing(causal, monkeypatch):
+    met, forward, backward = {}, bench.kernels.forward, bench.kernels.backward
+
+    def spy(name, fn):
+        def run(*given):
+            shapes = [tuple(x.shape) for x in given if isinstance(x, torch.Tensor)]
+            met.setdefault(threading.get_ident(), []).append((name, shapes))
+            return fn(*given)
+
+        return run
+
+    for name, fn in {"forward": forward, "backward": backward}.items():
+        monkeypatch.setattr(bench.kernels, name, spy(name, fn))
+
+    def step(shard):
+        inputs, dout = torch.randn(4, 1, 8, 2, 4).split([3, 1])
+        q, k, v = (x.requires_grad_() for x in inputs.clone().unbind())
+        with torch.autograd.set_multithreading_enabled(False):
+            torch.autograd.grad(ringref.ring_attention(q, k, v, causal=causal, shard=shard).out, (q, k, v), dout[0])
+        return met.pop(threading.get_ident())
+
+    heard = ringref.simulate(lambda ring: step(ringref.partition(24, ring, "zigzag")), 3)
+    alone = [ringref.partition(24, bench.Echo(rank, 3), "zigzag") for rank in range(3)]
+    with bench.unheard(alone):
+        assert [step(shard) for shard in alone] == heard
+    assert all(len(each) == 6 for each in heard)
 
 
 def test_a_wrong_result_is_noticed(monkeypatch):

@@ -28,10 +28,11 @@ from torch.profiler import ProfilerActivity, profile
 from .. import collective_attention, dense_attention, dilated_attention, ring_attention
 from ..comm.launch import MOST, from_env, launch
 from ..comm.process import ProcessRing
+from ..comm.ring import Pending
 from ..comm.simulate import simulate
 from ..engine import kernels
 from ..shard import Attended, Dilation, Shard, partition, wide
-from .memory import measured, predicted
+from .memory import Unheard, measured, predicted, unheard
 from .shell import folder, whole
 
 METHODS = {"ring": ring_attention, "collective": collective_attention}
@@ -332,8 +333,8 @@ def _judge_rows(bench, fn, shard, how, inputs, dout):
 
 
 def ring_section(bench, args):
-    """Ring and collective beside the ideal, which is one device's time for the whole work, divided, and beside
-    PyTorch's context_parallel.
+    """Ring and collective beside the ideal, which is one device's time for the whole work, divided, beside the ceiling,
+    which is the ring's own blocks, merges and sums without any message, and beside PyTorch's context_parallel.
     """
     for s, causal in product(args.tokens, (True, False)):
         p, plain = bench.ring.size, bench.plain(causal)
@@ -346,6 +347,10 @@ def ring_section(bench, args):
         del truth
         runs = {"ideal": (nullcontext, plain, *bench.inputs(s * p, HEADS, HEAD_DIM))}
         runs |= {name: (nullcontext, partial(_out, fn), *mine, bench.cuda) for name, fn in ours.items()}
+        if p > 1 and isinstance(bench.ring, ProcessRing):  # what is unheard is so for a whole process
+            alone = [partition(s * p, Echo(rank, p), "zigzag") for rank in range(p)]
+            fn = partial(ring_attention, causal=causal, shard=alone[bench.ring.rank])
+            runs["ceiling"] = partial(unheard, alone), partial(_out, fn), *mine, bench.cuda
         for rotation in ("allgather", "alltoall") if bench.cuda and p > 1 else ():
             runs[f"context_parallel {rotation}"] = partial(_context_parallel, bench, rotation, causal), plain, *mine
         rounds = [{}, {}]
@@ -387,6 +392,19 @@ def _context_parallel(bench, rotation, causal):
     untouched = mock.patch.object(F, "scaled_dot_product_attention", F.scaled_dot_product_attention)
     with untouched, entered(bench.ring.group, rotation, causal, 2 * bench.ring.size, bench.device):
         yield
+
+
+class Echo(Unheard):
+    """A ring without messages in which what a rank sends is what it gets: data to compute with, and no time."""
+
+    def exchange(self, outgoing, into):
+        return Pending(None, into | dict(zip(into, outgoing.values(), strict=False)))
+
+    def numbered(self, number):
+        return self
+
+    def release(self):
+        """Nothing is held back."""
 
 
 class Impatient(ProcessRing):

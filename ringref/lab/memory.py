@@ -72,19 +72,12 @@ def predicted(
     def choose(backend, task):
         return next((x for x in able if x.why_not(task._replace(device=device)) is None), None)
 
-    shards = [partition(n, _Unheard(rank, p), layout) for rank in range(p)]
-    table = Table(tuple(x.queries for x in shards), tuple(x.keys for x in shards))
-
-    def agreeing(shard, words, say):  # all ranks say the same
-        agreed = Agreed(say()[1], table, 0)
-        return Header(None, lambda: agreed)
-
+    shards = [partition(n, Unheard(rank, p), layout) for rank in range(p)]
     attention, most = getattr(ringref, f"{method}_attention"), 0
     for shard in [shards[i] for i in {0, p // 2, p - 1}]:
         like = {"dtype": dtype, "device": "meta", "requires_grad": backward}
         q, k, v = (torch.empty(b, len(shard.queries), x, d, **like) for x in (h, g or h, g or h))
-        met = mock.patch.object(call, "meet", agreeing)
-        with met, mock.patch.object(kernels, "choose", choose), measured("meta") as usage:
+        with unheard(shards), mock.patch.object(kernels, "choose", choose), measured("meta") as usage:
             out = attention(q, k, v, shard=shard, q_chunk=c, **arguments).out  # a graph of lse would hold chunks
             if backward:
                 out.backward(out.detach())
@@ -92,7 +85,20 @@ def predicted(
     return most
 
 
-class _Unheard(Ring):
+@contextmanager
+def unheard(shards):
+    """Inside, a call of one of these shards' ranks goes on as if all the others had said the same."""
+    table = Table(tuple(x.queries for x in shards), tuple(x.keys for x in shards))
+
+    def agreeing(shard, words, say):
+        agreed = Agreed(say()[1], table, 0)
+        return Header(None, lambda: agreed)
+
+    with mock.patch.object(call, "meet", agreeing):
+        yield
+
+
+class Unheard(Ring):
     """A ring that sends nothing: what arrives in a buffer without data is already there."""
 
     def __init__(self, rank, size):
