@@ -37,7 +37,7 @@ from .shell import folder, whole
 
 METHODS = {"ring": ring_attention, "collective": collective_attention}
 HEADS, HEAD_DIM, REPEATS = 16, 128, 10
-BUDGET = 3.0  # times the error that PyTorch's own attention makes in the same dtype on the same inputs
+BUDGET = 3.0  # times the error that the definition makes in the same dtype on the same inputs
 LSE_BUDGET = 1e-5  # lse is float32 whatever the inputs are
 
 
@@ -254,8 +254,6 @@ def _results(fn, inputs, dout):
     out, lse = fn(*inputs)
     grads = torch.autograd.grad(out, inputs, dout)
     found = dict(zip(("dq", "dk", "dv"), grads, strict=True), out=out.detach())
-    if lse is None:
-        return found
     lse = lse.detach().transpose(1, 2)[..., None]
     return {**found, "lse": lse.masked_fill(lse == -torch.inf, 0.0)}  # a query that saw nothing
 
@@ -266,42 +264,10 @@ def _errors(given, true):
     return {name: float((norm(x.double() - true[name]) / norm(true[name])).max()) for name, x in given.items()}
 
 
-def _verdict(bench, given, true, plain):
-    """plain: the errors of PyTorch's own attention."""
-    errors = _errors(given, true)
-    errors = dict(zip(errors, bench.worst(*errors.values()), strict=True))
-    budgets = dict(zip(plain, bench.worst(*(BUDGET * x for x in plain.values())), strict=True)) | {"lse": LSE_BUDGET}
-    return {"errors": errors, "budgets": budgets, "checked": all(errors[x] <= budgets[x] for x in budgets)}
-
-
-def _truth(bench, shard, causal, inputs, dout):
-    """float64 results for this rank's rows, and the errors of PyTorch's own attention.
-
-    Head by head and in query chunks: each rank computes its own query rows against all keys, and the partial dK, dV
-    are summed over ranks.
-    """
-    ring, s, heads, plain = bench.ring, len(shard.positions), [], []
-    everywhere = torch.cat(ring.share(shard.positions, [s] * ring.size))
-    order, rows = (x.to(bench.device) for x in (everywhere.argsort(), shard.positions))
-    define = partial(dense_attention, causal=causal, shard=Shard(shard.positions, None, everywhere), q_chunk=512)
-    for head in range(inputs[0].shape[2]):
-        q, k, v, do = (x.detach()[:, :, head : head + 1].contiguous() for x in (*inputs, dout))
-        whole = [torch.cat(ring.gather(x, [x.shape] * ring.size), 1) for x in (q, k, v, do)]
-        true = _results(define, [x.double() for x in (q, *whole[1:3])], do.double())
-        for name in ("dk", "dv"):
-            (true[name],) = ring.reduce([(x.contiguous(),) for x in true[name].split(s, 1)])
-        *qkv, do = (x[:, order] for x in whole)
-        theirs = _results(lambda *x: (bench.plain(causal)(*x), None), qkv, do)
-        heads.append(true)
-        plain.append(_errors({name: x[:, rows] for name, x in theirs.items()}, true))
-    together = {name: torch.cat([true[name] for true in heads], 2) for name in heads[0]}
-    return together, {name: max(errors[name] for errors in plain) for name in plain[0]}
-
-
 _SCORES, _CHUNK = 2**28, 2**24  # that the definition computes for a judgement, a head, in all and at a time
 
 
-def _judge_rows(bench, fn, shard, how, inputs, dout):
+def _judged(bench, fn, shard, how, inputs, dout):
     """Against the definition in float64, on some of this rank's query rows, so that it takes as long for any n: dO is
     0 on the others, and dK and dV, whole, are these rows' alone.
     """
@@ -324,9 +290,12 @@ def _judge_rows(bench, fn, shard, how, inputs, dout):
 
     true, plain = defined(torch.float64), defined(bench.dtype)
     ours = {name: x[:, rows] if name in ("out", "lse") else x for name, x in _results(fn, inputs, some).items()}
-    # this definition multiplies in float32: its error is the dtype's own rounding and no more
+    # where it multiplies in float32, its error is the dtype's own rounding and no more
     floor = torch.finfo(bench.dtype).eps / 2
-    return _verdict(bench, ours, true, {name: max(x, floor) for name, x in _errors(plain, true).items()})
+    errors, budgets = _errors(ours, true), {name: BUDGET * max(x, floor) for name, x in _errors(plain, true).items()}
+    errors, budgets = (dict(zip(x, bench.worst(*x.values()), strict=True)) for x in (errors, budgets))
+    budgets |= {"lse": LSE_BUDGET}
+    return {"errors": errors, "budgets": budgets, "checked": all(errors[x] <= budgets[x] for x in budgets)}
 
 
 # ----------------------------------------------------------------------------------------- sections
@@ -341,10 +310,8 @@ def ring_section(bench, args):
         shard, facts = partition(s * p, bench.ring, "zigzag"), {"tokens_per_gpu": s, "p": p, "causal": causal}
         bench.say(f"ring: {s} tokens a rank, causal {causal}: judged")
         mine = bench.inputs(s, HEADS, HEAD_DIM)
-        truth = _truth(bench, shard, causal, *mine)
         ours = {name: partial(method, causal=causal, shard=shard) for name, method in METHODS.items()}
-        verdicts = {name: _verdict(bench, _results(fn, *mine), *truth) for name, fn in ours.items()}
-        del truth
+        verdicts = {name: _judged(bench, fn, shard, {"causal": causal}, *mine) for name, fn in ours.items()}
         runs = {"ideal": (nullcontext, plain, *bench.inputs(s * p, HEADS, HEAD_DIM))}
         runs |= {name: (nullcontext, partial(_out, fn), *mine, bench.cuda) for name, fn in ours.items()}
         if p > 1 and isinstance(bench.ring, ProcessRing):  # what is unheard is so for a whole process
@@ -552,7 +519,7 @@ def dilated_section(bench, args):
 
 def _dilated(bench, shard, how, judged, inputs, dout):
     fn = partial(dilated_attention, **how, shard=shard)
-    verdict = _judge_rows(bench, fn, shard, how, inputs, dout) if judged else {}
+    verdict = _judged(bench, fn, shard, how, inputs, dout) if judged else {}
     before = bench.ring.traffic.received
     fn(*inputs)
     received = int(bench.worst(bench.ring.traffic.received - before)[0])
