@@ -310,7 +310,31 @@ def later_block(s):  # the first rank's block sees what a later rank's sees, the
     return seen(s, torch.where((s.theirs == 0) & (s.mine > 0), late, s.j <= s.i))
 
 
+def numerator(s):  # of a running softmax over tiles of 24 keys, whose sum alone follows the maximum
+    S = torch.einsum("bqhd,bkhd->bhqk", s.q, s.K) * s.scale
+    tops = [S[..., : a + 24].amax(-1, keepdim=True) for a in range(0, s.case.n, 24)]
+    P = torch.cat([(x - top).exp() for x, top in zip(S.split(24, -1), tops, strict=True)], -1)
+    return {"out": torch.einsum("bhqk,bkhd->bqhd", P, s.V) / rows((S - tops[-1]).exp().sum(-1))}
+
+
+def before_last(s):  # of the blocks that a rank meets, the lse
+    early = s.forward(times=s.times * (s.hop < s.p - 1))["lse"]
+    return {n: x for n, x in s.backward(L=early[..., None]).items() if n in ("dq", "dk", "dv")}
+
+
+def reverse(s):
+    outs, lses, _ = s.forward(times=dict(s.parts(s.hop))["branches"]).values()
+    return (outs * rows(lses.softmax(0).flip(0))).sum(0)
+
+
+def permuted(s):
+    at = torch.cat(s.case.shards)
+    return {n: x[:, at[at]] for n, x in s.backward().items() if n in ("dk", "dv")}
+
+
 NEAR, SUNK = Case("near", p=4, n=32, window=(3, 2)), Case("sink", p=2, n=12, sink=True)
+FULL, CAUSAL = Case("full", p=3, n=18), Case("causal", p=3, n=18, causal=True)
+BRANCHES = Case("dilation", p=2, n=24, dilation=((4, 24), (1, 2)))
 ALTERED = {  # numbers that a mistake would give, and what they are called
     "the sink is missing in lse, but not in out": (SUNK, lambda s: {"lse": s.forward(sink=None)["lse"]}),
     "the sink is missing in out, but not in lse": (SUNK, lambda s: {"out": s.forward(sink=None)["out"]}),
@@ -328,6 +352,25 @@ ALTERED = {  # numbers that a mistake would give, and what they are called
     "kept by its shape": (
         Case("causal", p=2, n=12, causal=True), lambda s: seen(s, (s.here >= s.there) & (s.mine >= s.theirs))
     ),
+    "score_mod of heads counted from 0 on every rank": (
+        Case("bias", p=2, n=12, score_mod="bias"),
+        lambda s: {n: x for n, x in s.forward(at=(s.at[0], s.at[1] % 2, *s.at[2:])).items() if n != "top"},
+    ),
+    "causal mask aligned bottom-right on every rank, keys only": (CAUSAL, lambda s: seen(s, s.there + 12 <= s.i)),
+    "numerator is not rescaled when the maximum grows (tiles of 24 keys)": (
+        Case("full", p=2, n=72, sharp=2.0), numerator
+    ),
+    "the lse from before the last of the blocks": (FULL, before_last),
+    "rows of K, V lie in the order of an inverse permutation": (
+        Case("full", p=3, n=24, layout="zigzag"), permuted
+    ),
+    "lse is that of the largest of the branches": (
+        BRANCHES, lambda s: {"lse": torch.maximum(*s.forward(times=dict(s.parts(s.hop))["branches"])["lse"])}
+    ),
+    "branches have each other's weights": (BRANCHES, lambda s: {"out": reverse(s)}),
+    "rows of out are right ones of another rank and head": (
+        FULL, lambda s: {"out": s.moved(s.O, lambda y: y.roll((1, 1), (1, 3)))}
+    ),
 }  # fmt: skip
 
 
@@ -336,7 +379,7 @@ def test_numbers_are_named(says):
     case, change = ALTERED[says]
     truth = Truth(case, case.data())
     wrong = change(Scene(truth))
-    got = {name: [truth.part(name, r, truth.whole | wrong) for r in range(case.p)] for name in ("out", "lse")}
+    got = {name: [truth.part(name, r, truth.whole | wrong) for r in range(case.p)] for name in truth.whole}
     assert says in diagnose.name(truth, got, list(wrong), [], [])[0]
 
 

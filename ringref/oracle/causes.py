@@ -69,7 +69,8 @@ def rules_of(s: Scene) -> tuple[dict[str, Callable], dict[str, dict[str, Any]]]:
             return every * mask(*whose, i, j)
 
         rules["mask_mod"], seen = masked, masked(i, j)
-        instead["mask_mod"] = {"inverted": 1 - seen, "of head 0 for all": seen[:, :1], "of batch 0 for all": seen[:1]}
+        instead["mask_mod"] = {"inverted": 1 - seen, "of batch 0 for all": seen[:1]}
+        instead["mask_mod"] |= {text: seen[:, of] for text, of in heads_for(s).items()}
     if case.dilation:
         (w, r), h = (torch.tensor(x)[:, None, None, None, None] for x in case.dilation), case.h
         branch, head = torch.arange(len(w))[:, None, None, None, None], torch.arange(h)[:, None, None]
@@ -103,6 +104,14 @@ def rules_of(s: Scene) -> tuple[dict[str, Callable], dict[str, dict[str, Any]]]:
     return rules, instead
 
 
+def heads_for(s: Scene) -> dict[str, Tensor]:
+    """What may be taken for a query head, where something is given per head."""
+    head = torch.arange(s.case.h)
+    some = {"of head 0 for all": head * 0, "of heads counted from 0 on every rank": head % -(-s.case.h // s.p)}
+    some |= {"of the key/value head": head // s.e, "of heads in another order": head.view(s.e, -1).mT.flatten()}
+    return {text: of for text, of in some.items() if not torch.equal(of, head)}
+
+
 def views_of(s: Scene) -> Iterator[tuple[str, Tensor, Tensor]]:
     """What may be taken for the positions of query and key."""
     case, n, p = s.case, s.case.n, s.p
@@ -128,9 +137,10 @@ def views_of(s: Scene) -> Iterator[tuple[str, Tensor, Tensor]]:
         sizes |= {"the query's shard": (held[mine], held[mine]), "its own shard": (held[mine], held[theirs])}
     for text, (a, b) in sizes.items():
         frames[f"with rank · {text} for its first position"] = mine * a + here, theirs * b + there
+    asked = torch.tensor([*map(len, case.asks)])
+    frames["aligned bottom-right on every rank"] = here + n - asked[mine], there + n - held[theirs]
     for text, (a, b) in frames.items():
         yield from ((text, a, b), (f"{text}, queries only", a, j), (f"{text}, keys only", i, b))
-    yield "aligned bottom-right on every rank", here + n - torch.tensor([*map(len, case.asks)])[mine], j
     if s.even:
         at = torch.stack(case.shards)
         yield "of the own block at every hop", at[mine, here], at[mine, there]
@@ -278,7 +288,7 @@ def ingredients(s: Scene) -> Iterator[Change]:
             "score_mod in local coordinates": {"at": (b, h, here, there)},
             "score_mod in local coordinates, queries only": {"at": (b, h, here, j)},
             "score_mod in local coordinates, keys only": {"at": (b, h, i, there)},
-            "score_mod of head 0 for all": {"at": (b, h * 0, i, j)},
+            **{f"score_mod {text}": {"at": (b, of.view(h.shape), i, j)} for text, of in heads_for(s).items()},
             "score_mod with query and key swapped": {"at": (b, h, j, i)},
             "score_mod is applied before the scale": {"mod": lambda x, *at: s.mod(x / s.scale, *at) * s.scale},
         }
@@ -295,22 +305,21 @@ def ingredients(s: Scene) -> Iterator[Change]:
             f"the sink is counted {p} times, once a rank": {"sink": s.sink + math.log(p)},
             "the sink is scaled": {"sink": s.sink * s.scale},
             "the sink is 0": {"sink": s.sink * 0},
-            "the sink is that of head 0 for all": {"sink": s.sink[:1].expand_as(s.sink)},
+            **{f"the sink is that {text}": {"sink": s.sink[of]} for text, of in heads_for(s).items()},
             "the sink is counted twice": {"sink": s.sink + math.log(2)},
             "the sink is natural, taken for base 2": {"sink": s.sink * math.log(2)},
             "the sink is base 2, taken for natural": {"sink": s.sink / math.log(2)},
-            "the sink is taken by key/value head": {"sink": s.sink[:g].repeat_interleave(e)},
-            "the sink is taken for heads in another order": {"sink": s.sink.view(e, g).mT.flatten()},
         }
     pairs = (("K", "V"), ("K",), ("V",))
+    head = torch.arange(s.case.h)
+    keys = {f"shifted by {x}": (head + x * e) % len(head) for x in (1, -1)}
+    keys |= {"interleaved": head % g * e, "all 0": head * 0}
+    queries = {"interleaved": head.view(e, g).mT.flatten(), "interleaved back": head.view(g, e).mT.flatten()}
+    each = [("key/value", *x) for x in itertools.product(pairs, keys.items())]
+    each += [("query", *x) for x in itertools.product((("q",), ("do",), ("q", "do")), queries.items())]
+    for who, names, (text, of) in (x for x in each if not torch.equal(x[-1][1], head)):
+        wrong[f"{who} heads {text} ({' and '.join(names)})"] = {x: getattr(s, x)[:, :, of] for x in names}
     if e > 1:
-        head = torch.arange(s.case.h)
-        keys = {"interleaved": head % g * e, "all 0": head * 0}
-        queries = {"interleaved": head.view(e, g).mT.flatten(), "interleaved back": head.view(g, e).mT.flatten()}
-        each = [("key/value", *x) for x in itertools.product(pairs, keys.items())]
-        each += [("query", *x) for x in itertools.product((("q",), ("do",), ("q", "do")), queries.items())]
-        for who, names, (text, of) in each:
-            wrong[f"{who} heads {text} ({' and '.join(names)})"] = {x: getattr(s, x)[:, :, of] for x in names}
         wrong |= {
             "only the first query head of a group counts": {"gather": lambda x: x[:, :, :, 0]},
             "the query heads of a group are averaged, not added": {"gather": lambda x: x.mean(3)},
@@ -331,6 +340,7 @@ def moves(s: Scene) -> Iterator[tuple[str, Callable]]:
     """Right rows in the wrong place: (sentence, change of a tensor b p s h d)."""
     if not s.even:
         return
+    dealt = torch.cat(s.case.shards)
     for by in (by for by in range(1 - s.p, s.p) if by):
         yield f"end on the wrong rank: rank r has that of rank r{by:+d}", lambda y, by=by: y.roll(-by, 1)
     yield from {
@@ -344,6 +354,8 @@ def moves(s: Scene) -> Iterator[tuple[str, Callable]]:
             lambda y: y.flatten(1, 2).unflatten(2, (s.p, -1)).transpose(1, 2).reshape(y.shape),
         "have tokens interleaved by rank": lambda y: y.transpose(1, 2).reshape(y.shape),
         "have tokens in rank order": lambda y: y.reshape(len(y), -1, s.p, *y.shape[3:]).transpose(1, 2),
+        "lie in the order of the ranks, not of the sequence": lambda y: y.flatten(1, 2)[:, dealt].view(y.shape),
+        "lie in the order of an inverse permutation": lambda y: y.flatten(1, 2)[:, dealt[dealt]].view(y.shape),
         "have the batch taken for the ranks": lambda y: y.reshape(s.p, -1, *y.shape[2:]).transpose(0, 1),
         "have the ranks taken for the batch": lambda y: y.transpose(0, 1).reshape(y.shape),
     }.items()  # fmt: skip
@@ -426,7 +438,9 @@ STEPS: dict[str, Callable] = {
 
 def merges(s: Scene) -> Iterator[Guess]:
     """Right parts, merged wrongly: all at once, or one after the other."""
-    for what, parts in s.parts(s.hop, -s.hop % s.p, s.owner[1].expand_as(s.hop)):
+    tiles = ((f"tiles of {x} keys", s.j // x) for x in range(8, min(s.case.n, 65), 8))
+    tiles = ((what, torch.stack([s.times * (at == t) for t in range(int(at.max()) + 1)])) for what, at in tiles)
+    for what, parts in itertools.chain(s.parts(s.hop, -s.hop % s.p, s.owner[1].expand_as(s.hop)), tiles):
         outs, lses, top = s.forward(times=parts, sink=None).values()
         outs = outs * rows((lses.logsumexp(0) - s.L).exp().nan_to_num())  # a sink comes after the merging
         there = lses.isfinite()
@@ -438,6 +452,7 @@ def merges(s: Scene) -> Iterator[Guess]:
             f"the outputs of {what} are averaged": there / there.sum(0),
             f"the outputs of {what} are averaged, empty ones too": there / len(parts),
             f"the outputs of {what} are added": there.double(),
+            f"{what} have each other's weights, in reverse": low.softmax(0).flip(0),
             f"out is divided by the sum of the first of {what} alone": (low - low[0]).exp(),
             f"natural lse merged as base 2 ({what})": (low * math.log(2)).softmax(0),
             f"base-2 lse merged as natural ({what})": (low / math.log(2)).softmax(0),
@@ -449,7 +464,8 @@ def merges(s: Scene) -> Iterator[Guess]:
             f"the running numerator is not rescaled when the maximum grows ({what})": late / right.sum(0),
         }.items():
             yield text, partial(dict, out=(outs * rows(weights.nan_to_num())).sum(0))
-        yield f"lse is that of the last of the {what}", partial(dict, lse=lses[-1])
+        for text, lse in {"last": lses[-1], "first": lses[0], "largest": lses.amax(0)}.items():
+            yield f"lse is that of the {text} of the {what}", partial(dict, lse=lse)
         yield f"lse takes the maximum of the first of {what} alone", partial(dict, lse=s.L - s.top + top[0])
         yield f"the lse of {what} is added instead of merged", partial(dict, lse=finite.sum(0))
         for (text, step), zero in itertools.product(STEPS.items(), (False, True)):
@@ -501,18 +517,24 @@ def saved(s: Scene, about: list[str], whole: dict[str, Tensor], places: bool = F
     for what, parts in s.parts(s.hop):
         outs, lses, _ = s.forward(times=parts).values()
         sums, merged, total = row_sums(s.do, outs), s.L.expand_as(lses), (s.L - s.top).exp().nan_to_num()
+        order = torch.arange(len(parts)).view(-1, *[1] * s.L.ndim)
+        late = order >= (order * lses.isfinite()).amax(0).clamp(min=1)  # the last part that a query sees, if not alone
+        before = lses.masked_fill(late, -math.inf).logsumexp(0).expand_as(lses)
+        share = ((lses - before).exp() * ~late).nan_to_num()
         D = row_sums(s.do, s.O).expand_as(sums)
         Ls = {
             "": merged,
             "the lse is base 2, taken for natural": merged * math.log2(math.e),
             f"the backward uses the lse of {what} for the merged lse": lses,
             f"the backward uses the lse of the last of the {what}": lses[-1:].expand_as(lses),
+            f"the backward uses the lse from before the last of the {what}": before,
         }
         Ds = {
             "": D,
             "the row sum D is missing: softmax's backward lacks Σ dO·O": sums * 0,
             f"the weights that mix the {what} are detached: D = Σ dO·O with the out of each": sums,
             f"D = Σ P·dP is summed over one of the {what} alone": sums * (lses - s.L).exp().nan_to_num(),
+            f"D = Σ dO·O with out from before the last of the {what}": (sums * share).sum(0).expand_as(sums),
             "D = Σ dO·O with out before it is divided by the sum": D * total,
         }
         if places:
@@ -617,6 +639,8 @@ def fits(s: Scene, whole: dict[str, Tensor], about: list[str], truth: Any) -> It
     """A factor, or for lse a constant, that is read off the candidate."""
     by = {n: factor([(whole[n], truth.whole[n])]) for n in about}
     yield ", ".join(off(n, m, s) for n, m in by.items()), lambda: {n: m * truth.whole[n] for n, m in by.items()}
+    if all(whole[n].ndim == 4 for n in about):
+        yield from held(s, whole, about, truth)
     if about == ["lse"]:
         gap = (whole["lse"] - s.L)[s.L.isfinite() & whole["lse"].isfinite()].mean()
         yield f"lse is off by a constant: {off('its sum', gap.exp().item(), s)}", lambda: {"lse": s.L + gap}
@@ -627,3 +651,21 @@ def fits(s: Scene, whole: dict[str, Tensor], about: list[str], truth: Any) -> It
             eps = ((1 / share - 1) * total).nanmedian()
             out = s.O * (total / (total + eps))[..., None]
             yield f"{eps.item():.1g} is added to the sum of {what}", partial(dict, out=out)
+
+
+def held(s: Scene, whole: dict[str, Tensor], about: list[str], truth: Any) -> Iterator[Guess]:
+    """Rows that are right ones of another place, whichever it is; what is near to none is no guess."""
+    found, kinds = {}, {}
+    for n in about:
+        got, right = (x.flatten(0, 2) for x in (whole[n], truth.whole[n]))
+        at = torch.arange(len(got))
+        wrong = (got - right).norm(dim=1) > 1e-3 * right.norm(dim=1)
+        at[wrong] = torch.cdist(got[wrong], right).argmin(1)
+        if (got - right[at]).norm() > 0.01 * (got - right).norm():
+            return
+        found[n], side = right[at].view_as(whole[n]), int(n in ("dk", "dv"))
+        grid = torch.meshgrid(*map(torch.arange, whole[n].shape[:3]), indexing="ij")
+        batch, token, head = (x.flatten() for x in grid)
+        each = {"sequence": batch, "rank": s.owner[side][token], "token": s.loc[side][token], "head": head}
+        kinds |= {kind: None for kind, x in each.items() if not torch.equal(x[at], x)}
+    yield f"rows of {', '.join(about)} are right ones of another {' and '.join(kinds)}", partial(dict, found)

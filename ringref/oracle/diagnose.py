@@ -19,6 +19,7 @@ from .causes import ALONE, CALLS, GRADS, SKIPPED, Guess, backwards, crossed, fit
 from .scene import Scene, assembled
 
 UNKNOWN = "unknown signature"
+NOT_FINITE = "NaN or inf"
 EARLY = "a receive buffer is read before its wait(): the numbers are right once the oracle leaves the buffer alone"
 UNWRITTEN = "memory that nobody wrote is read: there is no NaN once fresh memory holds zeros"
 EARLIER = "it passes alone: the cause lies in an earlier case, whose state is kept"
@@ -51,7 +52,7 @@ TAKES = {  # what a case has that fails no more without it, where no number says
     ("plan", "stacked"): f"{CALLS} a part of what one saved is overwritten by the next",
     ("plan", "steps"): f"{CALLS} something is kept from step to step",
 }
-VAGUE = (UNKNOWN, "NaN or inf", "it raises", EARLIER, RACE)  # what a finding says when it has nothing better
+VAGUE = (UNKNOWN, NOT_FINITE, "it raises", EARLIER, RACE)  # what a finding says when it has nothing better
 # what a mistake gives that a case has no room for
 NO_ROOM = (RuntimeError, IndexError, ValueError, TypeError, KeyError)
 HARMLESS = ("unfinished work", "an input was written to")  # values are worth a look all the same
@@ -149,7 +150,7 @@ def not_finite(truth: Any, got: dict[str, list[Tensor]], wrong: list[str]) -> st
     if case.shift or (case.spread and elsewhere):
         return far(case)
     if elsewhere or not (blind.any() or partly.any()):
-        return "NaN or inf"
+        return NOT_FINITE
     if not partly.any():
         return "NaN where a query sees no key at all"
     if case.causal and not (case.mask or case.window or case.dilation or case.cu_seqlens):
@@ -253,7 +254,8 @@ def place(s: Scene, whole: dict[str, Tensor], truth: Any, name: str) -> str:
     tokens, heads = bad.any(2).any(0), bad.any(1).any(0)
     which = "every head" if heads.all() else f"heads {_list(heads.nonzero().flatten().tolist())}"
     at = "every position" if tokens.all() else f"local positions {_list(sorted({*s.loc[side][tokens].tolist()}))}"
-    return f"{name} is wrong on ranks {_list(sorted({*s.owner[side][tokens].tolist()}))}, {which}, {at}"
+    what = "wrong" if (whole[name].transpose(1, 2) if name == "lse" else whole[name])[bad].any() else "zero"
+    return f"{name} is {what} on ranks {_list(sorted({*s.owner[side][tokens].tolist()}))}, {which}, {at}"
 
 
 def _list(items: list) -> str:

@@ -430,15 +430,20 @@ class Judge:
         lost = [name for name in forward or wrong if any(x.isnan().any() for x in got[name])]
         if lost:
             where = diagnose.not_finite(truth, got, lost)
+            # a NaN where the mistake leaves a query nothing to see
+            none = {n: [x.nan_to_num(-math.inf if n == "lse" else 0.0) for x in each] for n, each in got.items()}
+            asked = truth, none, wrong, [], known, self.way, False
             if quickly:
-                return [cause for cause in known if cause in (diagnose.UNWRITTEN, diagnose.EARLY, where)][:1]
+                said = [cause for cause in known if cause in (diagnose.UNWRITTEN, diagnose.EARLY, where)][:1]
+                return diagnose.name(*asked, quickly=True)[:1] or said
             for cause, planted in ((diagnose.UNWRITTEN, {"fresh": 0.0}), (diagnose.EARLY, {"poison": 0.0})):
                 calm = self.run(case, **planted).values()
                 now = [r["steps"][index].get(name) for r in calm if r["steps"] for name in lost]
                 spoken = planted.get("fresh") == 0.0 or any(r["ops"] for r in calm)
                 if now and spoken and all(x is not None and not x.isnan().any() for x in now):
                     return [cause]
-            return [where]
+            causes = diagnose.name(*asked) if where == diagnose.NOT_FINITE and forward else [where]
+            return [where] if causes[0].startswith(diagnose.UNKNOWN) else causes
         far = diagnose.far(case)
         if far in known and not self.look(case.without(["shift", "spread"])):
             return [far]
@@ -447,7 +452,8 @@ class Judge:
         causes = diagnose.name(truth, got, wrong, others, known, self.way, unknown < DEEP, quickly)
         if quickly and not causes:
             return []
-        if causes[0].startswith(diagnose.UNKNOWN) and any((x.isinf() & ~want.isinf()).any() for x, want in pairs):
+        infinite = (x.isinf() & ~want.isinf() & ((x > 0) | (x.ndim > 3)) for x, want in pairs)
+        if causes[0].startswith(diagnose.UNKNOWN) and any(map(torch.any, infinite)):
             causes = [diagnose.not_finite(truth, got, wrong)]
         none, simplest = causes[0].startswith(diagnose.UNKNOWN), case is self.simplest
         vague = causes[0].startswith(diagnose.VAGUE) or "out is zero" in causes
