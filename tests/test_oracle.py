@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -332,6 +333,36 @@ def permuted(s):
     return {n: x[:, at[at]] for n, x in s.backward().items() if n in ("dk", "dv")}
 
 
+def swapped_at_hops(s):  # dk and dv, once for each hop that is left
+    parts = [s.backward(times=s.times * (s.hop == t)) for t in range(s.p)]
+    names = ("dk", "dv")
+    return {n: sum(x[names[(i + s.p - t) % 2]] for t, x in enumerate(parts)) for i, n in enumerate(names)}
+
+
+def stays(s):  # the q, or dO, of the rank that has the keys, for every query of a block; by block, without indices
+    found = {"dq": 0, "dk": 0}
+    for mine, theirs in itertools.product(range(s.p), range(s.p)):
+        block = s.times * ((s.mine == mine) & (s.theirs == theirs))
+        do = s.do.clone()
+        do[:, s.case.asks[mine]] = s.do[:, s.case.asks[theirs]]
+        part = s.backward(times=block, do=do, D=s.D)
+        found = {n: x + part[n] for n, x in found.items()} | {"dv": found.get("dv", 0) + part["dv"]}
+    return found
+
+
+def halves_swapped(s, x):  # positions in a zigzag layout of two ranks, 16 tokens in quarters 0 3 | 1 2
+    return torch.tensor([12, 8, 4, 0])[x // 4] + x % 4
+
+
+def partly_causal(s):  # branches of a causal one alone see no less; the second has forgotten it
+    one, two = (replace(s.case, causal=c, dilation=((w,), (r,))).times for w, r, c in ((4, 1, True), (24, 2, False)))
+    return one + two
+
+
+def shifted_heads(s):  # out of the next head, and nothing for the last
+    return {"out": torch.cat([s.O[:, :, 1:], s.O[:, :, :1] * 0], 2)}
+
+
 NEAR, SUNK = Case("near", p=4, n=32, window=(3, 2)), Case("sink", p=2, n=12, sink=True)
 FULL, CAUSAL = Case("full", p=3, n=18), Case("causal", p=3, n=18, causal=True)
 BRANCHES = Case("dilation", p=2, n=24, dilation=((4, 24), (1, 2)))
@@ -364,6 +395,24 @@ ALTERED = {  # numbers that a mistake would give, and what they are called
     "rows of K, V lie in the order of an inverse permutation": (
         Case("full", p=3, n=24, layout="zigzag"), permuted
     ),
+    "score_mod in local coordinates at every hop": (
+        Case("bias", p=2, n=12, score_mod="bias"),
+        lambda s: {n: x for n, x in s.forward(at=(*s.at[:2], s.here, s.there)).items() if n != "top"},
+    ),
+    "blocks are skipped of which the window (left) hides the first key from the first query": (
+        NEAR, lambda s: seen(s, (s.i - s.j <= 3) & (s.j - s.i <= 2) & (s.mine * 8 - s.theirs * 8 <= 3))
+    ),
+    "in the backward only: causal mask with the halves of a shard swapped": (
+        Case("causal", p=2, n=16, causal=True, layout="zigzag"),
+        lambda s: s.backward(times=s.times * 0 + (halves_swapped(s, s.j) <= halves_swapped(s, s.i))),
+    ),
+    "causal mask: ignored where the rate is more than 1": (
+        Case("dilation", p=1, n=24, causal=True, dilation=((4, 24), (1, 2))),
+        lambda s: seen(s, partly_causal(s)),
+    ),
+    "dk and dv are swapped at every hop": (FULL, swapped_at_hops),
+    "rows of dO stay while queries travel": (FULL, stays),
+    "rows of out are right ones of another head, or zero": (FULL, shifted_heads),
     "lse is that of the largest of the branches": (
         BRANCHES, lambda s: {"lse": torch.maximum(*s.forward(times=dict(s.parts(s.hop))["branches"])["lse"])}
     ),
@@ -652,6 +701,18 @@ def test_memory_that_nobody_wrote_is_named(pool):
     assert check(functools.partial(unwritten, fill=True), only=[case], pool=pool)
     report = check(unwritten, only=[case], pool=pool)
     assert not report and "memory that nobody wrote" in report.diagnosis
+
+
+def blind_to_itself(q, k, v, *, causal, group):
+    rows = torch.arange(q.shape[1])
+    scores = scores_of(q, k, rows - 1, rows, causal)
+    v = v.repeat_interleave(q.shape[2] // v.shape[2], 2).to(scores.dtype)
+    return torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), v).to(q.dtype)
+
+
+def test_a_nan_is_named_by_what_the_query_no_longer_sees(pool):
+    report = check(blind_to_itself, only=[Case("causal", p=1, causal=True)], pool=pool)
+    assert report.diagnosis.startswith("causal mask off by one"), str(report)
 
 
 def tires(q, k, v, *, causal, group, calls=[]):  # noqa: B006

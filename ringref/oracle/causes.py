@@ -25,7 +25,7 @@ from .scene import Scene, row_sums, rows
 CALLS = "a call's result depends on another call:"
 GRADS = ["dq", "dk", "dv"]
 SKIPPED, ALONE = ", but for blocks of which nothing is seen", ", and the token at the end is alone"
-TILES = (128, 64, 32, 16)  # rows of a kernel's tile, or of a chunk of queries
+TILES = (128, 64, 48, 32, 24, 16)  # rows of a kernel's tile, or of a chunk of queries
 
 Guess = tuple[str, Callable[[], dict[str, Tensor]]]
 Change = tuple[str, Callable[[], dict[str, Any]]]  # of a scene's ingredients
@@ -81,6 +81,9 @@ def rules_of(s: Scene) -> tuple[dict[str, Callable], dict[str, dict[str, Any]]]:
         together = lambda i, j: i // w == j // w
         apart = lambda rule, m: torch.where(branch == m, rule(here, there), rule(i, j))
         rules["dilation offsets"], rules["segments"] = kept, together
+        if case.causal:
+            instead["causal mask"]["ignored where the rate is more than 1"] = (j <= i) | (r > 1)
+            instead["causal mask"] |= {f"ignored in branch {m} only": (j <= i) | (branch == m) for m in range(len(w))}
         instead["segments"] = {f"counted from the shard in branch {m} only": apart(together, m) for m in range(len(w))}
         instead["dilation offsets"] = {
             "of keys only": (j % w % r == usual[0]) & usual[1],
@@ -101,6 +104,8 @@ def rules_of(s: Scene) -> tuple[dict[str, Callable], dict[str, dict[str, Any]]]:
             **{f"only branch {m} counts": kept(i, j) & (branch == m) for m in range(len(w))},
             **{f"branch {m} is dropped": kept(i, j) & (branch != m) for m in range(len(w))},
         }
+    if s.mod:
+        rules["score_mod"] = lambda i, j: 1.0  # it hides nothing, but is told positions too
     return rules, instead
 
 
@@ -139,6 +144,9 @@ def views_of(s: Scene) -> Iterator[tuple[str, Tensor, Tensor]]:
         frames[f"with rank · {text} for its first position"] = mine * a + here, theirs * b + there
     asked = torch.tensor([*map(len, case.asks)])
     frames["aligned bottom-right on every rank"] = here + n - asked[mine], there + n - held[theirs]
+    if case.layout == "zigzag" and s.even:
+        at = torch.stack(case.shards).roll(n // p // 2, 1)
+        frames["with the halves of a shard swapped"] = at[mine, here], at[theirs, there]
     for text, (a, b) in frames.items():
         yield from ((text, a, b), (f"{text}, queries only", a, j), (f"{text}, keys only", i, b))
     if s.even:
@@ -179,7 +187,10 @@ def sights(s: Scene, everywhere: bool) -> Iterator[Change]:
 
     def seen(right: set[str], wrong: Iterable[str] = (), view: Any = (), rule: Any = 1.0) -> dict[str, Tensor]:
         asked = [rules[name](s.i, s.j) for name in right] + [rules[name](*view) for name in wrong]
-        return {"times": (math.prod(asked, start=torch.ones(1, *s.times.shape).double()) * rule).sum(0)}
+        seen = {"times": (math.prod(asked, start=torch.ones(1, *s.times.shape).double()) * rule).sum(0)}
+        if s.mod and "score_mod" not in right:
+            seen |= {"at": (*s.at[:2], *view)} if view else {"mod": None}
+        return seen
 
     if s.case.dilation:
         yield "a key seen through several branches counts once", lambda: {"times": s.times.clamp(max=1)}
@@ -208,6 +219,15 @@ def sights(s: Scene, everywhere: bool) -> Iterator[Change]:
 def counted(s: Scene) -> Iterator[Change]:
     """Some pairs of query and key that are left out, alone there, or there twice."""
     case, n, p, there = s.case, s.case.n, s.p, s.there
+    ends = {"first": 0, "last": -1}
+    for (a, x), (b, y), (name, rule) in itertools.product(ends.items(), ends.items(), rules_of(s)[0].items()):
+        if name in ("causal mask", "window (left)", "window (right)", "documents"):
+            query, key = (
+                [int(own[at]) if len(own) else 0 for own in cut] for cut, at in ((case.asks, x), (case.shards, y))
+            )
+            shown = rule(torch.tensor(query)[s.mine] + n - case.m, torch.tensor(key)[s.theirs])
+            text = f"blocks are skipped of which the {name} hides the {b} key from the {a} query"
+            yield text, lambda shown=shown: {"times": s.times * shown}
     corner = s.seen_in_block() <= case.b * case.h
     sides = {"": True, " of earlier ranks": s.theirs < s.mine, " of later ranks": s.theirs > s.mine}
     text = "of which one pair is seen: a bound that is off by one skips them"
@@ -280,16 +300,10 @@ def ingredients(s: Scene) -> Iterator[Change]:
         wrong[f"a masked score is {low:g} or more, not −inf"] = {"hidden": torch.tensor(low).double()}
     if s.mod:
         b, h, i, j = s.at
-        here, there = (x.view(y.shape) for x, y in zip(s.loc, (i, j), strict=True))
         wrong |= {
-            "score_mod ignored": {"mod": None},
             "score_mod is applied twice": {"mod": lambda x, *at: s.mod(s.mod(x, *at), *at)},
             "score_mod of batch 0 for all": {"at": (b * 0, h, i, j)},
-            "score_mod in local coordinates": {"at": (b, h, here, there)},
-            "score_mod in local coordinates, queries only": {"at": (b, h, here, j)},
-            "score_mod in local coordinates, keys only": {"at": (b, h, i, there)},
             **{f"score_mod {text}": {"at": (b, of.view(h.shape), i, j)} for text, of in heads_for(s).items()},
-            "score_mod with query and key swapped": {"at": (b, h, j, i)},
             "score_mod is applied before the scale": {"mod": lambda x, *at: s.mod(x / s.scale, *at) * s.scale},
         }
     if s.sink is not None:
@@ -310,6 +324,13 @@ def ingredients(s: Scene) -> Iterator[Change]:
             "the sink is natural, taken for base 2": {"sink": s.sink * math.log(2)},
             "the sink is base 2, taken for natural": {"sink": s.sink / math.log(2)},
         }
+    if s.even:
+        at, D = torch.stack(s.case.asks), s.D[..., 0] - s.dlse
+        there = {"are read along the keys": at[s.mine, s.there], "stay while queries travel": at[s.theirs, s.here]}
+        for text, of in there.items():
+            rest = {"rows of lse": {"L": s.L[:, :, of]}, "row sums D": {"D": D[:, :, of] + s.dlse[..., None]}}
+            rest |= {"rows of q": {"q_of": of}, "rows of dO": {"do_of": of}}
+            wrong |= {f"{who} {text}": changed for who, changed in rest.items()}
     pairs = (("K", "V"), ("K",), ("V",))
     head = torch.arange(s.case.h)
     keys = {f"shifted by {x}": (head + x * e) % len(head) for x in (1, -1)}
@@ -438,7 +459,7 @@ STEPS: dict[str, Callable] = {
 
 def merges(s: Scene) -> Iterator[Guess]:
     """Right parts, merged wrongly: all at once, or one after the other."""
-    tiles = ((f"tiles of {x} keys", s.j // x) for x in range(8, min(s.case.n, 65), 8))
+    tiles = ((f"tiles of {x} keys", s.j // x) for x in TILES if x < s.case.n)
     tiles = ((what, torch.stack([s.times * (at == t) for t in range(int(at.max()) + 1)])) for what, at in tiles)
     for what, parts in itertools.chain(s.parts(s.hop, -s.hop % s.p, s.owner[1].expand_as(s.hop)), tiles):
         outs, lses, top = s.forward(times=parts, sink=None).values()
@@ -508,6 +529,8 @@ def backwards(s: Scene, about: list[str], whole: dict[str, Tensor]) -> Iterator[
     last = s.backward(times=s.times * (s.hop == s.p - 1))
     travels = lambda: {n: right[m] - last[m] + last[n] for n, m in swap.items()}
     yield "dk travels in the place of dv, or dv of dk", travels
+    odd = s.backward(times=s.times * ((s.p - s.hop) % 2))
+    yield "dk and dv are swapped at every hop", lambda: {n: right[n] - odd[n] + odd[m] for n, m in swap.items()}
 
 
 def saved(s: Scene, about: list[str], whole: dict[str, Tensor], places: bool = False) -> Iterator[Guess]:
@@ -655,17 +678,19 @@ def fits(s: Scene, whole: dict[str, Tensor], about: list[str], truth: Any) -> It
 
 def held(s: Scene, whole: dict[str, Tensor], about: list[str], truth: Any) -> Iterator[Guess]:
     """Rows that are right ones of another place, whichever it is; what is near to none is no guess."""
-    found, kinds = {}, {}
+    found, kinds, zero = {}, {}, ""
     for n in about:
         got, right = (x.flatten(0, 2) for x in (whole[n], truth.whole[n]))
-        at = torch.arange(len(got))
+        at, bank = torch.arange(len(got)), torch.cat([right, right[:1] * 0])
         wrong = (got - right).norm(dim=1) > 1e-3 * right.norm(dim=1)
-        at[wrong] = torch.cdist(got[wrong], right).argmin(1)
-        if (got - right[at]).norm() > 0.01 * (got - right).norm():
+        at[wrong] = torch.cdist(got[wrong], bank).argmin(1)
+        if (got - bank[at]).norm() > 0.01 * (got - right).norm():
             return
-        found[n], side = right[at].view_as(whole[n]), int(n in ("dk", "dv"))
+        found[n], some, side = bank[at].view_as(whole[n]), at < len(got), int(n in ("dk", "dv"))
         grid = torch.meshgrid(*map(torch.arange, whole[n].shape[:3]), indexing="ij")
         batch, token, head = (x.flatten() for x in grid)
         each = {"sequence": batch, "rank": s.owner[side][token], "token": s.loc[side][token], "head": head}
-        kinds |= {kind: None for kind, x in each.items() if not torch.equal(x[at], x)}
-    yield f"rows of {', '.join(about)} are right ones of another {' and '.join(kinds)}", partial(dict, found)
+        kinds |= {kind: None for kind, x in each.items() if not torch.equal(x[at[some]], x[some])}
+        zero = zero if some.all() else ", or zero"
+    if kinds:
+        yield f"rows of {', '.join(about)} are right ones of another {' and '.join(kinds)}{zero}", partial(dict, found)
