@@ -410,6 +410,12 @@ ALTERED = {  # numbers that a mistake would give, and what they are called
         Case("dilation", p=1, n=24, causal=True, dilation=((4, 24), (1, 2))),
         lambda s: seen(s, partly_causal(s)),
     ),
+    "causal mask ignored, on the sequences after the first only": (
+        CAUSAL, lambda s: seen(s, (torch.arange(2)[:, None, None, None] > 0) | (s.j <= s.i))
+    ),
+    "with the keys' positions taken for the queries'": (
+        Case("causal", p=2, n=12, causal=True, queries=4), lambda s: seen(s, s.j <= s.mine * 6 + s.here)
+    ),
     "dk and dv are swapped at every hop": (FULL, swapped_at_hops),
     "rows of dO stay while queries travel": (FULL, stays),
     "rows of out are right ones of another head, or zero": (FULL, shifted_heads),

@@ -206,7 +206,7 @@ def name(truth: Any, got: dict, wrong: list, others: list, known: list, way=1, d
     if best > 0.01:
         best = ask(usual())
     some = best > ENOUGH or denied.issuperset(told for told, share in left.items() if share <= best + 0.01)
-    if some and deep and s.p > 1 and not small:
+    if some and deep and not small:
         best = ask([somewhere(s, about, whole)])
     if best < ENOUGH:
         alike = (told for told, share in left.items() if share <= best + 0.01)

@@ -127,13 +127,16 @@ class Scene:
         """A tensor b n h d, changed in the shape b p s h d in which the ranks hold it."""
         return change(x[:, torch.stack(self.case.shards)]).flatten(1, 2)[:, self.order[1]]
 
-    def places(self) -> dict[str, Tensor]:
-        """Some of the pairs of query and key, by the words for them."""
+    def places(self, whose: bool = False) -> dict[str, Tensor]:
+        """Some of the pairs of query and key, by the words for them; `whose` asks of sequences and heads too."""
         p, hop = self.p, self.hop
         some = {"the own block": hop == 0, "received blocks": hop > 0, "the last hop": hop == p - 1}
         some |= {"hop 1": hop == 1, "hops after 1": hop > 1} | {f"hop {t}": hop == t for t in range(2, p - 1)}
         some |= {"blocks of earlier ranks": self.theirs < self.mine, "blocks of later ranks": self.theirs > self.mine}
         some |= {"the first rank's block elsewhere": (self.theirs == 0) & (self.mine > 0)}
+        if whose:
+            some["the sequences after the first"] = torch.arange(self.case.b)[:, None, None, None] > 0
+            some["odd heads"] = torch.arange(self.case.h)[:, None, None] % 2 > 0
         return {text: pairs for text, pairs in some.items() if pairs.any() and not pairs.all()}
 
     def seen_in_block(self) -> Tensor:
