@@ -7,6 +7,7 @@ which rank a gradient ends on (`homes`), where rows and heads stand (`moves`). F
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -218,7 +219,8 @@ def sights(s: Scene, everywhere: bool) -> Iterator[Change]:
     met = s.seen_in_block() > 0
     for names in some:
         what, right = " and ".join(names), rules.keys() - set(names)
-        each = itertools.product([("", 1.0), (SKIPPED, met)][: 1 + everywhere], [("ignored",), *views])
+        skips = [("", 1.0), (SKIPPED, met)][: 1 + bool(everywhere and not met.all())]
+        each = itertools.product(skips, [("ignored",), *views])
         for (after, rule), (text, *view) in each:
             yield f"{what} {text}{after}", partial(seen, right, names if view else (), view, rule)
 
@@ -398,9 +400,12 @@ def tried(s: Scene, run: Callable, words: str = "{}") -> Iterator[Guess]:
 
 def tried_on_places(s: Scene, run: Callable, words: str = "{}") -> Iterator[Guess]:
     """The same for some pairs of query and key only."""
-    for (text, changed), (where, pairs) in itertools.product(pairwise(s, everywhere=False), s.places(True).items()):
-        only = lambda changed=changed, pairs=pairs: run(**s.on(pairs, changed()))
-        yield words.format(f"{text}, on {where} only"), only
+    places = s.places(True).items()
+    for text, changed in pairwise(s, everywhere=False):
+        once = functools.cache(changed)
+        for where, pairs in places:
+            only = lambda once=once, pairs=pairs: run(**s.on(pairs, once()))
+            yield words.format(f"{text}, on {where} only"), only
 
 
 # -------------------------------------------------------------------------------------- the forward

@@ -217,11 +217,13 @@ def name(truth: Any, got: dict, wrong: list, others: list, known: list, way=1, d
 
 def _left(got: Tensor, guess: Tensor, truth: Tensor) -> float:
     """The share of the error that a guess leaves; a number that is not finite has to be guessed exactly."""
-    got, guess, truth = (x[truth.isfinite()] for x in (got, guess, truth))
-    lost = ~(got.isfinite() & guess.isfinite())
-    if not torch.equal(got[lost], guess[lost]):
-        return math.inf
-    rest, error = ((got - x)[~lost].norm().item() for x in (guess, truth))
+    rest, error = ((got - x).norm().item() for x in (guess, truth))
+    if not math.isfinite(rest + error):
+        got, guess, truth = (x[truth.isfinite()] for x in (got, guess, truth))
+        lost = ~(got.isfinite() & guess.isfinite())
+        if not torch.equal(got[lost], guess[lost]):
+            return math.inf
+        rest, error = ((got - x)[~lost].norm().item() for x in (guess, truth))
     return rest / error if error else math.inf if rest else 0.0
 
 
