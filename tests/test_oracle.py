@@ -418,7 +418,7 @@ ALTERED = {  # numbers that a mistake would give, and what they are called
     ),
     "dk and dv are swapped at every hop": (FULL, swapped_at_hops),
     "rows of dO stay while queries travel": (FULL, stays),
-    "rows of out are right ones of another head, or zero": (FULL, shifted_heads),
+    "rows of out have heads padded at the end, cut in front": (Case("full", p=3, n=18, h=5, g=5), shifted_heads),
     "lse is that of the largest of the branches": (
         BRANCHES, lambda s: {"lse": torch.maximum(*s.forward(times=dict(s.parts(s.hop))["branches"])["lse"])}
     ),

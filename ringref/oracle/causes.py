@@ -373,6 +373,7 @@ def moves(s: Scene) -> Iterator[tuple[str, Callable]]:
         "have heads interleaved by rank": lambda y: regroup(y, (s.p, -1)),
         "have heads in rank order for interleaved": lambda y: regroup(y, (-1, s.p)),
         "have heads padded in front, cut at the end": lambda y: pad(y, (0, 0, -y.shape[3] % s.p, -(-y.shape[3] % s.p))),
+        "have heads padded at the end, cut in front": lambda y: pad(y, (0, 0, -(-y.shape[3] % s.p), -y.shape[3] % s.p)),
         "have heads and tokens reshaped, not transposed": lambda y: y.transpose(2, 3).reshape(y.shape),
         "are those of the rank's own heads, reshaped and not sent back (b h s)":
             lambda y: y.permute(0, 3, 1, 2, 4).reshape(len(y), s.p, y.shape[3], y.shape[2], -1).transpose(2, 3),
@@ -670,7 +671,7 @@ def fits(s: Scene, whole: dict[str, Tensor], about: list[str], truth: Any) -> It
     """A factor, or for lse a constant, that is read off the candidate."""
     by = {n: factor([(whole[n], truth.whole[n])]) for n in about}
     yield ", ".join(off(n, m, s) for n, m in by.items()), lambda: {n: m * truth.whole[n] for n, m in by.items()}
-    if all(whole[n].ndim == 4 for n in about):
+    if s.times.all() and all(whole[n].ndim == 4 for n in about):  # a row that sees one key is like many
         yield from held(s, whole, about, truth)
     if about == ["lse"]:
         gap = (whole["lse"] - s.L)[s.L.isfinite() & whole["lse"].isfinite()].mean()
@@ -686,21 +687,15 @@ def fits(s: Scene, whole: dict[str, Tensor], about: list[str], truth: Any) -> It
 
 def held(s: Scene, whole: dict[str, Tensor], about: list[str], truth: Any) -> Iterator[Guess]:
     """Rows that are right ones of another place, whichever it is; what is near to none is no guess."""
-    found, kinds, zero = {}, {}, ""
+    found, kinds = {}, {}
     for n in about:
         got, right = (x.flatten(0, 2) for x in (whole[n], truth.whole[n]))
-        at, bank = torch.arange(len(got)), torch.cat([right, right[:1] * 0])
-        wrong = (got - right).norm(dim=1) > 1e-3 * right.norm(dim=1)
-        at[wrong] = torch.cdist(got[wrong], bank).argmin(1)
-        some, keys = at < len(got), s.times.sum(-1).transpose(1, 2).flatten()
-        lone = n == "out" and (keys[at[wrong & some]] < 2).double().mean() > 0.2  # that of one key says nothing of rows
-        if lone or (got - bank[at]).norm() > 0.01 * (got - right).norm():
+        at, wrong = torch.arange(len(got)), (got - right).norm(dim=1) > 1e-3 * right.norm(dim=1)
+        at[wrong] = torch.cdist(got[wrong], right).argmin(1)
+        if (got - right[at]).norm() > 0.01 * (got - right).norm():
             return
-        found[n], side = bank[at].view_as(whole[n]), int(n in ("dk", "dv"))
-        grid = torch.meshgrid(*map(torch.arange, whole[n].shape[:3]), indexing="ij")
-        batch, token, head = (x.flatten() for x in grid)
+        found[n], side = right[at].view_as(whole[n]), int(n in ("dk", "dv"))
+        batch, token, head = torch.meshgrid(*map(torch.arange, whole[n].shape[:3]), indexing="ij")
         each = {"sequence": batch, "rank": s.owner[side][token], "token": s.loc[side][token], "head": head}
-        kinds |= {kind: None for kind, x in each.items() if not torch.equal(x[at[some]], x[some])}
-        zero = zero if some.all() else ", or zero"
-    if kinds:
-        yield f"rows of {', '.join(about)} are right ones of another {' and '.join(kinds)}{zero}", partial(dict, found)
+        kinds |= {kind: None for kind, x in each.items() if not torch.equal(x.flatten()[at], x.flatten())}
+    yield f"rows of {', '.join(about)} are right ones of another {' and '.join(kinds)}", partial(dict, found)
