@@ -381,7 +381,7 @@ def moves(s: Scene) -> Iterator[tuple[str, Callable]]:
             lambda y: y.flatten(1, 2).unflatten(2, (s.p, -1)).transpose(1, 2).reshape(y.shape),
         "have tokens interleaved by rank": lambda y: y.transpose(1, 2).reshape(y.shape),
         "have tokens in rank order": lambda y: y.reshape(len(y), -1, s.p, *y.shape[3:]).transpose(1, 2),
-        "lie in the order of the ranks, not of the sequence": lambda y: y.flatten(1, 2)[:, dealt].view(y.shape),
+        "lie in rank order, taken for a contiguous layout": lambda y: y.flatten(1, 2)[:, dealt].view(y.shape),
         "lie in the order of an inverse permutation": lambda y: y.flatten(1, 2)[:, dealt[dealt]].view(y.shape),
         "have the batch taken for the ranks": lambda y: y.reshape(s.p, -1, *y.shape[2:]).transpose(0, 1),
         "have the ranks taken for the batch": lambda y: y.transpose(0, 1).reshape(y.shape),
