@@ -119,7 +119,7 @@ def heads_for(s: Scene) -> dict[str, Tensor]:
     return {text: of for text, of in some.items() if not torch.equal(of, head)}
 
 
-def views_of(s: Scene) -> Iterator[tuple[str, Tensor, Tensor]]:
+def views_of(s: Scene, everywhere: bool) -> Iterator[tuple[str, Tensor, Tensor]]:
     """What may be taken for the positions of query and key."""
     case, n, p = s.case, s.case.n, s.p
     i, j, mine, theirs, here, there = s.i, s.j, s.mine, s.theirs, s.here, s.there
@@ -145,13 +145,15 @@ def views_of(s: Scene) -> Iterator[tuple[str, Tensor, Tensor]]:
         sizes |= {"the query's shard": (held[mine], held[mine]), "its own shard": (held[mine], held[theirs])}
     for text, (a, b) in sizes.items():
         frames[f"with rank · {text} for its first position"] = mine * a + here, theirs * b + there
-    asked = torch.tensor([*map(len, case.asks)])
-    frames["aligned bottom-right on every rank"] = here + n - asked[mine], there + n - held[theirs]
     if case.layout == "zigzag" and s.even:
         at = torch.stack(case.shards).roll(n // p // 2, 1)
         frames["with the halves of a shard swapped"] = at[mine, here], at[theirs, there]
     for text, (a, b) in frames.items():
         yield from ((text, a, b), (f"{text}, queries only", a, j), (f"{text}, keys only", i, b))
+    last = "aligned bottom-right on every rank"
+    a, b = here + n - torch.tensor([*map(len, case.asks)])[mine], there + n - held[theirs]
+    yield last, a, j
+    yield from ((f"{last}, keys only", i, b), (f"{last}, queries and keys", a, b)) if everywhere else ()
     if s.even:
         at = torch.stack(case.shards)
         yield "of the own block at every hop", at[mine, here], at[mine, there]
@@ -191,7 +193,7 @@ def sights(s: Scene, everywhere: bool) -> Iterator[Change]:
     """Who sees whom, got wrong: one rule, both of a window, all, or all but one are ignored, replaced, or asked in a
     wrong view of the positions.
     """
-    (rules, instead), views = rules_of(s), [*views_of(s)]
+    (rules, instead), views = rules_of(s), [*views_of(s, everywhere)]
 
     def seen(right: set[str], wrong: Iterable[str] = (), view: Any = (), rule: Any = 1.0) -> dict[str, Tensor]:
         asked = [rules[name](s.i, s.j) for name in right] + [rules[name](*view) for name in wrong]

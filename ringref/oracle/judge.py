@@ -452,8 +452,7 @@ class Judge:
         causes = diagnose.name(truth, got, wrong, others, known, self.way, unknown < DEEP, quickly)
         if quickly and not causes:
             return []
-        infinite = (x.isinf() & ~want.isinf() & ((x > 0) | (x.ndim > 3)) for x, want in pairs)
-        if causes[0].startswith(diagnose.UNKNOWN) and any(map(torch.any, infinite)):
+        if causes[0].startswith(diagnose.UNKNOWN) and any((x.isinf() & ~want.isinf()).any() for x, want in pairs):
             causes = [diagnose.not_finite(truth, got, wrong)]
         none, simplest = causes[0].startswith(diagnose.UNKNOWN), case is self.simplest
         vague = causes[0].startswith(diagnose.VAGUE) or "out is zero" in causes

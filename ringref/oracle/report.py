@@ -67,8 +67,8 @@ class Report:
         # what a case has says less than what is done with it
         best = max(known, key=lambda cause: (votes[cause], cause not in diagnose.TAKES.values()), default=None)
         unnamed = [f.diagnosis for f in findings if f.causes[0].startswith(vague)]
-        # a cause that explains no more than half as many findings as have none is not the cause
-        return best if best and votes[best] * 2 > len(unnamed) else unnamed[0] if unnamed else best
+        # a cause that explains fewer than half as many findings as have none is not the cause
+        return best if best and votes[best] * 2 >= len(unnamed) else unnamed[0] if unnamed else best
 
     def to_json(self) -> str:
         """Everything in the report, for machines."""
