@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -310,7 +311,61 @@ def later_block(s):  # the first rank's block sees what a later rank's sees, the
     return seen(s, torch.where((s.theirs == 0) & (s.mine > 0), late, s.j <= s.i))
 
 
+def numerator(s):  # of a running softmax over tiles of 24 keys, whose sum alone follows the maximum
+    S = torch.einsum("bqhd,bkhd->bhqk", s.q, s.K) * s.scale
+    tops = [S[..., : a + 24].amax(-1, keepdim=True) for a in range(0, s.case.n, 24)]
+    P = torch.cat([(x - top).exp() for x, top in zip(S.split(24, -1), tops, strict=True)], -1)
+    return {"out": torch.einsum("bhqk,bkhd->bqhd", P, s.V) / rows((S - tops[-1]).exp().sum(-1))}
+
+
+def before_last(s):  # of the blocks that a rank meets, the lse
+    early = s.forward(times=s.times * (s.hop < s.p - 1))["lse"]
+    return {n: x for n, x in s.backward(L=early[..., None]).items() if n in ("dq", "dk", "dv")}
+
+
+def reverse(s):
+    outs, lses, _ = s.forward(times=dict(s.parts(s.hop))["branches"]).values()
+    return (outs * rows(lses.softmax(0).flip(0))).sum(0)
+
+
+def permuted(s):
+    at = torch.cat(s.case.shards)
+    return {n: x[:, at[at]] for n, x in s.backward().items() if n in ("dk", "dv")}
+
+
+def swapped_at_hops(s):  # dk and dv, once for each hop that is left
+    parts = [s.backward(times=s.times * (s.hop == t)) for t in range(s.p)]
+    names = ("dk", "dv")
+    return {n: sum(x[names[(i + s.p - t) % 2]] for t, x in enumerate(parts)) for i, n in enumerate(names)}
+
+
+def stays(s):  # the q, or dO, of the rank that has the keys, for every query of a block; by block, without indices
+    found = {"dq": 0, "dk": 0}
+    for mine, theirs in itertools.product(range(s.p), range(s.p)):
+        block = s.times * ((s.mine == mine) & (s.theirs == theirs))
+        do = s.do.clone()
+        do[:, s.case.asks[mine]] = s.do[:, s.case.asks[theirs]]
+        part = s.backward(times=block, do=do, D=s.D)
+        found = {n: x + part[n] for n, x in found.items()} | {"dv": found.get("dv", 0) + part["dv"]}
+    return found
+
+
+def halves_swapped(s, x):  # positions in a zigzag layout of two ranks, 16 tokens in quarters 0 3 | 1 2
+    return torch.tensor([12, 8, 4, 0])[x // 4] + x % 4
+
+
+def partly_causal(s):  # branches of a causal one alone see no less; the second has forgotten it
+    one, two = (replace(s.case, causal=c, dilation=((w,), (r,))).times for w, r, c in ((4, 1, True), (24, 2, False)))
+    return one + two
+
+
+def shifted_heads(s):  # out of the next head, and nothing for the last
+    return {"out": torch.cat([s.O[:, :, 1:], s.O[:, :, :1] * 0], 2)}
+
+
 NEAR, SUNK = Case("near", p=4, n=32, window=(3, 2)), Case("sink", p=2, n=12, sink=True)
+FULL, CAUSAL = Case("full", p=3, n=18), Case("causal", p=3, n=18, causal=True)
+BRANCHES = Case("dilation", p=2, n=24, dilation=((4, 24), (1, 2)))
 ALTERED = {  # numbers that a mistake would give, and what they are called
     "the sink is missing in lse, but not in out": (SUNK, lambda s: {"lse": s.forward(sink=None)["lse"]}),
     "the sink is missing in out, but not in lse": (SUNK, lambda s: {"out": s.forward(sink=None)["out"]}),
@@ -328,6 +383,49 @@ ALTERED = {  # numbers that a mistake would give, and what they are called
     "kept by its shape": (
         Case("causal", p=2, n=12, causal=True), lambda s: seen(s, (s.here >= s.there) & (s.mine >= s.theirs))
     ),
+    "score_mod of heads counted from 0 on every rank": (
+        Case("bias", p=2, n=12, score_mod="bias"),
+        lambda s: {n: x for n, x in s.forward(at=(s.at[0], s.at[1] % 2, *s.at[2:])).items() if n != "top"},
+    ),
+    "causal mask aligned bottom-right on every rank, keys only": (CAUSAL, lambda s: seen(s, s.there + 12 <= s.i)),
+    "numerator is not rescaled when the maximum grows (tiles of 24 keys)": (
+        Case("full", p=2, n=72, sharp=2.0), numerator
+    ),
+    "the lse from before the last of the blocks": (FULL, before_last),
+    "rows of K, V lie in the order of an inverse permutation": (
+        Case("full", p=3, n=24, layout="zigzag"), permuted
+    ),
+    "score_mod in local coordinates at every hop": (
+        Case("bias", p=2, n=12, score_mod="bias"),
+        lambda s: {n: x for n, x in s.forward(at=(*s.at[:2], s.here, s.there)).items() if n != "top"},
+    ),
+    "blocks are skipped of which the window (left) hides the first key from the first query": (
+        NEAR, lambda s: seen(s, (s.i - s.j <= 3) & (s.j - s.i <= 2) & (s.mine * 8 - s.theirs * 8 <= 3))
+    ),
+    "in the backward only: causal mask with the halves of a shard swapped": (
+        Case("causal", p=2, n=16, causal=True, layout="zigzag"),
+        lambda s: s.backward(times=s.times * 0 + (halves_swapped(s, s.j) <= halves_swapped(s, s.i))),
+    ),
+    "causal mask: ignored where the rate is more than 1": (
+        Case("dilation", p=1, n=24, causal=True, dilation=((4, 24), (1, 2))),
+        lambda s: seen(s, partly_causal(s)),
+    ),
+    "causal mask ignored, on the sequences after the first only": (
+        CAUSAL, lambda s: seen(s, (torch.arange(2)[:, None, None, None] > 0) | (s.j <= s.i))
+    ),
+    "with the keys' positions taken for the queries'": (
+        Case("causal", p=2, n=12, causal=True, queries=4), lambda s: seen(s, s.j <= s.mine * 6 + s.here)
+    ),
+    "dk and dv are swapped at every hop": (FULL, swapped_at_hops),
+    "rows of dO stay while queries travel": (FULL, stays),
+    "rows of out have heads padded at the end, cut in front": (Case("full", p=3, n=18, h=5, g=5), shifted_heads),
+    "lse is that of the largest of the branches": (
+        BRANCHES, lambda s: {"lse": torch.maximum(*s.forward(times=dict(s.parts(s.hop))["branches"])["lse"])}
+    ),
+    "branches have each other's weights": (BRANCHES, lambda s: {"out": reverse(s)}),
+    "rows of out are right ones of another rank and head": (
+        FULL, lambda s: {"out": s.moved(s.O, lambda y: y.roll((1, 1), (1, 3)))}
+    ),
 }  # fmt: skip
 
 
@@ -336,7 +434,7 @@ def test_numbers_are_named(says):
     case, change = ALTERED[says]
     truth = Truth(case, case.data())
     wrong = change(Scene(truth))
-    got = {name: [truth.part(name, r, truth.whole | wrong) for r in range(case.p)] for name in ("out", "lse")}
+    got = {name: [truth.part(name, r, truth.whole | wrong) for r in range(case.p)] for name in truth.whole}
     assert says in diagnose.name(truth, got, list(wrong), [], [])[0]
 
 
@@ -609,6 +707,18 @@ def test_memory_that_nobody_wrote_is_named(pool):
     assert check(functools.partial(unwritten, fill=True), only=[case], pool=pool)
     report = check(unwritten, only=[case], pool=pool)
     assert not report and "memory that nobody wrote" in report.diagnosis
+
+
+def blind_to_itself(q, k, v, *, causal, group):
+    rows = torch.arange(q.shape[1])
+    scores = scores_of(q, k, rows - 1, rows, causal)
+    v = v.repeat_interleave(q.shape[2] // v.shape[2], 2).to(scores.dtype)
+    return torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), v).to(q.dtype)
+
+
+def test_a_nan_is_named_by_what_the_query_no_longer_sees(pool):
+    report = check(blind_to_itself, only=[Case("causal", p=1, causal=True)], pool=pool)
+    assert report.diagnosis.startswith("causal mask off by one"), str(report)
 
 
 def tires(q, k, v, *, causal, group, calls=[]):  # noqa: B006

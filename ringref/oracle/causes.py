@@ -7,6 +7,7 @@ which rank a gradient ends on (`homes`), where rows and heads stand (`moves`). F
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -25,7 +26,8 @@ from .scene import Scene, row_sums, rows
 CALLS = "a call's result depends on another call:"
 GRADS = ["dq", "dk", "dv"]
 SKIPPED, ALONE = ", but for blocks of which nothing is seen", ", and the token at the end is alone"
-TILES = (128, 64, 32, 16)  # rows of a kernel's tile, or of a chunk of queries
+TILES = (128, 64, 48, 32, 24, 16)  # rows of a kernel's tile, or of a chunk of queries
+ENDS, BOUNDS = {"first": 0, "last": -1}, ("causal mask", "window (left)", "window (right)", "documents")
 
 Guess = tuple[str, Callable[[], dict[str, Tensor]]]
 Change = tuple[str, Callable[[], dict[str, Any]]]  # of a scene's ingredients
@@ -69,7 +71,8 @@ def rules_of(s: Scene) -> tuple[dict[str, Callable], dict[str, dict[str, Any]]]:
             return every * mask(*whose, i, j)
 
         rules["mask_mod"], seen = masked, masked(i, j)
-        instead["mask_mod"] = {"inverted": 1 - seen, "of head 0 for all": seen[:, :1], "of batch 0 for all": seen[:1]}
+        instead["mask_mod"] = {"inverted": 1 - seen, "of batch 0 for all": seen[:1]}
+        instead["mask_mod"] |= {text: seen[:, of] for text, of in heads_for(s).items()}
     if case.dilation:
         (w, r), h = (torch.tensor(x)[:, None, None, None, None] for x in case.dilation), case.h
         branch, head = torch.arange(len(w))[:, None, None, None, None], torch.arange(h)[:, None, None]
@@ -80,6 +83,9 @@ def rules_of(s: Scene) -> tuple[dict[str, Callable], dict[str, dict[str, Any]]]:
         together = lambda i, j: i // w == j // w
         apart = lambda rule, m: torch.where(branch == m, rule(here, there), rule(i, j))
         rules["dilation offsets"], rules["segments"] = kept, together
+        if case.causal:
+            instead["causal mask"]["ignored where the rate is more than 1"] = (j <= i) | (r > 1)
+            instead["causal mask"] |= {f"ignored in branch {m} only": (j <= i) | (branch == m) for m in range(len(w))}
         instead["segments"] = {f"counted from the shard in branch {m} only": apart(together, m) for m in range(len(w))}
         instead["dilation offsets"] = {
             "of keys only": (j % w % r == usual[0]) & usual[1],
@@ -100,10 +106,20 @@ def rules_of(s: Scene) -> tuple[dict[str, Callable], dict[str, dict[str, Any]]]:
             **{f"only branch {m} counts": kept(i, j) & (branch == m) for m in range(len(w))},
             **{f"branch {m} is dropped": kept(i, j) & (branch != m) for m in range(len(w))},
         }
+    if s.mod:
+        rules["score_mod"] = lambda i, j: 1.0  # it hides nothing, but is told positions too
     return rules, instead
 
 
-def views_of(s: Scene) -> Iterator[tuple[str, Tensor, Tensor]]:
+def heads_for(s: Scene) -> dict[str, Tensor]:
+    """What may be taken for a query head, where something is given per head."""
+    head = torch.arange(s.case.h)
+    some = {"of head 0 for all": head * 0, "of heads counted from 0 on every rank": head % -(-s.case.h // s.p)}
+    some |= {"of the key/value head": head // s.e, "of heads in another order": head.view(s.e, -1).mT.flatten()}
+    return {text: of for text, of in some.items() if not torch.equal(of, head)}
+
+
+def views_of(s: Scene, everywhere: bool) -> Iterator[tuple[str, Tensor, Tensor]]:
     """What may be taken for the positions of query and key."""
     case, n, p = s.case, s.case.n, s.p
     i, j, mine, theirs, here, there = s.i, s.j, s.mine, s.theirs, s.here, s.there
@@ -114,7 +130,8 @@ def views_of(s: Scene) -> Iterator[tuple[str, Tensor, Tensor]]:
     yield from ((f"off by one (key j taken for j {by:+d})", i, j + by) for by in (1, -1))
     yield from ((f"a token too {text}", i + by, j + by) for text, by in (("late", -1), ("early", 1)))
     if case.queries:
-        first = torch.tensor([int(x[0]) if len(x) else 0 for x in case.asks])
+        first, key = (ends(cut, 0) for cut in (case.asks, case.shards))
+        yield "with the keys' positions taken for the queries'", key[mine] + here, j
         yield "with the positions of queries taken for those of keys", i, late + first[theirs] + there
         yield "with the queries' positions taken for the keys'", i, late + first[mine] + j
         yield "with queries counted from 0", i - late, j
@@ -128,9 +145,15 @@ def views_of(s: Scene) -> Iterator[tuple[str, Tensor, Tensor]]:
         sizes |= {"the query's shard": (held[mine], held[mine]), "its own shard": (held[mine], held[theirs])}
     for text, (a, b) in sizes.items():
         frames[f"with rank · {text} for its first position"] = mine * a + here, theirs * b + there
+    if case.layout == "zigzag" and s.even:
+        at = torch.stack(case.shards).roll(n // p // 2, 1)
+        frames["with the halves of a shard swapped"] = at[mine, here], at[theirs, there]
     for text, (a, b) in frames.items():
         yield from ((text, a, b), (f"{text}, queries only", a, j), (f"{text}, keys only", i, b))
-    yield "aligned bottom-right on every rank", here + n - torch.tensor([*map(len, case.asks)])[mine], j
+    last = "aligned bottom-right on every rank"
+    a, b = here + n - torch.tensor([*map(len, case.asks)])[mine], there + n - held[theirs]
+    yield last, a, j
+    yield from ((f"{last}, keys only", i, b), (f"{last}, queries and keys", a, b)) if everywhere else ()
     if s.even:
         at = torch.stack(case.shards)
         yield "of the own block at every hop", at[mine, here], at[mine, there]
@@ -149,6 +172,11 @@ def views_of(s: Scene) -> Iterator[tuple[str, Tensor, Tensor]]:
     yield "ignored for the first token", i, torch.where(j == 0, i, j)
 
 
+def ends(cut: list[Tensor], at: int) -> Tensor:
+    """The first or the last that each rank has."""
+    return torch.tensor([int(x[at]) if len(x) else 0 for x in cut])
+
+
 def first_of_shape(s: Scene, size: int) -> Tensor:
     """How much later a query seems to be, for every key, where what is seen is kept by the sizes of a tile."""
     case, later, first = s.case, torch.zeros_like(s.i), {}
@@ -165,11 +193,14 @@ def sights(s: Scene, everywhere: bool) -> Iterator[Change]:
     """Who sees whom, got wrong: one rule, both of a window, all, or all but one are ignored, replaced, or asked in a
     wrong view of the positions.
     """
-    (rules, instead), views = rules_of(s), [*views_of(s)]
+    (rules, instead), views = rules_of(s), [*views_of(s, everywhere)]
 
     def seen(right: set[str], wrong: Iterable[str] = (), view: Any = (), rule: Any = 1.0) -> dict[str, Tensor]:
         asked = [rules[name](s.i, s.j) for name in right] + [rules[name](*view) for name in wrong]
-        return {"times": (math.prod(asked, start=torch.ones(1, *s.times.shape).double()) * rule).sum(0)}
+        seen = {"times": (math.prod(asked, start=torch.ones(1, *s.times.shape).double()) * rule).sum(0)}
+        if s.mod and "score_mod" not in right:
+            seen |= {"at": (*s.at[:2], *view)} if view else {"mod": None}
+        return seen
 
     if s.case.dilation:
         yield "a key seen through several branches counts once", lambda: {"times": s.times.clamp(max=1)}
@@ -190,7 +221,8 @@ def sights(s: Scene, everywhere: bool) -> Iterator[Change]:
     met = s.seen_in_block() > 0
     for names in some:
         what, right = " and ".join(names), rules.keys() - set(names)
-        each = itertools.product([("", 1.0), (SKIPPED, met)][: 1 + everywhere], [("ignored",), *views])
+        skips = [("", 1.0), (SKIPPED, met)][: 1 + bool(everywhere and not met.all())]
+        each = itertools.product(skips, [("ignored",), *views])
         for (after, rule), (text, *view) in each:
             yield f"{what} {text}{after}", partial(seen, right, names if view else (), view, rule)
 
@@ -198,6 +230,11 @@ def sights(s: Scene, everywhere: bool) -> Iterator[Change]:
 def counted(s: Scene) -> Iterator[Change]:
     """Some pairs of query and key that are left out, alone there, or there twice."""
     case, n, p, there = s.case, s.case.n, s.p, s.there
+    bounds = {name: rule for name, rule in rules_of(s)[0].items() if name in BOUNDS}
+    for (a, x), (b, y), (name, rule) in itertools.product(ENDS.items(), ENDS.items(), bounds.items()):
+        shown = rule(ends(case.asks, x)[s.mine] + n - case.m, ends(case.shards, y)[s.theirs])
+        text = f"blocks are skipped of which the {name} hides the {b} key from the {a} query"
+        yield text, lambda shown=shown: {"times": s.times * shown}
     corner = s.seen_in_block() <= case.b * case.h
     sides = {"": True, " of earlier ranks": s.theirs < s.mine, " of later ranks": s.theirs > s.mine}
     text = "of which one pair is seen: a bound that is off by one skips them"
@@ -270,16 +307,10 @@ def ingredients(s: Scene) -> Iterator[Change]:
         wrong[f"a masked score is {low:g} or more, not −inf"] = {"hidden": torch.tensor(low).double()}
     if s.mod:
         b, h, i, j = s.at
-        here, there = (x.view(y.shape) for x, y in zip(s.loc, (i, j), strict=True))
         wrong |= {
-            "score_mod ignored": {"mod": None},
             "score_mod is applied twice": {"mod": lambda x, *at: s.mod(s.mod(x, *at), *at)},
             "score_mod of batch 0 for all": {"at": (b * 0, h, i, j)},
-            "score_mod in local coordinates": {"at": (b, h, here, there)},
-            "score_mod in local coordinates, queries only": {"at": (b, h, here, j)},
-            "score_mod in local coordinates, keys only": {"at": (b, h, i, there)},
-            "score_mod of head 0 for all": {"at": (b, h * 0, i, j)},
-            "score_mod with query and key swapped": {"at": (b, h, j, i)},
+            **{f"score_mod {text}": {"at": (b, of.view(h.shape), i, j)} for text, of in heads_for(s).items()},
             "score_mod is applied before the scale": {"mod": lambda x, *at: s.mod(x / s.scale, *at) * s.scale},
         }
     if s.sink is not None:
@@ -295,22 +326,28 @@ def ingredients(s: Scene) -> Iterator[Change]:
             f"the sink is counted {p} times, once a rank": {"sink": s.sink + math.log(p)},
             "the sink is scaled": {"sink": s.sink * s.scale},
             "the sink is 0": {"sink": s.sink * 0},
-            "the sink is that of head 0 for all": {"sink": s.sink[:1].expand_as(s.sink)},
+            **{f"the sink is that {text}": {"sink": s.sink[of]} for text, of in heads_for(s).items()},
             "the sink is counted twice": {"sink": s.sink + math.log(2)},
             "the sink is natural, taken for base 2": {"sink": s.sink * math.log(2)},
             "the sink is base 2, taken for natural": {"sink": s.sink / math.log(2)},
-            "the sink is taken by key/value head": {"sink": s.sink[:g].repeat_interleave(e)},
-            "the sink is taken for heads in another order": {"sink": s.sink.view(e, g).mT.flatten()},
         }
+    if s.even:
+        at, D = torch.stack(s.case.asks), s.D[..., 0] - s.dlse
+        there = {"are read along the keys": at[s.mine, s.there], "stay while queries travel": at[s.theirs, s.here]}
+        for text, of in there.items():
+            rest = {"rows of lse": {"L": s.L[:, :, of]}, "row sums D": {"D": D[:, :, of] + s.dlse[..., None]}}
+            rest |= {"rows of q": {"q_of": of}, "rows of dO": {"do_of": of}}
+            wrong |= {f"{who} {text}": changed for who, changed in rest.items()}
     pairs = (("K", "V"), ("K",), ("V",))
+    head = torch.arange(s.case.h)
+    keys = {f"shifted by {x}": (head + x * e) % len(head) for x in (1, -1)}
+    keys |= {"interleaved": head % g * e, "all 0": head * 0}
+    queries = {"interleaved": head.view(e, g).mT.flatten(), "interleaved back": head.view(g, e).mT.flatten()}
+    each = [("key/value", *x) for x in itertools.product(pairs, keys.items())]
+    each += [("query", *x) for x in itertools.product((("q",), ("do",), ("q", "do")), queries.items())]
+    for who, names, (text, of) in (x for x in each if not torch.equal(x[-1][1], head)):
+        wrong[f"{who} heads {text} ({' and '.join(names)})"] = {x: getattr(s, x)[:, :, of] for x in names}
     if e > 1:
-        head = torch.arange(s.case.h)
-        keys = {"interleaved": head % g * e, "all 0": head * 0}
-        queries = {"interleaved": head.view(e, g).mT.flatten(), "interleaved back": head.view(g, e).mT.flatten()}
-        each = [("key/value", *x) for x in itertools.product(pairs, keys.items())]
-        each += [("query", *x) for x in itertools.product((("q",), ("do",), ("q", "do")), queries.items())]
-        for who, names, (text, of) in each:
-            wrong[f"{who} heads {text} ({' and '.join(names)})"] = {x: getattr(s, x)[:, :, of] for x in names}
         wrong |= {
             "only the first query head of a group counts": {"gather": lambda x: x[:, :, :, 0]},
             "the query heads of a group are averaged, not added": {"gather": lambda x: x.mean(3)},
@@ -331,12 +368,14 @@ def moves(s: Scene) -> Iterator[tuple[str, Callable]]:
     """Right rows in the wrong place: (sentence, change of a tensor b p s h d)."""
     if not s.even:
         return
+    dealt = torch.cat(s.case.shards)
     for by in (by for by in range(1 - s.p, s.p) if by):
         yield f"end on the wrong rank: rank r has that of rank r{by:+d}", lambda y, by=by: y.roll(-by, 1)
     yield from {
         "have heads interleaved by rank": lambda y: regroup(y, (s.p, -1)),
         "have heads in rank order for interleaved": lambda y: regroup(y, (-1, s.p)),
         "have heads padded in front, cut at the end": lambda y: pad(y, (0, 0, -y.shape[3] % s.p, -(-y.shape[3] % s.p))),
+        "have heads padded at the end, cut in front": lambda y: pad(y, (0, 0, -(-y.shape[3] % s.p), -y.shape[3] % s.p)),
         "have heads and tokens reshaped, not transposed": lambda y: y.transpose(2, 3).reshape(y.shape),
         "are those of the rank's own heads, reshaped and not sent back (b h s)":
             lambda y: y.permute(0, 3, 1, 2, 4).reshape(len(y), s.p, y.shape[3], y.shape[2], -1).transpose(2, 3),
@@ -344,6 +383,8 @@ def moves(s: Scene) -> Iterator[tuple[str, Callable]]:
             lambda y: y.flatten(1, 2).unflatten(2, (s.p, -1)).transpose(1, 2).reshape(y.shape),
         "have tokens interleaved by rank": lambda y: y.transpose(1, 2).reshape(y.shape),
         "have tokens in rank order": lambda y: y.reshape(len(y), -1, s.p, *y.shape[3:]).transpose(1, 2),
+        "lie in rank order, taken for a contiguous layout": lambda y: y.flatten(1, 2)[:, dealt].view(y.shape),
+        "lie in the order of an inverse permutation": lambda y: y.flatten(1, 2)[:, dealt[dealt]].view(y.shape),
         "have the batch taken for the ranks": lambda y: y.reshape(s.p, -1, *y.shape[2:]).transpose(0, 1),
         "have the ranks taken for the batch": lambda y: y.transpose(0, 1).reshape(y.shape),
     }.items()  # fmt: skip
@@ -362,9 +403,12 @@ def tried(s: Scene, run: Callable, words: str = "{}") -> Iterator[Guess]:
 
 def tried_on_places(s: Scene, run: Callable, words: str = "{}") -> Iterator[Guess]:
     """The same for some pairs of query and key only."""
-    for (text, changed), (where, pairs) in itertools.product(pairwise(s, everywhere=False), s.places().items()):
-        only = lambda changed=changed, pairs=pairs: run(**s.on(pairs, changed()))
-        yield words.format(f"{text}, on {where} only"), only
+    places = s.places(True).items()
+    for text, changed in pairwise(s, everywhere=False):
+        once = functools.cache(changed)
+        for where, pairs in places:
+            only = lambda once=once, pairs=pairs: run(**s.on(pairs, once()))
+            yield words.format(f"{text}, on {where} only"), only
 
 
 # -------------------------------------------------------------------------------------- the forward
@@ -426,7 +470,9 @@ STEPS: dict[str, Callable] = {
 
 def merges(s: Scene) -> Iterator[Guess]:
     """Right parts, merged wrongly: all at once, or one after the other."""
-    for what, parts in s.parts(s.hop, -s.hop % s.p, s.owner[1].expand_as(s.hop)):
+    tiles = ((f"tiles of {x} keys", s.j // x) for x in TILES if x < s.case.n)
+    tiles = ((what, torch.stack([s.times * (at == t) for t in range(int(at.max()) + 1)])) for what, at in tiles)
+    for what, parts in itertools.chain(s.parts(s.hop, -s.hop % s.p, s.owner[1].expand_as(s.hop)), tiles):
         outs, lses, top = s.forward(times=parts, sink=None).values()
         outs = outs * rows((lses.logsumexp(0) - s.L).exp().nan_to_num())  # a sink comes after the merging
         there = lses.isfinite()
@@ -438,6 +484,7 @@ def merges(s: Scene) -> Iterator[Guess]:
             f"the outputs of {what} are averaged": there / there.sum(0),
             f"the outputs of {what} are averaged, empty ones too": there / len(parts),
             f"the outputs of {what} are added": there.double(),
+            f"{what} have each other's weights, in reverse": low.softmax(0).flip(0),
             f"out is divided by the sum of the first of {what} alone": (low - low[0]).exp(),
             f"natural lse merged as base 2 ({what})": (low * math.log(2)).softmax(0),
             f"base-2 lse merged as natural ({what})": (low / math.log(2)).softmax(0),
@@ -449,7 +496,8 @@ def merges(s: Scene) -> Iterator[Guess]:
             f"the running numerator is not rescaled when the maximum grows ({what})": late / right.sum(0),
         }.items():
             yield text, partial(dict, out=(outs * rows(weights.nan_to_num())).sum(0))
-        yield f"lse is that of the last of the {what}", partial(dict, lse=lses[-1])
+        for text, lse in {"last": lses[-1], "first": lses[0], "largest": lses.amax(0)}.items():
+            yield f"lse is that of the {text} of the {what}", partial(dict, lse=lse)
         yield f"lse takes the maximum of the first of {what} alone", partial(dict, lse=s.L - s.top + top[0])
         yield f"the lse of {what} is added instead of merged", partial(dict, lse=finite.sum(0))
         for (text, step), zero in itertools.product(STEPS.items(), (False, True)):
@@ -492,6 +540,8 @@ def backwards(s: Scene, about: list[str], whole: dict[str, Tensor]) -> Iterator[
     last = s.backward(times=s.times * (s.hop == s.p - 1))
     travels = lambda: {n: right[m] - last[m] + last[n] for n, m in swap.items()}
     yield "dk travels in the place of dv, or dv of dk", travels
+    odd = s.backward(times=s.times * ((s.p - s.hop) % 2))
+    yield "dk and dv are swapped at every hop", lambda: {n: right[n] - odd[n] + odd[m] for n, m in swap.items()}
 
 
 def saved(s: Scene, about: list[str], whole: dict[str, Tensor], places: bool = False) -> Iterator[Guess]:
@@ -501,18 +551,24 @@ def saved(s: Scene, about: list[str], whole: dict[str, Tensor], places: bool = F
     for what, parts in s.parts(s.hop):
         outs, lses, _ = s.forward(times=parts).values()
         sums, merged, total = row_sums(s.do, outs), s.L.expand_as(lses), (s.L - s.top).exp().nan_to_num()
+        order = torch.arange(len(parts)).view(-1, *[1] * s.L.ndim)
+        late = order >= (order * lses.isfinite()).amax(0).clamp(min=1)  # the last part that a query sees, if not alone
+        before = lses.masked_fill(late, -math.inf).logsumexp(0).expand_as(lses)
+        share = ((lses - before).exp() * ~late).nan_to_num()
         D = row_sums(s.do, s.O).expand_as(sums)
         Ls = {
             "": merged,
             "the lse is base 2, taken for natural": merged * math.log2(math.e),
             f"the backward uses the lse of {what} for the merged lse": lses,
             f"the backward uses the lse of the last of the {what}": lses[-1:].expand_as(lses),
+            f"the backward uses the lse from before the last of the {what}": before,
         }
         Ds = {
             "": D,
             "the row sum D is missing: softmax's backward lacks Σ dO·O": sums * 0,
             f"the weights that mix the {what} are detached: D = Σ dO·O with the out of each": sums,
             f"D = Σ P·dP is summed over one of the {what} alone": sums * (lses - s.L).exp().nan_to_num(),
+            f"D = Σ dO·O with out from before the last of the {what}": (sums * share).sum(0).expand_as(sums),
             "D = Σ dO·O with out before it is divided by the sum": D * total,
         }
         if places:
@@ -523,7 +579,7 @@ def saved(s: Scene, about: list[str], whole: dict[str, Tensor], places: bool = F
             Ds["the row sum D has the wrong sign"] = -D
         given = {"times": parts, "L": merged[..., None], "D": D[..., None]}
         for name, (text, x) in [("L", one) for one in Ls.items()] + [("D", one) for one in Ds.items()]:
-            for where, pairs in s.places().items() if places and text else ():
+            for where, pairs in s.places(True).items() if places and text else ():
                 wrong = given | {name: torch.where(pairs, x[..., None], given[name])}
                 yield in_only(about).format(f"{text}, on {where} only"), partial(s.backward, **wrong)
         for (a, L), (b, D) in () if places else itertools.product(Ls.items(), Ds.items()):
@@ -617,6 +673,8 @@ def fits(s: Scene, whole: dict[str, Tensor], about: list[str], truth: Any) -> It
     """A factor, or for lse a constant, that is read off the candidate."""
     by = {n: factor([(whole[n], truth.whole[n])]) for n in about}
     yield ", ".join(off(n, m, s) for n, m in by.items()), lambda: {n: m * truth.whole[n] for n, m in by.items()}
+    if s.times.all() and all(whole[n].ndim == 4 for n in about):  # a row that sees one key is like many
+        yield from held(s, whole, about, truth)
     if about == ["lse"]:
         gap = (whole["lse"] - s.L)[s.L.isfinite() & whole["lse"].isfinite()].mean()
         yield f"lse is off by a constant: {off('its sum', gap.exp().item(), s)}", lambda: {"lse": s.L + gap}
@@ -627,3 +685,19 @@ def fits(s: Scene, whole: dict[str, Tensor], about: list[str], truth: Any) -> It
             eps = ((1 / share - 1) * total).nanmedian()
             out = s.O * (total / (total + eps))[..., None]
             yield f"{eps.item():.1g} is added to the sum of {what}", partial(dict, out=out)
+
+
+def held(s: Scene, whole: dict[str, Tensor], about: list[str], truth: Any) -> Iterator[Guess]:
+    """Rows that are right ones of another place, whichever it is; what is near to none is no guess."""
+    found, kinds = {}, {}
+    for n in about:
+        got, right = (x.flatten(0, 2) for x in (whole[n], truth.whole[n]))
+        at, wrong = torch.arange(len(got)), (got - right).norm(dim=1) > 1e-3 * right.norm(dim=1)
+        at[wrong] = torch.cdist(got[wrong], right).argmin(1)
+        if (got - right[at]).norm() > 0.01 * (got - right).norm():
+            return
+        found[n], side = right[at].view_as(whole[n]), int(n in ("dk", "dv"))
+        batch, token, head = torch.meshgrid(*map(torch.arange, whole[n].shape[:3]), indexing="ij")
+        each = {"sequence": batch, "rank": s.owner[side][token], "token": s.loc[side][token], "head": head}
+        kinds |= {kind: None for kind, x in each.items() if not torch.equal(x.flatten()[at], x.flatten())}
+    yield f"rows of {', '.join(about)} are right ones of another {' and '.join(kinds)}", partial(dict, found)

@@ -19,6 +19,7 @@ from .causes import ALONE, CALLS, GRADS, SKIPPED, Guess, backwards, crossed, fit
 from .scene import Scene, assembled
 
 UNKNOWN = "unknown signature"
+NOT_FINITE = "NaN or inf"
 EARLY = "a receive buffer is read before its wait(): the numbers are right once the oracle leaves the buffer alone"
 UNWRITTEN = "memory that nobody wrote is read: there is no NaN once fresh memory holds zeros"
 EARLIER = "it passes alone: the cause lies in an earlier case, whose state is kept"
@@ -51,7 +52,7 @@ TAKES = {  # what a case has that fails no more without it, where no number says
     ("plan", "stacked"): f"{CALLS} a part of what one saved is overwritten by the next",
     ("plan", "steps"): f"{CALLS} something is kept from step to step",
 }
-VAGUE = (UNKNOWN, "NaN or inf", "it raises", EARLIER, RACE)  # what a finding says when it has nothing better
+VAGUE = (UNKNOWN, NOT_FINITE, "it raises", EARLIER, RACE)  # what a finding says when it has nothing better
 # what a mistake gives that a case has no room for
 NO_ROOM = (RuntimeError, IndexError, ValueError, TypeError, KeyError)
 HARMLESS = ("unfinished work", "an input was written to")  # values are worth a look all the same
@@ -149,7 +150,7 @@ def not_finite(truth: Any, got: dict[str, list[Tensor]], wrong: list[str]) -> st
     if case.shift or (case.spread and elsewhere):
         return far(case)
     if elsewhere or not (blind.any() or partly.any()):
-        return "NaN or inf"
+        return NOT_FINITE
     if not partly.any():
         return "NaN where a query sees no key at all"
     if case.causal and not (case.mask or case.window or case.dilation or case.cu_seqlens):
@@ -205,7 +206,7 @@ def name(truth: Any, got: dict, wrong: list, others: list, known: list, way=1, d
     if best > 0.01:
         best = ask(usual())
     some = best > ENOUGH or denied.issuperset(told for told, share in left.items() if share <= best + 0.01)
-    if some and deep and s.p > 1 and not small:
+    if some and deep and not small:
         best = ask([somewhere(s, about, whole)])
     if best < ENOUGH:
         alike = (told for told, share in left.items() if share <= best + 0.01)
@@ -216,11 +217,13 @@ def name(truth: Any, got: dict, wrong: list, others: list, known: list, way=1, d
 
 def _left(got: Tensor, guess: Tensor, truth: Tensor) -> float:
     """The share of the error that a guess leaves; a number that is not finite has to be guessed exactly."""
-    got, guess, truth = (x[truth.isfinite()] for x in (got, guess, truth))
-    lost = ~(got.isfinite() & guess.isfinite())
-    if not torch.equal(got[lost], guess[lost]):
-        return math.inf
-    rest, error = ((got - x)[~lost].norm().item() for x in (guess, truth))
+    rest, error = ((got - x).norm().item() for x in (guess, truth))
+    if not math.isfinite(rest + error):
+        got, guess, truth = (x[truth.isfinite()] for x in (got, guess, truth))
+        lost = ~(got.isfinite() & guess.isfinite())
+        if not torch.equal(got[lost], guess[lost]):
+            return math.inf
+        rest, error = ((got - x)[~lost].norm().item() for x in (guess, truth))
     return rest / error if error else math.inf if rest else 0.0
 
 
@@ -253,7 +256,8 @@ def place(s: Scene, whole: dict[str, Tensor], truth: Any, name: str) -> str:
     tokens, heads = bad.any(2).any(0), bad.any(1).any(0)
     which = "every head" if heads.all() else f"heads {_list(heads.nonzero().flatten().tolist())}"
     at = "every position" if tokens.all() else f"local positions {_list(sorted({*s.loc[side][tokens].tolist()}))}"
-    return f"{name} is wrong on ranks {_list(sorted({*s.owner[side][tokens].tolist()}))}, {which}, {at}"
+    what = "wrong" if (whole[name].transpose(1, 2) if name == "lse" else whole[name])[bad].any() else "zero"
+    return f"{name} is {what} on ranks {_list(sorted({*s.owner[side][tokens].tolist()}))}, {which}, {at}"
 
 
 def _list(items: list) -> str:

@@ -430,15 +430,20 @@ class Judge:
         lost = [name for name in forward or wrong if any(x.isnan().any() for x in got[name])]
         if lost:
             where = diagnose.not_finite(truth, got, lost)
+            # a NaN where the mistake leaves a query nothing to see
+            none = {n: [x.nan_to_num(-math.inf if n == "lse" else 0.0) for x in each] for n, each in got.items()}
+            asked, vague = (truth, none, wrong, [], known, self.way, False), (diagnose.UNKNOWN, *diagnose.NOT_LARGE)
+            unseen = lambda: [x for x in diagnose.name(*asked, quickly=quickly) if not x.startswith(vague)]
             if quickly:
-                return [cause for cause in known if cause in (diagnose.UNWRITTEN, diagnose.EARLY, where)][:1]
+                said = [cause for cause in known if cause in (diagnose.UNWRITTEN, diagnose.EARLY, where)]
+                return unseen()[:1] or said[:1]
             for cause, planted in ((diagnose.UNWRITTEN, {"fresh": 0.0}), (diagnose.EARLY, {"poison": 0.0})):
                 calm = self.run(case, **planted).values()
                 now = [r["steps"][index].get(name) for r in calm if r["steps"] for name in lost]
                 spoken = planted.get("fresh") == 0.0 or any(r["ops"] for r in calm)
                 if now and spoken and all(x is not None and not x.isnan().any() for x in now):
                     return [cause]
-            return [where]
+            return (unseen() if where == diagnose.NOT_FINITE and forward else []) or [where]
         far = diagnose.far(case)
         if far in known and not self.look(case.without(["shift", "spread"])):
             return [far]

@@ -64,7 +64,8 @@ class Report:
         # a NaN that no mask can explain is not a mask's
         vague = (*diagnose.VAGUE, "NaN where") if "NaN or inf" in votes else diagnose.VAGUE
         known = [cause for cause in votes if not cause.startswith(vague)]
-        best = max(known, key=votes.__getitem__, default=None)
+        # what a case has says less than what is done with it
+        best = max(known, key=lambda cause: (votes[cause], cause not in diagnose.TAKES.values()), default=None)
         unnamed = [f.diagnosis for f in findings if f.causes[0].startswith(vague)]
         # a cause that explains fewer than half as many findings as have none is not the cause
         return best if best and votes[best] * 2 >= len(unnamed) else unnamed[0] if unnamed else best

@@ -40,6 +40,7 @@ class Scene:
         (self.mine, self.theirs), (self.here, self.there) = grid(*self.owner), grid(*self.loc)
         self.way = way  # +1 where blocks go to the next rank, −1 where to the one before
         self.K_of = self.V_of = self.j  # the key whose K, and whose V, is used for a pair
+        self.q_of = self.do_of = self.i - self.i[:1]  # the row whose q, and whose dO
         self.order = [torch.cat(cut).argsort() for cut in (case.asks, case.shards)]
         self.even = len({len(mine) for mine in case.shards}) == 1 and case.p > 1 and case.queries is None
         self.hop = way * (self.mine - self.theirs) % self.p  # at which a query's rank sees a key
@@ -51,6 +52,7 @@ class Scene:
         """Scores plus the log of how often each pair counts, and the slope of score_mod."""
         S = torch.einsum("bqhd,bkhd->bhqk", x.q, self.bank(x.K, x.V, x.K_of))
         S = (S if x.K_of is self.j else S.gather(-1, x.K_of.expand(*S.shape[:2], *x.K_of.shape))) * x.scale
+        S = S if x.q_of is self.q_of else S.gather(-2, x.q_of.expand(S.shape))
         S, slope = modified(x.mod, S, x.at)
         hidden = getattr(x, "hidden", None)
         return (S + x.times.log() if hidden is None else torch.where(x.times > 0, S + x.times.log(), hidden)), slope
@@ -83,10 +85,13 @@ class Scene:
         V = self.bank(x.V, x.K, x.V_of)
         dP = torch.einsum("bqhd,bkhd->bhqk", x.do, V)
         dP = dP if x.V_of is self.j else dP.gather(-1, x.V_of.expand(*dP.shape[:2], *x.V_of.shape))
+        dP = dP if x.do_of is self.do_of else dP.gather(-2, x.do_of.expand(dP.shape))
         D = (x.D if "D" in changed else row_sums(x.do, x.O)[..., None]) - x.dlse[..., None]
         dS = P * (dP - D) * slope * x.scale
         P, dS = (y.reshape(-1, *y.shape[-4:]).sum(0) for y in (P, dS))
-        wide = torch.einsum("bhqk,bqhd->bkhd", dS, x.q), torch.einsum("bhqk,bqhd->bkhd", P, x.do)
+        to = lambda y, of, usual: y if of is usual else torch.zeros_like(y).scatter_add(-2, of.expand(y.shape), y)
+        pairs = (to(dS, x.q_of, self.q_of), x.q), (to(P, x.do_of, self.do_of), x.do)
+        wide = (torch.einsum("bhqk,bqhd->bkhd", *pair) for pair in pairs)
         dk, dv = (x.gather(y.unflatten(2, (self.case.g, self.e))) for y in wide)
         if x.K_of is not self.j:
             K = self.bank(x.K, x.V, x.K_of)
@@ -122,13 +127,16 @@ class Scene:
         """A tensor b n h d, changed in the shape b p s h d in which the ranks hold it."""
         return change(x[:, torch.stack(self.case.shards)]).flatten(1, 2)[:, self.order[1]]
 
-    def places(self) -> dict[str, Tensor]:
-        """Some of the pairs of query and key, by the words for them."""
+    def places(self, whose: bool = False) -> dict[str, Tensor]:
+        """Some of the pairs of query and key, by the words for them; `whose` asks of sequences and heads too."""
         p, hop = self.p, self.hop
         some = {"the own block": hop == 0, "received blocks": hop > 0, "the last hop": hop == p - 1}
         some |= {"hop 1": hop == 1, "hops after 1": hop > 1} | {f"hop {t}": hop == t for t in range(2, p - 1)}
         some |= {"blocks of earlier ranks": self.theirs < self.mine, "blocks of later ranks": self.theirs > self.mine}
         some |= {"the first rank's block elsewhere": (self.theirs == 0) & (self.mine > 0)}
+        if whose:
+            some["the sequences after the first"] = torch.arange(self.case.b)[:, None, None, None] > 0
+            some["odd heads"] = torch.arange(self.case.h)[:, None, None] % 2 > 0
         return {text: pairs for text, pairs in some.items() if pairs.any() and not pairs.all()}
 
     def seen_in_block(self) -> Tensor:
