@@ -133,7 +133,7 @@ class ProcessRing(Ring):
         where = f"rank {self.rank}, hop {self._hop}: the header after it"
         self._begin(where)
         with self._named(where):
-            told, every = self._peers.tell(row), []  # 0.2 ms for 48 integers, over gloo 1.1
+            told, every = self._peers.tell(row), []  # over gloo a header takes five times as long
 
         def hear():
             with self._named(where):

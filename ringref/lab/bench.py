@@ -28,11 +28,11 @@ from torch.profiler import ProfilerActivity, profile
 from .. import collective_attention, dense_attention, dilated_attention, ring_attention
 from ..comm.launch import MOST, from_env, launch
 from ..comm.process import ProcessRing
-from ..comm.ring import Pending
+from ..comm.ring import Pending, Unheard
 from ..comm.simulate import simulate
 from ..engine import kernels
 from ..shard import Attended, Dilation, Shard, partition, wide
-from .memory import Unheard, measured, predicted, unheard
+from .memory import measured, predicted, unheard
 from .shell import folder, whole
 
 METHODS = {"ring": ring_attention, "collective": collective_attention}

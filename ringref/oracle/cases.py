@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..comm.launch import MOST
-from ..comm.ring import Ring
+from ..comm.ring import Unheard
 from ..dense import dense_attention
 from ..shard import LAYOUTS, Dilation, Shard, partition
 
@@ -141,7 +141,7 @@ class Case:
             return list(torch.arange(n).split(list(self.lengths)))
         if callable(self.layout):
             return [torch.as_tensor(self.layout(n, self.p, rank), dtype=torch.int64) for rank in range(self.p)]
-        return [partition(n, _Seat(i, self.p), self.layout).positions for i in range(self.p)]
+        return [partition(n, Unheard(i, self.p), self.layout).positions for i in range(self.p)]
 
     @functools.cached_property
     def slots(self) -> list[Tensor]:
@@ -284,13 +284,6 @@ class Case:
         n = sum(lengths or [4] * self.p)
         name, starts = re.sub("(first )?empty", "uneven", self.name), self.cu_seqlens and (*self.cu_seqlens[:-1], n)
         return replace(self, name=name, n=n, lengths=lengths, cu_seqlens=starts)
-
-
-class _Seat(Ring):
-    """A place in a ring that nobody talks over."""
-
-    def __init__(self, rank: int, size: int):
-        self.rank, self.size = rank, size
 
 
 def index(case: Case) -> tuple[Tensor, ...]:

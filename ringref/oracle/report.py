@@ -62,7 +62,7 @@ class Report:
         findings = [f for f in self.findings if f.kind != "crash"] or self.findings
         votes = Counter(cause for f in findings for cause in dict.fromkeys(f.causes))
         # a NaN that no mask can explain is not a mask's
-        vague = (*diagnose.VAGUE, "NaN where") if "NaN or inf" in votes else diagnose.VAGUE
+        vague = (*diagnose.VAGUE, "NaN where") if diagnose.NOT_FINITE in votes else diagnose.VAGUE
         known = [cause for cause in votes if not cause.startswith(vague)]
         # what a case has says less than what is done with it
         best = max(known, key=lambda cause: (votes[cause], cause not in diagnose.TAKES.values()), default=None)
