@@ -37,7 +37,7 @@ def ran(monkeypatch):
 
 @pytest.mark.parametrize("name", LAYOUTS)
 @pytest.mark.parametrize("dilation", [*DILATIONS.values(), Dilation([8, 16], [1, 2])], ids=[*DILATIONS, "inside"])
-@pytest.mark.parametrize("p", [1, 2, 4])
+@pytest.mark.parametrize("p", [1, pytest.param(2, marks=pytest.mark.slow), 4])
 def test_explain_says_what_happens(p, dilation, name, ran):
     split = Split(layout(name, N, p))
     calls = {"causal": {"causal": True}, "full": {}, "mask": {"mask_mod": window}}

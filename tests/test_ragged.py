@@ -201,14 +201,15 @@ def some_positions(dice, n):
     return Positions(torch.tensor(found, dtype=torch.int64))
 
 
+@pytest.mark.parametrize("draws", [200, pytest.param(1000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("shapes", [0, 2])
 @pytest.mark.parametrize("ragged", [True, False])
-def test_a_plan_meets_whoever_sees_each_other_once(ragged, shapes, monkeypatch):
+def test_a_plan_meets_whoever_sees_each_other_once(ragged, shapes, draws, monkeypatch):
     """Any positions, bounds and documents: visits, written out, are the mask."""
     monkeypatch.setattr(visits, "_SHAPES", shapes)
     visits.visits.cache_clear()
     dice, kinds = random.Random(shapes), set()
-    for _ in range(400):
+    for _ in range(draws):
         n = dice.choice((8, 20, 150))
         queries, keys, ends = some_positions(dice, n), some_positions(dice, n), [0, n]
         for _ in range(dice.choice((0, 0, 3, 9))):
