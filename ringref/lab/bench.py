@@ -374,42 +374,29 @@ class Echo(Unheard):
         """Nothing is held back."""
 
 
-class Impatient(ProcessRing):
-    """A ring that waits for every message as soon as it is posted: what overlap is worth."""
-
-    def exchange(self, outgoing, into):
-        posted = super().exchange(outgoing, into)
-        posted.wait()
-        return posted
-
-
 def overlap_section(bench, args):
     """For each transport: a hop of K and V alone, the attention kernel on them alone (a causal zigzag's: half the
     queries), and both together, launched one by one and captured (a short hop takes the host longer than the device);
     and from which shard length on a hop hides, launched one by one, which is to take no more than 3 % of the kernel's
-    time. Where `--tokens` asks for it also a training step, both ways, and with every message waited for at once:
-    exposed is message time with no compute under it.
+    time. Where `--tokens` asks for it also a training step, both ways; exposed is message time with no compute.
     """
     for transport in ("peer", "nccl") if bench.cuda and bench.ring.size > 1 else ():
         try:
-            rings = [kind(bench.ring.group, transport) for kind in (Impatient, ProcessRing)]
+            ring = ProcessRing(bench.ring.group, transport)
         except RuntimeError as error:  # on all ranks alike
             yield {"transport": transport, "failed": str(error)[:100]}
             continue
         lengths = sorted({*args.tokens, *(2**i for i in range(10, max(args.tokens).bit_length()))})
         rows = [
-            {"transport": transport, "tokens_per_gpu": s, "p": bench.ring.size, **_hop(bench, rings[1], s)}
-            for s in lengths
+            {"transport": transport, "tokens_per_gpu": s, "p": bench.ring.size, **_hop(bench, ring, s)} for s in lengths
         ]
         for row in rows:
             row["hides_from"] = hides_from(rows)
             if row["tokens_per_gpu"] in args.tokens:
-                for name, ring in zip(("_waits_first", "", "_captured"), (*rings, rings[1]), strict=True):
-                    kernels = traced(bench, ring, row["tokens_per_gpu"], captured=name == "_captured")
+                for name in ("", "_captured"):
+                    row[f"kernels{name}"] = kernels = traced(bench, ring, row["tokens_per_gpu"], captured=bool(name))
                     exposed, length = exposed_time(kernels)
                     (row[f"exposed_percent{name}"],) = bench.worst(100 * exposed / length)
-                    if ring is rings[1]:
-                        row[f"kernels{name}"] = kernels
             yield row
 
 
