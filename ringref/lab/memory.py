@@ -59,7 +59,7 @@ def predicted(
     arguments: any others of the call (causal, dilation, mask_mod, ...).
 
     Measured within 10 %. Counted are tensors and what fused CUDA kernels keep for themselves in a backward; not what
-    other operators take and give back, nor what NCCL allocates. The first, middle and last rank are asked.
+    other operators take and give back, nor what NCCL allocates. Up to nine ranks are asked, evenly spread.
     """
     known = ("math", *(x.name for x in kernels.KERNELS))
     for name, given, among in (("method", method, METHODS), ("kernel", kernel, known)):
@@ -74,7 +74,7 @@ def predicted(
 
     shards = [partition(n, Unheard(rank, p), layout) for rank in range(p)]
     attention, most = getattr(ringref, f"{method}_attention"), 0
-    for shard in [shards[i] for i in {0, p // 2, p - 1}]:
+    for shard in {*shards[:: -(-p // 8)], shards[-1]}:
         like = {"dtype": dtype, "device": "meta", "requires_grad": backward}
         q, k, v = (torch.empty(b, len(shard.queries), x, d, **like) for x in (h, g or h, g or h))
         with unheard(shards), mock.patch.object(kernels, "choose", choose), measured("meta") as usage:
