@@ -363,6 +363,21 @@ def shifted_heads(s):  # out of the next head, and nothing for the last
     return {"out": torch.cat([s.O[:, :, 1:], s.O[:, :, :1] * 0], 2)}
 
 
+def by_block(s):  # out and lse of every hop's block alone
+    return [seen(s, s.hop == t).values() for t in range(s.p)]
+
+
+def largest(s):
+    top = torch.stack([lse for _, lse in by_block(s)]).amax(0)
+    return {"out": sum(out * rows((lse - top).exp()) for out, lse in by_block(s)), "lse": top}
+
+
+def uncapped(s):  # what is masked has the score of the cap
+    S = torch.einsum("bqhd,bkhd->bhqk", s.q, s.K) * s.scale
+    P = torch.where(s.j <= s.i, 1.5 * (S / 1.5).tanh(), -1.5)
+    return {"out": torch.einsum("bhqk,bkhd->bqhd", P.softmax(-1), s.V), "lse": P.logsumexp(-1)}
+
+
 def earlier(x):  # positions in the same layout, the late quarter of each rank taken for the one before it
     return x - 4 * (x >= 8)
 
@@ -455,6 +470,19 @@ ALTERED = {  # numbers that a mistake would give, and what they are called
     "lse is the maximum plus log2 of the sum": (
         FULL, lambda s: {"lse": s.top + (s.L - s.top).exp().log2()}
     ),
+    "only the first of blocks counts in the numerator": (
+        FULL, lambda s: {"out": seen(s, s.hop == 0)["out"] * rows((seen(s, s.hop == 0)["lse"] - s.L).exp())}
+    ),
+    "blocks are merged by the largest lse": (FULL, largest),
+    "segments: of w · r tokens": (
+        Case("dilation", p=1, n=24, dilation=((4,), (2,))),
+        lambda s: seen(s, (s.i // 8 == s.j // 8) & ((s.i % 2 == s.at[1] % 2) & (s.j % 2 == s.at[1] % 2))),
+    ),
+    "mask_mod and the other masks are joined by or": (
+        Case("mask", p=2, n=12, causal=True, mask="heads"),
+        lambda s: seen(s, (s.j <= s.i) | ((s.i + 2 * s.j + 3 * s.at[1] + s.at[0]) % 4 != 0)),
+    ),
+    "score_mod comes after the mask": (Case("softcap", p=2, n=12, causal=True, score_mod="softcap"), uncapped),
     "dk and dv are swapped at every hop": (FULL, swapped_at_hops),
     "rows of dO stay while queries travel": (FULL, stays),
     "rows of out have heads padded at the end, cut in front": (Case("full", p=3, n=18, h=5, g=5), shifted_heads),
@@ -763,6 +791,12 @@ def test_a_nan_is_named_by_what_the_query_no_longer_sees(pool):
 def test_an_lse_that_is_never_updated_is_named_on_one_rank(pool):
     report = check(zoo.build("tiled_maximum_not_stored"), only=[Case("full", p=1, n=6, dlse=True)], pool=pool)
     assert SAYS["only-the-last-tile"] in report.diagnosis, str(report)
+
+
+def test_weights_that_are_exchanged_at_every_merge_are_named(pool):
+    text = zoo.text_of("halves").replace("torch.sigmoid(block_lse - lse)", "torch.sigmoid(lse - block_lse)")
+    report = check(zoo.Candidate("exchanged", text), only=[Case("full", p=3, n=18, layout="zigzag")], pool=pool)
+    assert "running and new output have each other's weights" in report.diagnosis, str(report)
 
 
 def loses_a_row(q, k, v, **told):

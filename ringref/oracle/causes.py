@@ -88,7 +88,8 @@ def rules_of(s: Scene) -> tuple[dict[str, Callable], dict[str, dict[str, Any]]]:
         if case.causal:
             instead["causal mask"]["ignored where the rate is more than 1"] = (j <= i) | (r > 1)
             instead["causal mask"] |= {f"ignored in branch {m} only": (j <= i) | (branch == m) for m in range(len(w))}
-        instead["segments"] = {f"counted from the shard in branch {m} only": apart(together, m) for m in range(len(w))}
+        instead["segments"] = {"of w · r tokens": i // (w * r) == j // (w * r)}
+        instead["segments"] |= {f"counted from the shard in branch {m} only": apart(together, m) for m in range(len(w))}
         instead["dilation offsets"] = {
             "of keys only": (j % w % r == usual[0]) & usual[1],
             "of queries only": (i % w % r == usual[0]) & usual[1],
@@ -226,6 +227,10 @@ def sights(s: Scene, everywhere: bool) -> Iterator[Change]:
     if padded := s.case.padding:  # they hold what the last token has
         text = "padding is attended: the rows of the layout that hold no token"
         yield text, lambda: {"times": s.times + padded * (s.j == s.case.n - 1)}
+    if s.case.mask and len(rules) > 1:
+        masks = {"mask_mod"}, rules.keys() - {"mask_mod"}
+        either = lambda: {"times": sum(seen(some)["times"] for some in masks).clamp(max=1)}
+        yield "mask_mod and the other masks are joined by or, not by and", either
     if not s.case.causal:
         yield "a causal mask though causal is False", lambda: {"times": s.times * (s.j <= s.i)}
     for name, choices in instead.items():
@@ -329,6 +334,7 @@ def ingredients(s: Scene) -> Iterator[Change]:
             "score_mod is applied twice": {"mod": lambda x, *at: s.mod(s.mod(x, *at), *at)},
             "score_mod of batch 0 for all": {"at": (b * 0, h, i, j)},
             **{f"score_mod {text}": {"at": (b, of.view(h.shape), i, j)} for text, of in heads_for(s).items()},
+            "score_mod comes after the mask, and makes of −inf a number": {"hidden": s.mod(s.times - math.inf, *s.at)},
             "score_mod is applied before the scale": {"mod": lambda x, *at: s.mod(x / s.scale, *at) * s.scale},
         }
     if s.sink is not None:
@@ -485,6 +491,7 @@ def forwards(s: Scene) -> Iterator[Guess]:
 STEPS: dict[str, Callable] = {
     "the running output is not rescaled": lambda a, b, n: (torch.ones_like(n), (b - n).exp(), n),
     "the new output is not rescaled": lambda a, b, n: ((a - n).exp(), torch.ones_like(n), n),
+    "running and new output have each other's weights": lambda a, b, n: ((b - n).exp(), (a - n).exp(), n),
     "running and new output are averaged": lambda a, b, n: (torch.full_like(n, 0.5), torch.full_like(n, 0.5), n),
     "the weights are exp2 of natural differences": lambda a, b, n: ((a - n).exp2(), (b - n).exp2(), n),
     "the running lse, or maximum, is not updated": lambda a, b, n: ((a - n).exp(), (b - n).exp(), a),
@@ -509,6 +516,10 @@ def merges(s: Scene) -> Iterator[Guess]:
             f"the outputs of {what} are averaged, empty ones too": there / len(parts),
             f"the outputs of {what} are added": there.double(),
             f"{what} have each other's weights, in reverse": low.softmax(0).flip(0),
+            f"only the first of {what} counts in the numerator, all in the sum": torch.cat(
+                [low.softmax(0)[:1], low[1:] * 0]
+            ),
+            f"{what} are merged by the largest lse, not by their logsumexp": (low - low.amax(0)).exp(),
             f"out is divided by the sum of the first of {what} alone": (low - low[0]).exp(),
             f"natural lse merged as base 2 ({what})": (low * math.log(2)).softmax(0),
             f"base-2 lse merged as natural ({what})": (low / math.log(2)).softmax(0),
