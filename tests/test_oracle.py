@@ -470,7 +470,7 @@ ALTERED = {  # numbers that a mistake would give, and what they are called
     "lse is the maximum plus log2 of the sum": (
         FULL, lambda s: {"lse": s.top + (s.L - s.top).exp().log2()}
     ),
-    "only the first of blocks counts in the numerator": (
+    "only the first of blocks is in the numerator": (
         FULL, lambda s: {"out": seen(s, s.hop == 0)["out"] * rows((seen(s, s.hop == 0)["lse"] - s.L).exp())}
     ),
     "blocks are merged by the largest lse": (FULL, largest),

@@ -516,9 +516,7 @@ def merges(s: Scene) -> Iterator[Guess]:
             f"the outputs of {what} are averaged, empty ones too": there / len(parts),
             f"the outputs of {what} are added": there.double(),
             f"{what} have each other's weights, in reverse": low.softmax(0).flip(0),
-            f"only the first of {what} counts in the numerator, all in the sum": torch.cat(
-                [low.softmax(0)[:1], low[1:] * 0]
-            ),
+            f"only the first of {what} is in the numerator": torch.cat([low.softmax(0)[:1], low[1:] * 0]),
             f"{what} are merged by the largest lse, not by their logsumexp": (low - low.amax(0)).exp(),
             f"out is divided by the sum of the first of {what} alone": (low - low[0]).exp(),
             f"natural lse merged as base 2 ({what})": (low * math.log(2)).softmax(0),
