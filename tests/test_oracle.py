@@ -496,13 +496,21 @@ ALTERED = {  # numbers that a mistake would give, and what they are called
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("says", ALTERED)
-def test_numbers_are_named(says):
-    case, change = ALTERED[says]
+def causes_of(case, change):
     truth = Truth(case, case.data())
     wrong = change(Scene(truth))
     got = {name: [truth.part(name, r, truth.whole | wrong) for r in range(case.p)] for name in truth.whole}
-    assert says in diagnose.name(truth, got, list(wrong), [], [])[0]
+    return diagnose.name(truth, got, list(wrong), [], [])
+
+
+@pytest.mark.parametrize("says", ALTERED)
+def test_numbers_are_named(says):
+    assert says in causes_of(*ALTERED[says])[0]
+
+
+def test_what_two_ranks_cannot_tell_from_much_else_is_believed_last():
+    case = Case("near", p=2, n=6, window=(1, 1), cu_seqlens=(0, 1, 5, 6))
+    assert "ranks counted from the end" in causes_of(case, lambda s: seen(s, s.times * (s.mine == s.theirs)))[-1]
 
 
 @pytest.mark.parametrize(
