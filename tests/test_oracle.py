@@ -363,9 +363,38 @@ def shifted_heads(s):  # out of the next head, and nothing for the last
     return {"out": torch.cat([s.O[:, :, 1:], s.O[:, :, :1] * 0], 2)}
 
 
+def by_block(s):  # out and lse of every hop's block alone
+    return [seen(s, s.hop == t).values() for t in range(s.p)]
+
+
+def largest(s):
+    top = torch.stack([lse for _, lse in by_block(s)]).amax(0)
+    return {"out": sum(out * rows((lse - top).exp()) for out, lse in by_block(s)), "lse": top}
+
+
+def uncapped(s):  # what is masked has the score of the cap
+    S = torch.einsum("bqhd,bkhd->bhqk", s.q, s.K) * s.scale
+    P = torch.where(s.j <= s.i, 1.5 * (S / 1.5).tanh(), -1.5)
+    return {"out": torch.einsum("bhqk,bkhd->bqhd", P.softmax(-1), s.V), "lse": P.logsumexp(-1)}
+
+
+def earlier(x):  # positions in the same layout, the late quarter of each rank taken for the one before it
+    return x - 4 * (x >= 8)
+
+
+def other_half(s):  # has the lse that the backward uses on blocks of later ranks
+    lse = s.L[..., halves_swapped(s, torch.arange(16))][..., None]
+    return s.backward(L=torch.where(s.theirs > s.mine, lse, s.L[..., None]))
+
+
+def packed(s):  # two heads' rows of twelve, in a matrix that is read two heads a row
+    return torch.arange(12).repeat_interleave(2).view(2, 12, 1).repeat(2, 1, 1)
+
+
 NEAR, SUNK = Case("near", p=4, n=32, window=(3, 2)), Case("sink", p=2, n=12, sink=True)
 FULL, CAUSAL = Case("full", p=3, n=18), Case("causal", p=3, n=18, causal=True)
 BRANCHES = Case("dilation", p=2, n=24, dilation=((4, 24), (1, 2)))
+QUARTERS = Case("causal", p=2, n=16, causal=True, layout="zigzag")
 ALTERED = {  # numbers that a mistake would give, and what they are called
     "the sink is missing in lse, but not in out": (SUNK, lambda s: {"lse": s.forward(sink=None)["lse"]}),
     "the sink is missing in out, but not in lse": (SUNK, lambda s: {"out": s.forward(sink=None)["out"]}),
@@ -403,7 +432,7 @@ ALTERED = {  # numbers that a mistake would give, and what they are called
         NEAR, lambda s: seen(s, (s.i - s.j <= 3) & (s.j - s.i <= 2) & (s.mine * 8 - s.theirs * 8 <= 3))
     ),
     "in the backward only: causal mask with the halves of a shard swapped": (
-        Case("causal", p=2, n=16, causal=True, layout="zigzag"),
+        QUARTERS,
         lambda s: s.backward(times=s.times * 0 + (halves_swapped(s, s.j) <= halves_swapped(s, s.i))),
     ),
     "causal mask: ignored where the rate is more than 1": (
@@ -416,6 +445,44 @@ ALTERED = {  # numbers that a mistake would give, and what they are called
     "with the keys' positions taken for the queries'": (
         Case("causal", p=2, n=12, causal=True, queries=4), lambda s: seen(s, s.j <= s.mine * 6 + s.here)
     ),
+    "causal mask with 2p − 2 − rank for the late half": (
+        QUARTERS, lambda s: seen(s, earlier(s.j) <= earlier(s.i))
+    ),
+    "the lse is that of the other half of a shard, on blocks of later ranks only": (QUARTERS, other_half),
+    "causal mask with rows packed head by head taken for query by query": (
+        Case("causal", p=2, n=12, g=2, causal=True), lambda s: seen(s, s.j <= packed(s))
+    ),
+    "window (left) with the last query's position for every query's": (
+        NEAR, lambda s: seen(s, (31 - s.j <= 3) & (s.j - s.i <= 2))
+    ),
+    "of which the window hides the first key from the first query": (
+        NEAR, lambda s: seen(s, s.times * (s.mine == s.theirs))
+    ),
+    "a rank's rows after the last whole tile of 16, and keys after it do not count": (
+        Case("full", p=2, n=40), lambda s: seen(s, (s.here < 16) & (s.there < 16))
+    ),
+    "a segment's rows beyond w div r are dropped": (
+        Case("dilation", p=1, n=15, dilation=((5,), (2,))), lambda s: seen(s, s.times * (s.i % 5 < 4) * (s.j % 5 < 4))
+    ),
+    "the log of how often a key counts is base 2": (
+        BRANCHES, lambda s: seen(s, torch.where(s.times == 2, math.e, s.times))
+    ),
+    "lse is the maximum plus log2 of the sum": (
+        FULL, lambda s: {"lse": s.top + (s.L - s.top).exp().log2()}
+    ),
+    "only the first of blocks is in the numerator": (
+        FULL, lambda s: {"out": seen(s, s.hop == 0)["out"] * rows((seen(s, s.hop == 0)["lse"] - s.L).exp())}
+    ),
+    "blocks are merged by the largest lse": (FULL, largest),
+    "segments: of w · r tokens": (
+        Case("dilation", p=1, n=24, dilation=((4,), (2,))),
+        lambda s: seen(s, (s.i // 8 == s.j // 8) & ((s.i % 2 == s.at[1] % 2) & (s.j % 2 == s.at[1] % 2))),
+    ),
+    "mask_mod and the other masks are joined by or": (
+        Case("mask", p=2, n=12, causal=True, mask="heads"),
+        lambda s: seen(s, (s.j <= s.i) | ((s.i + 2 * s.j + 3 * s.at[1] + s.at[0]) % 4 != 0)),
+    ),
+    "score_mod comes after the mask": (Case("softcap", p=2, n=12, causal=True, score_mod="softcap"), uncapped),
     "dk and dv are swapped at every hop": (FULL, swapped_at_hops),
     "rows of dO stay while queries travel": (FULL, stays),
     "rows of out have heads padded at the end, cut in front": (Case("full", p=3, n=18, h=5, g=5), shifted_heads),
@@ -429,13 +496,21 @@ ALTERED = {  # numbers that a mistake would give, and what they are called
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("says", ALTERED)
-def test_numbers_are_named(says):
-    case, change = ALTERED[says]
+def causes_of(case, change):
     truth = Truth(case, case.data())
     wrong = change(Scene(truth))
     got = {name: [truth.part(name, r, truth.whole | wrong) for r in range(case.p)] for name in truth.whole}
-    assert says in diagnose.name(truth, got, list(wrong), [], [])[0]
+    return diagnose.name(truth, got, list(wrong), [], [])
+
+
+@pytest.mark.parametrize("says", ALTERED)
+def test_numbers_are_named(says):
+    assert says in causes_of(*ALTERED[says])[0]
+
+
+def test_what_two_ranks_cannot_tell_from_much_else_is_believed_last():
+    case = Case("near", p=2, n=6, window=(1, 1), cu_seqlens=(0, 1, 5, 6))
+    assert "ranks counted from the end" in causes_of(case, lambda s: seen(s, s.times * (s.mine == s.theirs)))[-1]
 
 
 @pytest.mark.parametrize(
@@ -719,6 +794,29 @@ def blind_to_itself(q, k, v, *, causal, group):
 def test_a_nan_is_named_by_what_the_query_no_longer_sees(pool):
     report = check(blind_to_itself, only=[Case("causal", p=1, causal=True)], pool=pool)
     assert report.diagnosis.startswith("causal mask off by one"), str(report)
+
+
+def test_an_lse_that_is_never_updated_is_named_on_one_rank(pool):
+    report = check(zoo.build("tiled_maximum_not_stored"), only=[Case("full", p=1, n=6, dlse=True)], pool=pool)
+    assert SAYS["only-the-last-tile"] in report.diagnosis, str(report)
+
+
+def test_weights_that_are_exchanged_at_every_merge_are_named(pool):
+    text = zoo.text_of("halves").replace("torch.sigmoid(block_lse - lse)", "torch.sigmoid(lse - block_lse)")
+    report = check(zoo.Candidate("exchanged", text), only=[Case("full", p=3, n=18, layout="zigzag")], pool=pool)
+    assert "running and new output have each other's weights" in report.diagnosis, str(report)
+
+
+def loses_a_row(q, k, v, **told):
+    out, lse = gathering(q, k, v, **told)
+    return torch.cat([out[:, :1] * math.nan, out[:, 1:]], 1), lse
+
+
+def test_a_nan_that_needs_no_large_scores_is_not_laid_on_them(pool, monkeypatch):
+    monkeypatch.setattr("ringref.oracle.judge.SIMPLIFIED", 0)
+    some = [Case("full + scores +120", p=1, n=6, shift=120.0), Case("full", p=1, n=6)]
+    report = check(loses_a_row, only=some, pool=pool)
+    assert {f.diagnosis for f in report.findings} == {diagnose.NOT_FINITE}, str(report)
 
 
 def tires(q, k, v, *, causal, group, calls=[]):  # noqa: B006

@@ -134,6 +134,7 @@ SAYS = {
     "dlse-on-own-block-only": "the gradient of lse is missing, on received blocks",
     "sum-in-low-precision": "low precision",
     "rescaled-upside-down": "upside down",
+    "only-the-last-tile": "maximum, is not updated",
     "dk-in-the-other-half": "the other half of a shard",
     "sent-before-wait": "sent before its wait",
     "score-mod-not-differentiated": "the derivative of score_mod is missing",

@@ -26,6 +26,8 @@ from .scene import Scene, row_sums, rows
 CALLS = "a call's result depends on another call:"
 GRADS = ["dq", "dk", "dv"]
 SKIPPED, ALONE = ", but for blocks of which nothing is seen", ", and the token at the end is alone"
+REVERSED = "with ranks counted from the end"  # of two ranks much looks like it
+LAST = (SKIPPED, ALONE, REVERSED)  # the ends of causes that are believed if no other is as good
 TILES = (128, 64, 48, 32, 24, 16)  # rows of a kernel's tile, or of a chunk of queries
 ENDS, BOUNDS = {"first": 0, "last": -1}, ("causal mask", "window (left)", "window (right)", "documents")
 
@@ -86,12 +88,15 @@ def rules_of(s: Scene) -> tuple[dict[str, Callable], dict[str, dict[str, Any]]]:
         if case.causal:
             instead["causal mask"]["ignored where the rate is more than 1"] = (j <= i) | (r > 1)
             instead["causal mask"] |= {f"ignored in branch {m} only": (j <= i) | (branch == m) for m in range(len(w))}
-        instead["segments"] = {f"counted from the shard in branch {m} only": apart(together, m) for m in range(len(w))}
+        instead["segments"] = {"of w · r tokens": i // (w * r) == j // (w * r)}
+        instead["segments"] |= {f"counted from the shard in branch {m} only": apart(together, m) for m in range(len(w))}
         instead["dilation offsets"] = {
             "of keys only": (j % w % r == usual[0]) & usual[1],
             "of queries only": (i % w % r == usual[0]) & usual[1],
             "by the key/value head": kept(i, j, at=(head // s.e % r, True)),
             "r − 1 − j mod r": kept(i, j, at=((r - 1 - head) % r, True)),
+            "a segment's rows beyond w div r are dropped": kept(i, j)
+            & ((i % w).maximum(j % w) < (w // r).clamp(1) * r),
             "none where a segment is as long as the sequence": kept(i, j) | (w >= n),
             "counted from the sequence, not the segment": kept(i, j, w=n),
             "0 for every head": kept(i, j, at=(0, True)),
@@ -148,6 +153,9 @@ def views_of(s: Scene, everywhere: bool) -> Iterator[tuple[str, Tensor, Tensor]]
     if case.layout == "zigzag" and s.even:
         at = torch.stack(case.shards).roll(n // p // 2, 1)
         frames["with the halves of a shard swapped"] = at[mine, here], at[theirs, there]
+        half = n // p // 2
+        for text, by in {"2p − 2": -half, "2p": half}.items():
+            frames[f"with {text} − rank for the late half"] = i + by * (here >= half), j + by * (there >= half)
     for text, (a, b) in frames.items():
         yield from ((text, a, b), (f"{text}, queries only", a, j), (f"{text}, keys only", i, b))
     last = "aligned bottom-right on every rank"
@@ -160,15 +168,23 @@ def views_of(s: Scene, everywhere: bool) -> Iterator[tuple[str, Tensor, Tensor]]
         yield "of the own block at every hop not skipped: one flag, or kept by its shape", i + first_of_shape(s, n), j
         yield "as for an earlier block", at[1][here], at[0][there]
         yield "as for a later block", at[0][here], at[1][there]
-        yield "with ranks counted from the end", at[p - 1 - mine, here], at[p - 1 - theirs, there]
+        yield REVERSED, at[p - 1 - mine, here], at[p - 1 - theirs, there]
         for text, x in {"rank + hop for rank − hop": 2 * mine - theirs, "+1": theirs + 1, "−1": theirs - 1}.items():
             yield f"with the wrong source rank for a hop ({text})", i, at[x % p, there]
         for text, x in {"rank + hop for rank − hop": 2 * theirs - mine, "+1": mine + 1, "−1": mine - 1}.items():
             yield f"with the wrong source rank for a hop of the queries ({text})", at[x % p, here], j
 
+    packed = {"": (i - late, case.m, lambda x: x + late)} if s.e > 1 else {}
+    if packed and s.even:
+        packed["a rank's "] = here, n // p, lambda x: torch.stack(case.shards)[mine, x]
+    among = torch.arange(case.h)[:, None, None] % s.e  # a head's number in its group
+    for whose, (row, size, at) in packed.items():
+        yield f"with {whose}rows packed head by head taken for query by query", at((among * size + row) // s.e), j
+        yield f"with {whose}rows packed query by query taken for head by head", at((row * s.e + among) % size), j
     for x in (x for x in TILES if x < max(map(len, case.asks))):
         yield f"kept by its shape, as the first tile of {x} had it", i + first_of_shape(s, x), j
         yield f"with queries counted from a tile of {x}", i - here // x * x, j
+    yield "with the last query's position for every query's", i * 0 + n - 1, j
     yield "ignored for the first token", i, torch.where(j == 0, i, j)
 
 
@@ -205,11 +221,16 @@ def sights(s: Scene, everywhere: bool) -> Iterator[Change]:
     if s.case.dilation:
         yield "a key seen through several branches counts once", lambda: {"times": s.times.clamp(max=1)}
         yield "log of how often a key counts is added twice", lambda: {"times": s.times.square()}
+        yield "the log of how often a key counts is base 2", lambda: {"times": s.times ** math.log2(math.e)}
         wrapped = math.prod(rule(s.i, s.j + s.case.n) for rule in rules.values())
         yield "a branch's rows beyond the end wrap to the first ones", lambda: {"times": s.times + wrapped.sum(0)}
     if padded := s.case.padding:  # they hold what the last token has
         text = "padding is attended: the rows of the layout that hold no token"
         yield text, lambda: {"times": s.times + padded * (s.j == s.case.n - 1)}
+    if s.case.mask and len(rules) > 1:
+        masks = {"mask_mod"}, rules.keys() - {"mask_mod"}
+        either = lambda: {"times": sum(seen(some)["times"] for some in masks).clamp(max=1)}
+        yield "mask_mod and the other masks are joined by or, not by and", either
     if not s.case.causal:
         yield "a causal mask though causal is False", lambda: {"times": s.times * (s.j <= s.i)}
     for name, choices in instead.items():
@@ -231,6 +252,8 @@ def counted(s: Scene) -> Iterator[Change]:
     """Some pairs of query and key that are left out, alone there, or there twice."""
     case, n, p, there = s.case, s.case.n, s.p, s.there
     bounds = {name: rule for name, rule in rules_of(s)[0].items() if name in BOUNDS}
+    if case.window:
+        bounds["window"] = lambda i, j: bounds["window (left)"](i, j) & bounds["window (right)"](i, j)
     for (a, x), (b, y), (name, rule) in itertools.product(ENDS.items(), ENDS.items(), bounds.items()):
         shown = rule(ends(case.asks, x)[s.mine] + n - case.m, ends(case.shards, y)[s.theirs])
         text = f"blocks are skipped of which the {name} hides the {b} key from the {a} query"
@@ -255,7 +278,7 @@ def counted(s: Scene) -> Iterator[Change]:
             some |= {f"{who} on {where}": pairs & ours & others} if who else {}
     for what, pairs in some.items():
         if pairs.any() and not pairs.all():
-            hint = "the rest never arrives" if what == "the own block" else "overwritten, not added"
+            hint = "the rest never arrives, or is skipped" if what == "the own block" else "overwritten, not added"
             yield f"without {what}", lambda pairs=pairs: {"times": s.times * ~pairs}
             yield f"zero but for {what}: {hint}", lambda pairs=pairs: {"times": s.times * pairs}
             yield f"with {what} counted twice", lambda pairs=pairs: {"times": s.times * (1 + pairs.double())}
@@ -311,6 +334,7 @@ def ingredients(s: Scene) -> Iterator[Change]:
             "score_mod is applied twice": {"mod": lambda x, *at: s.mod(s.mod(x, *at), *at)},
             "score_mod of batch 0 for all": {"at": (b * 0, h, i, j)},
             **{f"score_mod {text}": {"at": (b, of.view(h.shape), i, j)} for text, of in heads_for(s).items()},
+            "score_mod comes after the mask, and makes of −inf a number": {"hidden": s.mod(s.times - math.inf, *s.at)},
             "score_mod is applied before the scale": {"mod": lambda x, *at: s.mod(x / s.scale, *at) * s.scale},
         }
     if s.sink is not None:
@@ -440,11 +464,16 @@ def forwards(s: Scene) -> Iterator[Guess]:
         text = "padding of a branch is attended: zero keys fill its last segment"
         yield text, lambda lse=lse: {"out": s.O * rows((s.L - lse).exp().nan_to_num()), "lse": lse}
 
-    here = s.loc[0], torch.tensor([*map(len, s.case.asks)])[s.owner[0]]
-    for x, (whose, (at, size)) in itertools.product(TILES, {"": (s.i[:, 0], s.case.n), "a rank's ": here}.items()):
-        done = (at < size // x * x)[:, None, None]
+    each = (s.case.asks, s.case.shards)
+    held = [(at, torch.tensor([*map(len, x)])[owner]) for at, x, owner in zip(s.loc, each, s.owner, strict=True)]
+    whole = [(s.i[:, 0], s.case.n), (s.j[0], s.case.n)]
+    for x, (whose, sides) in itertools.product(TILES, {"": whole, "a rank's ": held}.items()):
+        done, kept = (at < size // x * x for at, size in sides)
         if done.any() and not done.all():
-            yield f"out is zero on {whose}rows after the last whole tile of {x}", partial(dict, out=s.O * done)
+            text = f"out is zero on {whose}rows after the last whole tile of {x}"
+            yield text, partial(dict, out=s.O * done[:, None, None])
+            seen = s.times * done[:, None] * kept
+            yield f"{text}, and keys after it do not count", lambda seen=seen: s.forward(times=seen)
 
     def over_heads() -> dict[str, Tensor]:
         P = (torch.einsum("bqhd,bqkd->bqhk", s.q, s.K) * s.scale).softmax(-1)
@@ -452,6 +481,7 @@ def forwards(s: Scene) -> Iterator[Guess]:
 
     yield "attention over the head axis: a transpose is missing", over_heads
     yield "lse is the maximum, not the log of the sum", lambda: {"lse": s.top}
+    yield "lse is the maximum plus log2 of the sum", lambda: {"lse": s.top + (s.L - s.top) * math.log2(math.e)}
     yield "lse is the sum, its log is missing", lambda: {"lse": s.L.exp()}
     yield "lse lacks its maximum", lambda: {"lse": s.L - s.top}
     yield "lse is reshaped where it should be transposed", lambda: {"lse": s.L.transpose(1, 2).reshape(s.L.shape)}
@@ -461,9 +491,10 @@ def forwards(s: Scene) -> Iterator[Guess]:
 STEPS: dict[str, Callable] = {
     "the running output is not rescaled": lambda a, b, n: (torch.ones_like(n), (b - n).exp(), n),
     "the new output is not rescaled": lambda a, b, n: ((a - n).exp(), torch.ones_like(n), n),
+    "running and new output have each other's weights": lambda a, b, n: ((b - n).exp(), (a - n).exp(), n),
     "running and new output are averaged": lambda a, b, n: (torch.full_like(n, 0.5), torch.full_like(n, 0.5), n),
     "the weights are exp2 of natural differences": lambda a, b, n: ((a - n).exp2(), (b - n).exp2(), n),
-    "the running lse is not updated": lambda a, b, n: ((a - n).exp(), (b - n).exp(), a),
+    "the running lse, or maximum, is not updated": lambda a, b, n: ((a - n).exp(), (b - n).exp(), a),
     "the running lse becomes the block's": lambda a, b, n: ((a - n).exp(), (b - n).exp(), b),
 }
 
@@ -485,6 +516,8 @@ def merges(s: Scene) -> Iterator[Guess]:
             f"the outputs of {what} are averaged, empty ones too": there / len(parts),
             f"the outputs of {what} are added": there.double(),
             f"{what} have each other's weights, in reverse": low.softmax(0).flip(0),
+            f"only the first of {what} is in the numerator": torch.cat([low.softmax(0)[:1], low[1:] * 0]),
+            f"{what} are merged by the largest lse, not by their logsumexp": (low - low.amax(0)).exp(),
             f"out is divided by the sum of the first of {what} alone": (low - low[0]).exp(),
             f"natural lse merged as base 2 ({what})": (low * math.log(2)).softmax(0),
             f"base-2 lse merged as natural ({what})": (low / math.log(2)).softmax(0),
@@ -510,7 +543,7 @@ def stepwise(outs: Tensor, low: Tensor, step: Callable, zero: bool) -> dict[str,
     for o, b in zip(outs[not zero :], low[not zero :], strict=True):
         x, y, lse = step(lse, b, torch.logaddexp(lse, b))
         out = rows(x) * out + rows(y) * o
-    return {"out": out.nan_to_num(), "lse": lse}
+    return {"out": out.nan_to_num(), "lse": lse.masked_fill(lse < -1e29, -math.inf)}
 
 
 # ------------------------------------------------------------------------------------- the backward
@@ -577,6 +610,10 @@ def saved(s: Scene, about: list[str], whole: dict[str, Tensor], places: bool = F
             Ds["the row sum D is missing, and the gradient of lse with it"] = sums * 0 + s.dlse
             Ds["the gradient of lse is missing"] = D + s.dlse
             Ds["the row sum D has the wrong sign"] = -D
+            if s.case.layout == "zigzag" and s.even:
+                other = torch.stack(s.case.asks).roll(s.case.n // s.p // 2, 1).flatten()[s.order[0]]
+                Ls["the lse is that of the other half of a shard"] = merged[..., other]
+                Ds["the row sum D is that of the other half of a shard"] = D[..., other]
         given = {"times": parts, "L": merged[..., None], "D": D[..., None]}
         for name, (text, x) in [("L", one) for one in Ls.items()] + [("D", one) for one in Ds.items()]:
             for where, pairs in s.places(True).items() if places and text else ():

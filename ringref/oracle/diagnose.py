@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .causes import ALONE, CALLS, GRADS, SKIPPED, Guess, backwards, crossed, fits, forwards, somewhere
+from .causes import CALLS, GRADS, LAST, Guess, backwards, crossed, fits, forwards, somewhere
 from .scene import Scene, assembled
 
 UNKNOWN = "unknown signature"
@@ -210,7 +210,7 @@ def name(truth: Any, got: dict, wrong: list, others: list, known: list, way=1, d
         best = ask([somewhere(s, about, whole)])
     if best < ENOUGH:
         alike = (told for told, share in left.items() if share <= best + 0.01)
-        return sorted(alike, key=lambda told: (told in denied, told.endswith((SKIPPED, ALONE))))  # the simpler first
+        return sorted(alike, key=lambda told: (told in denied, told.endswith(LAST)))  # the simpler first
     near = f"; nearest: {min(left, key=left.__getitem__)} (leaves {best:.0%})" if best < 0.7 else ""
     return [small or f"{UNKNOWN}: {place(s, whole, truth, about[0])}{near}"]
 

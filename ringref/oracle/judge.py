@@ -426,10 +426,13 @@ class Judge:
         pairs = [(x, truth.part(name, rank)) for name in wrong for rank, x in enumerate(got[name])]
         if wrong[0] == "lse" and any((x[want == -math.inf].abs() < 1e4).any() for x, want in pairs[: case.p]):
             return [diagnose.BLIND]
+        moderate = case.without(["shift", "spread"])
         forward = [name for name in wrong if name in ("out", "lse")]  # from where a gradient may have its NaN
         lost = [name for name in forward or wrong if any(x.isnan().any() for x in got[name])]
         if lost:
             where = diagnose.not_finite(truth, got, lost)
+            if where == diagnose.far(case) and case is not self.simplest and self.look(moderate):
+                where = diagnose.NOT_FINITE  # it is there without the large scores too
             # a NaN where the mistake leaves a query nothing to see
             none = {n: [x.nan_to_num(-math.inf if n == "lse" else 0.0) for x in each] for n, each in got.items()}
             asked, vague = (truth, none, wrong, [], known, self.way, False), (diagnose.UNKNOWN, *diagnose.NOT_LARGE)
@@ -445,7 +448,7 @@ class Judge:
                     return [cause]
             return (unseen() if where == diagnose.NOT_FINITE and forward else []) or [where]
         far = diagnose.far(case)
-        if far in known and not self.look(case.without(["shift", "spread"])):
+        if far in known and not self.look(moderate):
             return [far]
         others = truths[:index] + truths[index + 1 :]
         unknown = sum(f.causes[0].startswith(diagnose.UNKNOWN) for f in found)
@@ -465,7 +468,7 @@ class Judge:
             return [needs]
         # a case that fails no more without its large scores fails by them, whatever else would look the same
         if far and not causes[0].startswith(diagnose.NOT_LARGE):
-            if simplest or (vague and not unknown and not self.look(case.without(["shift", "spread"]))):
+            if simplest or (vague and not unknown and not self.look(moderate)):
                 return [far]
         if simplest and none and "+" in case.name:
             causes = [needs or f"{causes[0]}; it takes {case.name.partition(' + ')[2]}"]
