@@ -151,9 +151,9 @@ def views_of(s: Scene, everywhere: bool) -> Iterator[tuple[str, Tensor, Tensor]]
     for text, (a, b) in sizes.items():
         frames[f"with rank · {text} for its first position"] = mine * a + here, theirs * b + there
     if case.layout == "zigzag" and s.even:
-        at = torch.stack(case.shards).roll(n // p // 2, 1)
-        frames["with the halves of a shard swapped"] = at[mine, here], at[theirs, there]
         half = n // p // 2
+        at = torch.stack(case.shards).roll(half, 1)
+        frames["with the halves of a shard swapped"] = at[mine, here], at[theirs, there]
         for text, by in {"2p − 2": -half, "2p": half}.items():
             frames[f"with {text} − rank for the late half"] = i + by * (here >= half), j + by * (there >= half)
     for text, (a, b) in frames.items():

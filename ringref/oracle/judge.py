@@ -426,12 +426,12 @@ class Judge:
         pairs = [(x, truth.part(name, rank)) for name in wrong for rank, x in enumerate(got[name])]
         if wrong[0] == "lse" and any((x[want == -math.inf].abs() < 1e4).any() for x, want in pairs[: case.p]):
             return [diagnose.BLIND]
-        moderate = case.without(["shift", "spread"])
+        far, moderate = diagnose.far(case), case.without(["shift", "spread"])
         forward = [name for name in wrong if name in ("out", "lse")]  # from where a gradient may have its NaN
         lost = [name for name in forward or wrong if any(x.isnan().any() for x in got[name])]
         if lost:
             where = diagnose.not_finite(truth, got, lost)
-            if where == diagnose.far(case) and case is not self.simplest and self.look(moderate):
+            if where == far and case is not self.simplest and self.look(moderate):
                 where = diagnose.NOT_FINITE  # it is there without the large scores too
             # a NaN where the mistake leaves a query nothing to see
             none = {n: [x.nan_to_num(-math.inf if n == "lse" else 0.0) for x in each] for n, each in got.items()}
@@ -447,7 +447,6 @@ class Judge:
                 if now and spoken and all(x is not None and not x.isnan().any() for x in now):
                     return [cause]
             return (unseen() if where == diagnose.NOT_FINITE and forward else []) or [where]
-        far = diagnose.far(case)
         if far in known and not self.look(moderate):
             return [far]
         others = truths[:index] + truths[index + 1 :]
