@@ -481,11 +481,12 @@ class Cuda:
 
     def locate(self, address: int) -> tuple[int, int]:
         """The segment that an address is in, by a number that is never used twice, and the offset in it."""
-        base, key = ctypes.c_uint64(), ctypes.c_uint64()
-        self._call("cuMemGetAddressRange_v2", ctypes.byref(base), None, ctypes.c_uint64(address))
-        self._call("cuPointerGetAttribute", ctypes.byref(key), 7, base)  # CU_POINTER_ATTRIBUTE_BUFFER_ID
-        self._bases[key.value] = base.value
-        return key.value, address - base.value
+        base, key, at = ctypes.c_uint64(), ctypes.c_uint64(), ctypes.c_uint64(address)
+        self._call("cuPointerGetAttribute", ctypes.byref(key), 7, at)  # CU_POINTER_ATTRIBUTE_BUFFER_ID
+        if key.value not in self._bases:
+            self._call("cuMemGetAddressRange_v2", ctypes.byref(base), None, at)
+            self._bases[key.value] = base.value
+        return key.value, address - self._bases[key.value]
 
     def alive(self, key: int) -> bool:
         try:

@@ -78,7 +78,7 @@ class _Attend(torch.autograd.Function):
             out, lse = _results(ctx.call, ctx.conduct, q, k, v)
         dout = torch.zeros_like(out) if dout is None else dout
         # exp(score − inf) is the 0 of a query that saw nothing
-        lse = lse.masked_fill(lse == -torch.inf, torch.inf).transpose(1, 2)
+        lse = lse.nan_to_num(torch.nan, torch.inf, torch.inf).transpose(1, 2)
         dlse = None if dlse is None else dlse.transpose(1, 2)  # b s h
         found = []
         for part in plan(call, q, k, forward=False):

@@ -88,7 +88,7 @@ def merge(out: Tensor, lse: Tensor, piece: Tensor, other: Tensor) -> None:
 
 
 def add(out: Tensor, one: Tensor, other: Tensor) -> None:
-    """out = one + other; out may be one of them."""
+    """out = one + other."""
     _launch(_add_kernel, (out, one, other), (out, one, other), ())
 
 
@@ -96,10 +96,10 @@ def _launch(kernel, pointers: tuple[Tensor, ...], wide: tuple[Tensor, ...], narr
     b, m, c, h, d = pointers[0].shape
     strides = [x // _LANES.value for tensor in wide for x in tensor.stride()[:4]]
     strides += [x for tensor in narrow for x in tensor.stride()]
-    width = triton.next_power_of_2(d)
+    width = 1 << (d - 1).bit_length()
     rows = max(1, _TILE // width)
     with _compiling, torch.cuda.device_of(pointers[0]):
-        kernel[triton.cdiv(c * h, rows), b * m](*pointers, m, c, h, *strides, D=d, ROWS=rows, WIDTH=width)
+        kernel[-(-c * h // rows), b * m](*pointers, m, c, h, *strides, D=d, ROWS=rows, WIDTH=width)
 
 
 def fault(plain, device: torch.device) -> str | None:

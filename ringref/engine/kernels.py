@@ -400,8 +400,7 @@ def _forward(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, seen: Seen, scale:
     d = v.shape[-1]
     run, how = (kernel.ragged[0], seen.ragged) if seen.ragged else (kernel.forward, seen.kind == "causal")
     out, lse = run(*_folded(kernel, *_alike(q, k, v)), how, scale)
-    out = out[..., :d]
-    return Attended(out.transpose(1, 2).unflatten(0, q.shape[:2]), lse.transpose(1, 2).unflatten(0, q.shape[:2]))
+    return Attended(_unfolded(out, q, d), lse.transpose(1, 2).unflatten(0, q.shape[:2]))
 
 
 def backward(dout, dlse, q, k, v, out, lse, seen: Seen, call: Call) -> tuple[Tensor, Tensor, Tensor]:
@@ -425,8 +424,7 @@ def _backward(kernel: Kernel, dout, dlse, q, k, v, out, lse, seen: Seen, scale: 
     run, how = (kernel.ragged[1], seen.ragged) if seen.ragged else (kernel.backward, seen.kind == "causal")
     grads = run(_bhsd(dout), *folded, _bhsd(out), lse, how, scale)
     del scratch
-    grads = (x.transpose(1, 2).unflatten(0, q.shape[:2]) for x in grads)
-    dq, dk, dv = (x[..., :size] for x, size in zip(grads, (d, d, d_v), strict=True))
+    dq, dk, dv = (_unfolded(x, q, size) for x, size in zip(grads, (d, d, d_v), strict=True))
     if dk.shape[3] != k.shape[3]:
         dk, dv = (x.unflatten(3, (k.shape[3], -1)).sum(4) for x in (dk, dv))
     return dq, dk, dv
@@ -486,6 +484,12 @@ def _bhsd(x: Tensor) -> Tensor:
     """
     x = x if x.stride(-1) == 1 and 0 not in x.stride() else x.contiguous()
     return x.flatten(0, 1).transpose(1, 2)
+
+
+def _unfolded(x: Tensor, like: Tensor, d: int) -> Tensor:
+    """(b m) h s … → b m s h …, with the other tensor's b and m, and d columns: one view, for the host pays for each."""
+    (b, m, *_), (_, h, s, _), (segment, head, row, column) = like.shape, x.shape, x.stride()
+    return x.as_strided((b, m, s, h, d), (m * segment, segment, row, head, column))
 
 
 def _with_lse_gradient(dlse, dout, q, k, v, out, columns: int):

@@ -7,7 +7,7 @@ its rows in each of these strands; a `Trip` is how they can travel, as a conduct
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -47,9 +47,10 @@ class Load:
                 heads = serving([j for i in few for j in strands[i].heads], group)
                 at = tuple(keys if len(index[i]) == len(keys) else keys[index[i]] for i in few)
                 self.packs.append(Pack(tuple(strands[i] for i in few), heads, first, at))
+        self._rows = sum(pack.rows.c for pack in self.packs)
 
     def __len__(self):
-        return sum(pack.rows.c for pack in self.packs)
+        return self._rows
 
     def among(self, more: Load) -> list[Tensor | None]:
         """Where these rows lie among more, pack by pack; None where they are all of them."""
@@ -124,34 +125,32 @@ class Route:
                 self._together[-1].append(i)
             else:
                 self._together.append([i])
-        self._known: dict = {}
+        self.seen, self.load = cache(unseen(self._seen)), cache(unseen(self._load))
 
-    def seen(self, of: int, by: int) -> Load:
+    def _seen(self, of: int, by: int) -> Load:
         """The rows of member `of` that member `by` sees."""
-        return self._keep(("seen", of, by), of, [by], True)
+        return self._needed(of, [by], True)
 
-    def load(self, of: int, hop: int = 1) -> Load:
+    def _load(self, of: int, hop: int = 1) -> Load:
         """The rows of member `of` that travel on at this hop round the ring: what any other sees, and where masks
         trim what travels, only those this far from it and farther.
         """
         p = len(self.members)
-        hop = hop if self._exact or hop >= p else 1
-        return self._keep(("load", of, hop), of, [(of + t) % p for t in range(hop, p)], self._exact)
+        if not self._exact and 1 < hop < p:
+            return self.load(of, 1)
+        return self._needed(of, [(of + t) % p for t in range(hop, p)], self._exact)
 
     def gathered(self, of: int, by: int) -> Load:
         """The rows of member `of` that are gathered by member `by`: what travels, or where masks trim that, what it
         sees.
         """
-        return self.seen(of, by) if self._exact else self.load(of)
+        return self.seen(of, by) if self._exact else self.load(of, 1)
 
-    @unseen
-    def _keep(self, name: tuple, of: int, by: list[int], exact: bool) -> Load:
-        if name not in self._known:
-            keys, bounds = self.keys[of], self._bounds if exact else (None, None)
-            queries = [self.queries[x] for x in by]
-            index = [_needed(strand, keys, queries, bounds) for strand in self.strands]
-            self._known[name] = Load(keys, self.strands, index, self._group, self._together)
-        return self._known[name]
+    def _needed(self, of: int, by: list[int], exact: bool) -> Load:
+        keys, bounds = self.keys[of], self._bounds if exact else (None, None)
+        queries = [self.queries[x] for x in by]
+        index = [_needed(strand, keys, queries, bounds) for strand in self.strands]
+        return Load(keys, self.strands, index, self._group, self._together)
 
 
 @lru_cache(maxsize=256)

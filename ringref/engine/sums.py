@@ -66,13 +66,13 @@ def merge(out: Tensor, lse: Tensor, piece: Tensor, other: Tensor) -> None:
 
 
 def add(total: Tensor, one: Tensor, other: Tensor) -> None:
-    """total = one + other; total may be one."""
-    (total if total is one else total.copy_(one)).add_(other)
+    """total = one + other."""
+    total.copy_(one).add_(other)
 
 
 _PLAIN = SimpleNamespace(merge=merge, add=add)
-# elements from which passes over memory cost more than a launch of Triton's, which takes the host 40 µs; a merge in
-# PyTorch's passes takes it 70, a sum 8
+# elements from which passes over memory cost more than a launch of Triton's, which in the middle of a step takes the
+# host 100 µs, as PyTorch's one pass of a sum in place takes 25
 _MERGED, _ADDED = 2**20, 2**23
 _proofs: dict[torch.device, ModuleType | None] = {}
 
@@ -107,8 +107,10 @@ def _proved(device: torch.device) -> ModuleType | None:
 
 def plus(one: Tensor, other: Tensor, dtype: torch.dtype) -> Tensor:
     """one + other, `b s h d`, in this dtype: in one's memory where it has that."""
+    if one.dtype == dtype:
+        return one.add_(other)
     one, other = one[:, None], other[:, None]
-    total = one if one.dtype == dtype else torch.empty_like(one, dtype=dtype)
+    total = torch.empty_like(one, dtype=dtype)
     _way(_ADDED, total, one, other).add(total, one, other)
     return total[:, 0]
 
@@ -166,7 +168,7 @@ class Sum:
             self._add(*self.waiting.pop(0))
 
     def _add(self, rows: Rows, heads: slice, x: Tensor) -> None:
-        rows.change(self.total, heads, lambda part: _way(_ADDED, part, x).add(part, part, x))
+        rows.change(self.total, heads, lambda part: part.add_(x))
 
 
 def _covers(rows: Rows, x: Tensor, shape: Sequence[int]) -> bool:
