@@ -106,13 +106,12 @@ def _proved(device: torch.device) -> ModuleType | None:
 
 
 def plus(one: Tensor, other: Tensor, dtype: torch.dtype) -> Tensor:
-    """one + other, `b s h d`, in this dtype: in one's memory where it has that."""
+    """one + other, `b m c h d`, in this dtype: in one's memory where it has that."""
     if one.dtype == dtype:
         return one.add_(other)
-    one, other = one[:, None], other[:, None]
     total = torch.empty_like(one, dtype=dtype)
     _way(_ADDED, total, one, other).add(total, one, other)
-    return total[:, 0]
+    return total
 
 
 class Sum:
@@ -123,13 +122,24 @@ class Sum:
         self.total, self.waiting = None, []
 
     def add(self, rows: Rows, heads: slice, x: Tensor) -> None:
-        if self.total is None and _covers(rows, x, self.shape):
+        whole, alike = _covers(rows, x, self.shape), self._alike(rows, heads)
+        if self.total is None and whole:
             self.total = x.flatten(1, 2)
         elif self._waits(heads):
             self.waiting.append((rows, heads, x))
+        elif whole:
+            self._plus(x, self.dtype)
+            self._start(self.dtype)
+        elif alike is not None:
+            self.waiting[alike] = rows, heads, plus(self.waiting[alike][2], x, self.dtype)
         else:
             self._start(self.dtype)
             self._add(rows, heads, x)
+
+    def _alike(self, rows: Rows, heads: slice) -> int | None:
+        """Which of those that wait has the same rows and heads."""
+        same = (i for i, (others, its, _) in enumerate(self.waiting) if its == heads and rows.follows(others, 0))
+        return next(same, None)
 
     def _waits(self, heads: slice) -> bool:
         """Whether these heads' blocks have not begun to accumulate, and none of them waits yet. Several wait only where
@@ -153,7 +163,7 @@ class Sum:
             return total.to(self.dtype).index_add_(1, where.to(total.device), self.wide())
         mine, self.total = self.total, total
         if mine is not None:
-            self.total = plus(total, mine, self.dtype)
+            self._plus(mine[:, None], self.dtype)
         return self.wide()
 
     def wide(self) -> Tensor:
@@ -163,9 +173,17 @@ class Sum:
     def _start(self, dtype: torch.dtype) -> None:
         if self.total is None:
             self.total = self.like.new_zeros(self.shape, dtype=dtype)
-        self.total = self.total.to(dtype)
         while self.waiting:
-            self._add(*self.waiting.pop(0))
+            rows, heads, x = self.waiting.pop(0)
+            if _covers(rows, x, self.shape):
+                self._plus(x, dtype)
+            else:
+                self.total = self.total.to(dtype)
+                self._add(rows, heads, x)
+        self.total = self.total.to(dtype)
+
+    def _plus(self, x: Tensor, dtype: torch.dtype) -> None:
+        self.total = plus(self.total[:, None], x.flatten(1, 2)[:, None], dtype)[:, 0]
 
     def _add(self, rows: Rows, heads: slice, x: Tensor) -> None:
         rows.change(self.total, heads, lambda part: part.add_(x))

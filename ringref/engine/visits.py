@@ -230,7 +230,7 @@ class Rows:
 
     def follows(self, other: Rows, by: int = 1) -> bool:
         """Whether these are the other's rows, each so much further on, and both are views."""
-        mine, its = ((x.step, x.hop, x.m, x.c) for x in (self, other))
+        mine, its = ((x.step, x.hop, x.m, x.c, x.slant) for x in (self, other))
         return self.strided and other.strided and self.start == other.start + by and mine == its
 
     def all_of(self, s: int) -> bool:
