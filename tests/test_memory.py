@@ -220,6 +220,24 @@ def test_what_waits_is_not_held_beside_what_accumulates(dtype, whole):
         assert usage.peak <= result.nbytes
 
 
+def test_blocks_of_the_same_rows_are_summed_among_themselves():
+    """As the queries of a zigzag ring's late half: no sum of the whole in float32, and one rounding at the end."""
+    torch.manual_seed(0)
+    s, h, d = 64, 8, 16
+    summed, everywhere, late = Sum((1, s, h, d), torch.empty(0, dtype=torch.bfloat16)), slice(0, h), torch.arange(32, s)
+    blocks = [torch.randn(1, 1, x, h, d).bfloat16() for x in (32, 32, 32, s)]
+    true = blocks[3][:, 0].double()
+    true[:, 32:] += sum(x.double() for x in blocks[:3])[:, 0]
+    with measured() as usage:
+        for x in blocks[:3]:
+            summed.add(Rows(late[None].clone()), everywhere, x.clone())
+            assert len(summed.waiting) == 1
+        summed.add(Rows(torch.arange(s)[None]), everywhere, blocks[3].clone())
+        result = summed.result()
+    assert torch.equal(result, true.bfloat16())
+    assert usage.peak <= 2 * result.nbytes + 2**9  # the half in float32, and a whole
+
+
 def test_a_rings_step_holds_at_most_twelve_shards_however_many_ranks_share_it():
     """From 16k tokens of 16 heads on; a shorter one, in one part for the host's sake, 0.65 GiB at the most."""
     for s in (2**12, 2**13, 2**14, 2**15):
