@@ -2,7 +2,7 @@
 
 Both keep the first block as it came, in the inputs' dtype, and the second waiting (a sum one of each head, if it has
 none that is whole): two blocks are added as the result is written, and cost no copy. From the third on they accumulate
-in float32 (float64 for float64).
+in float32 (float64 for float64), those of the same rows as one that waits in a sum of their own.
 """
 
 from __future__ import annotations
