@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .causes import CALLS, GRADS, LAST, Guess, backwards, crossed, fits, forwards, somewhere
+from .readoff import readings
 from .scene import Scene, assembled
 
 UNKNOWN = "unknown signature"
@@ -197,7 +198,7 @@ def name(truth: Any, got: dict, wrong: list, others: list, known: list, way=1, d
         yield backwards(s, about, whole) if about[0] not in ("out", "lse") else forwards(s)
         yield fits(s, whole, about, truth)
 
-    best = ask([*usual(), somewhere(s, about, whole)], set(known)) if known else math.inf
+    best = ask([*usual(), somewhere(s, about, whole), readings(s, about, whole, fine)], set(known)) if known else math.inf
     # a wrong term that is not known would have shown in a float32 case before
     if best > 0.01 and small and truth.case.dtype in ("bfloat16", "float16"):
         return [small]
@@ -208,6 +209,8 @@ def name(truth: Any, got: dict, wrong: list, others: list, known: list, way=1, d
     some = best > ENOUGH or denied.issuperset(told for told, share in left.items() if share <= best + 0.01)
     if some and deep and not small:
         best = ask([somewhere(s, about, whole)])
+    if best > ENOUGH and not small:
+        best = ask([readings(s, about, whole, fine)])
     if best < ENOUGH:
         alike = (told for told, share in left.items() if share <= best + 0.01)
         return sorted(alike, key=lambda told: (told in denied, told.endswith(LAST)))  # the simpler first

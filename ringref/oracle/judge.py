@@ -472,8 +472,8 @@ class Judge:
         if simplest and none and "+" in case.name:
             causes = [needs or f"{causes[0]}; it takes {case.name.partition(' + ')[2]}"]
         # the same case in the whole world passed before this one came
-        plain = {f"{word}-p{case.p}" for word in ("causal", "full")}
-        return [diagnose.GROUP] if case.groups and plain & set(self.report.passed) else causes
+        plain = f"{'causal' if case.causal else 'full'}-p{case.p}"
+        return [diagnose.GROUP] if case.groups and plain in self.report.passed else causes
 
     def growth(self) -> None:
         """Fit bytes per rank as n and p double; with the same shard, a ring's peak does not depend on p."""

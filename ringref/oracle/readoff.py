@@ -1,0 +1,268 @@
+"""What a candidate's numbers say where no guess fits: how much of each part is in them, by least squares.
+
+out, exp(lse) and gradients are linear in how often pairs of query and key count, in the weights that merge parts, and
+in the terms of dS. What fits is told by the fewest properties that single out where it is wrong, and is believed as
+guesses are: if it makes the numbers that the candidate gave.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from functools import partial, reduce
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .causes import Guess, factor, in_only, off, rules_of
+from .scene import Scene, rows
+
+MOST = 2**14  # pairs of query and key; beyond, a smaller case has to say it
+FEW = 3  # factors, more of which are no simple mistake
+
+
+class Fit(NamedTuple):
+    """A tensor y, b h r e, that is Σ c · x over the columns of x, b h r c e, where each pair b h r c counts c times."""
+
+    y: Tensor
+    x: Tensor
+    keys: bool = False  # rows are keys, columns queries
+    scaled: bool = True  # it tells c, not only its ratios
+    fold: Callable = torch.as_tensor  # of query heads to those of keys
+
+
+def readings(s: Scene, about: list[str], whole: dict[str, Tensor], fine: list[str]) -> Iterator[Guess]:
+    """What the wrong tensors `about` say, the simplest first; those that are `fine` are right."""
+    if s.i.numel() > MOST or about == ["dsink"]:
+        return
+    if about[0] in ("out", "lse"):
+        yield from counts(s, forward_fits(s, about, whole, fine), "{}")
+        yield from weights(s, whole) if about == ["out"] else ()
+    else:
+        yield from counts(s, [("{}", gradient_fit(s, about, whole), lambda c: s.backward(times=c))], in_only(about))
+        yield from terms(s, about, whole)
+
+
+def all_pairs(s: Scene) -> tuple[Tensor, Tensor | float]:
+    """Scores and slopes, as if no pair were hidden."""
+    return s.scores(SimpleNamespace(**(vars(s) | {"times": torch.ones_like(s.times)})))
+
+
+# ------------------------------------------------------------------------- how often a pair counts
+
+
+def forward_fits(s: Scene, about: list[str], whole: dict[str, Tensor], fine: list[str]) -> Iterator[tuple]:
+    """(words, fit, what such counts give) of out and lse together, or of one alone."""
+    S, _ = all_pairs(s)
+    L = S.logsumexp(-1)
+    P, V = (S - L[..., None]).exp(), s.V.transpose(1, 2)[:, :, None]
+    sink = L[..., None] * 0 if s.sink is None else (s.sink[:, None] - L).exp()[..., None]
+    total, right = P[..., None], (s.L - L).exp()[..., None]
+    given = (whole["lse"] - L).exp()[..., None] - sink if "lse" in whole else None
+    if about == ["lse"]:
+        yield "in lse only: {}", Fit(given, total), lambda c: {"lse": ((c * P).sum(-1) + sink[..., 0]).log() + L}
+        return
+    out = whole["out"].transpose(1, 2)
+    if not fine:
+        both = [(out * sink, total * (V - out[:, :, :, None]))] + [(given, total)] * (given is not None)
+        y, x = (torch.cat(z, -1) for z in zip(*both, strict=True))
+        yield "{}", Fit(y, x, scaled=given is not None or s.sink is not None), lambda c: s.forward(times=c)
+    share = lambda c: {"out": torch.einsum("bhqk,bkhd->bqhd", (c * P / right).nan_to_num(0, 0, 0), s.V)}
+    yield "in the numerator of out only: {}", Fit(out * right, total * V), share
+
+
+def gradient_fit(s: Scene, about: list[str], whole: dict[str, Tensor]) -> Fit:
+    """Of the first gradient that is wrong."""
+    P, dP, unit = softmax(s)
+    dS, name = P * (dP - s.D + s.dlse[..., None]) * unit, next(n for n in ("dq", "dv", "dk") if n in about)
+    y, (pairs, other) = whole[name].transpose(1, 2), {"dq": (dS, s.K), "dk": (dS.mT, s.q), "dv": (P.mT, s.do)}[name]
+    return Fit(y, pairs[..., None] * other.transpose(1, 2)[:, :, None], name != "dq", True, folds(s, name))
+
+
+def folds(s: Scene, name: str) -> Callable:
+    return torch.as_tensor if name == "dq" else lambda x: x.unflatten(1, (s.case.g, s.e)).sum(2)
+
+
+def softmax(s: Scene) -> tuple[Tensor, Tensor, Tensor | float]:
+    """P and dP of all pairs, and what dS is multiplied by."""
+    S, slope = all_pairs(s)
+    P = (S - s.L.masked_fill(s.L == -math.inf, math.inf)[..., None]).exp()
+    return P, torch.einsum("bqhd,bkhd->bhqk", s.do, s.V), slope * s.scale
+
+
+def groups(s: Scene) -> Iterator[tuple[Tensor, Tensor]]:
+    """Queries, and keys, that may count alike: a rank's, or those of half a rank."""
+    yield s.owner[0], s.owner[1]
+    if s.even and s.case.n // s.p > 1:
+        yield tuple(2 * who + (2 * at >= s.case.n // s.p) for who, at in zip(s.owner, s.loc, strict=True))
+
+
+def solved(fit: Fit, now: Tensor, base: Tensor, row: Tensor, col: Tensor, alone: bool) -> Tensor:
+    """How often each pair b h r c counts: `now`, and the least change of `base` that fits, the same for pairs whose
+    labels are alike, in all sequences, and in all heads unless each is `alone`.
+    """
+    x = fit.fold(fit.x * base[..., None])
+    by = x.new_zeros(*x.shape[:3], int(col.max()) + 1, x.shape[-1]).index_add(3, col, x)
+    rest = fit.y - fit.fold(fit.x * now[..., None]).sum(3)
+    by, rest = by.transpose(0, 1).mT.nan_to_num(0, 0, 0), rest.transpose(0, 1)[..., None].nan_to_num(0, 0, 0)
+    more = by.new_zeros(len(by) if alone else 1, int(row.max()) + 1, by.shape[-1])
+    for r in row.unique():
+        a, y = (z[:, :, row == r].flatten(1, 3) for z in (by, rest))  # h, equations, columns
+        a, y = (a, y) if alone else (z.flatten(0, 1)[None] for z in (a, y))
+        more[:, r] = (torch.linalg.pinv(a, rtol=1e-5) @ y)[..., 0]
+    return now + base * more[:, row][:, :, col].repeat_interleave(now.shape[1] // len(more), 0)
+
+
+def counts(s: Scene, fits: Iterator[tuple], words: str) -> Iterator[Guess]:
+    """How often pairs of query and key count, by blocks or one by one."""
+    single = torch.arange(s.case.m), torch.arange(s.case.n)
+    levels = [(s.times, label, False) for label in groups(s)]
+    levels += [(torch.ones_like(s.times), single, alone) for alone in (False, True)]
+    for (text, fit, made), (base, label, alone) in itertools.product(fits, levels):
+        turn = (lambda x: x.mT) if fit.keys else torch.as_tensor
+        c = turn(solved(fit, turn(s.times), turn(base), *(label[::-1] if fit.keys else label), alone))
+        if not fit.scaled:  # most of what counts counts once
+            c = c / (c / s.times).where((s.times > 0) & (c > 0.1), math.nan).nanmedian(-1, True)[0].nan_to_num(1.0)
+        c = torch.where((c - c.round()).abs() < 0.05, c.round(), c)
+        if told := differs(s, c):
+            yield words.format(text.format(told)), partial(made, c)
+
+
+def differs(s: Scene, c: Tensor, what: str = "what pairs add") -> str | None:
+    """Which pairs count otherwise than they should, and how often, in words; nothing if it is not simple."""
+    seen = s.times > 0
+    ratio, extra = torch.where(seen, c / s.times, 1.0), ~seen & (c > 0.05)
+    factors = ratio[(ratio - 1).abs() > 0.015].mul(100).round().unique() / 100
+    if len(factors) + bool(extra.any()) not in range(1, FEW + 1):
+        return None
+    told = [f"pairs are seen that should be hidden: {where(s, extra, ~seen)}"] if extra.any() else []
+    for m in factors:
+        chosen = seen & ((ratio - m).abs() <= 0.0051)
+        told.append(f"{off(what, ratio[chosen].mean().item(), s)}: {where(s, chosen, seen)}")
+    told = "; ".join(told).replace("what pairs add is zero", "pairs are left out")
+    return told.replace("what pairs add is wrong by a factor 2:", "pairs count twice:")
+
+
+# ------------------------------------------------------------------------------ which pairs, in words
+
+
+def where(s: Scene, chosen: Tensor, among: Tensor) -> str:
+    """The fewest properties that only the `chosen` of `among` pairs b h q k have."""
+    shape, facts, late = s.times.shape, s.places(True), s.case.n // s.p
+    for who, at in {"queries": s.here, "keys": s.there}.items() if s.even and late > 1 else ():
+        facts |= {f"the early half of the {who}": 2 * at < late, f"the late half of the {who}": 2 * at >= late}
+    for name, rule in rules_of(s)[0].items():
+        shown = torch.as_tensor(rule(s.i, s.j)) > 0
+        facts |= {f"what the {name} hides": ~(shown.any(0) if shown.ndim == 5 else shown)} if shown.ndim else {}
+    head, batch = torch.arange(s.case.h)[:, None, None], torch.arange(s.case.b)[:, None, None, None]
+    numbers = {"hop": s.hop, "the query's rank": s.mine, "the key's rank": s.theirs, "head": head, "sequence": batch}
+    local = {"the query's row in its shard": s.here, "the key's row in its shard": s.there}
+    local |= {"the key's row less the query's": s.there - s.here, "query": s.i, "key": s.j}
+
+    def fewest(chosen: Tensor, numbers: dict[str, Tensor], most: int) -> str | None:
+        chosen, rest = chosen.expand(shape), (among & ~chosen).expand(shape)
+        held = dict(facts)
+        for name, x in numbers.items():
+            low, high = x.expand(shape)[chosen].aminmax()
+            ends = {f"{name} ≥ {low}": x >= low, f"{name} ≤ {high}": x <= high}
+            held |= {f"{name} {low}": x == low} if low == high else ends
+        held = {text: pairs.expand(shape) for text, pairs in held.items()}
+        held = {text: x[rest] for text, x in held.items() if x[chosen].all() and not x[rest].all()}
+        if not rest.any() or not held:
+            return None if rest.any() else "everywhere"
+        kinds = torch.stack([*held.values()]).unique(dim=1).int().tolist()  # of other pairs, by what they have
+        bits = {text: int("".join(map(str, kind)), 2) for text, kind in zip(held, kinds, strict=True)}
+        some = itertools.chain(*(itertools.combinations(bits, k + 1) for k in range(most)))
+        return next((", ".join(texts) for texts in some if not reduce(int.__and__, map(bits.get, texts))), None)
+
+    for sizes in ((numbers | {"j − i": s.j - s.i}, 2), (numbers | {"j − i": s.j - s.i} | local, 3)):
+        if told := fewest(chosen, *sizes):
+            return told
+        if told := fewest(among & ~chosen, *sizes):
+            return f"all but {told}"
+    i, j = chosen.expand(shape).nonzero()[0, 2:].tolist()
+    return f"some, as query {i} (rank {s.owner[0][i]}) and key {j} (rank {s.owner[1][j]})"
+
+
+# ------------------------------------------------------------------- weights of parts, terms of dS
+
+
+def weights(s: Scene, whole: dict[str, Tensor]) -> Iterator[Guess]:
+    """An out that is made of the right outputs of its parts, merged with wrong weights."""
+    for what, parts in s.parts(s.hop):
+        outs, lses, tops = s.forward(times=parts, sink=None).values()
+        if len(parts) > outs.shape[-1] - 2:
+            continue  # any out would be a sum of so many
+        found = torch.linalg.pinv(outs.movedim(0, -1), rtol=1e-5) @ whole["out"].nan_to_num(0, 0, 0)[..., None]
+        a, right = found[..., 0].movedim(-1, 0).transpose(2, 3), (lses - s.L).exp().nan_to_num()
+        seen = lses.isfinite()
+        wrong = seen & ((a - right).abs() > 1e-3)
+        wrong = seen if wrong.sum() > 0.9 * seen.sum() else wrong
+        at = s.times > 0
+        if what == "blocks":
+            at = sum(wrong[t][..., None] & (s.hop == t) for t in range(s.p)).bool() & at
+        total, one = a.sum(0)[s.L.isfinite()], right.sum(0)[s.L.isfinite()]
+        sums = f", and add up to {total.min():.2g} … {total.max():.2g}" * bool((total - one).abs().max() > 1e-3)
+        told = formula(s, {"blocks": "hop"}.get(what, "branch"), a, right, wrong, lses, tops)
+        text = f"the outputs of {what} are right, the weights that merge them wrong: {told}{sums}"
+        yield f"{text}: {where(s, at, s.times > 0)}", partial(dict, out=(outs * rows(a)).sum(0))
+
+
+def formula(s: Scene, what: str, a: Tensor, right: Tensor, wrong: Tensor, lses: Tensor, tops: Tensor) -> str:
+    """What wrong weights are, as exp of a sum of what a merge has at hand, if they are that."""
+    low = lses.masked_fill(lses == -math.inf, -1e30)
+    run, ok = low.logcumsumexp(0), wrong & (a > 1e-3)
+    known = {"lse": low, "merged lse": s.L, "largest lse": low.amax(0), "own maximum": tops, "common maximum": s.top}
+    known |= {f"lse of {what} {t}": low[t] for t in range(len(low))}
+    known |= {f"lse up to {what} {t}": run[t] for t in range(1, len(low) - 1)} | {"running lse": run}
+    known = {text: x.expand_as(low) for text, x in known.items()}
+    every = torch.equal(wrong, lses.isfinite())
+    if (wrong & ~ok & (right > 1e-2)).any() or ok.sum() < 8:
+        return "some are zero or negative"
+    y = (a if every else a / right)[ok].log()
+    for names in itertools.chain(*(itertools.combinations(known, k) for k in (0, 1, 2))):
+        x = torch.stack([*(known[name][ok] for name in names), torch.ones_like(y)], -1)
+        m = torch.linalg.lstsq(x, y[:, None]).solution[:, 0]
+        if (x @ m - y).abs().max() < 1e-3:
+            told = [f"{'−' if c < 0 else '+'} {factor_of(abs(c))}{name}" for c, name in zip(m.tolist(), names)]
+            told += [f"+ {m[-1]:.3g}"] * bool(abs(m[-1]) > 1e-3)
+            return f"they are exp({' '.join(told).removeprefix('+ ') or 0}){'' if every else ' times the right ones'}"
+    if every:  # each row has a factor of its own
+        x, y = ((z - z.mean(0))[:, ok.all(0)] for z in (low, a.log()))
+        m = factor([(y, x)])
+        if (m * x - y).abs().max() < 1e-3:
+            return f"they are in proportion to exp({factor_of(m)}lse)"
+    return "they are no simple function of lse"
+
+
+def factor_of(c: float) -> str:
+    known = {"": 1.0, "ln 2 · ": math.log(2), "log2 e · ": math.log2(math.e)}
+    return next((text for text, x in known.items() if abs(c / x - 1) < 1e-3), f"{c:.3g} · ")
+
+
+def terms(s: Scene, about: list[str], whole: dict[str, Tensor]) -> Iterator[Guess]:
+    """A backward in which terms of dS = P ∘ (dP − D + dlse) are wrong, everywhere or on some blocks."""
+    name = next((n for n in ("dq", "dk") if n in about), None)
+    if not name:
+        return
+    P, dP, unit = softmax(s)
+    each = {"dP = dO·Vᵀ": dP, "D = Σ dO·O": -s.D.expand_as(dP), "the gradient of lse": s.dlse[..., None].expand_as(dP)}
+    each = {text: P * x * unit for text, x in each.items() if x.any()}
+    turn, other = (torch.as_tensor, s.K) if name == "dq" else ((lambda x: x.mT), s.q)
+    x = torch.cat([turn(x)[..., None] * other.transpose(1, 2)[:, :, None] for x in each.values()], 3)
+    fit, now = Fit(whole[name].transpose(1, 2), x, fold=folds(s, name)), torch.cat([turn(s.times)] * len(each), 3)
+    for label in groups(s):
+        row, col = label if name == "dq" else label[::-1]
+        cols = torch.cat([col + t * (int(col.max()) + 1) for t in range(len(each))])
+        found = solved(fit, now, now, row, cols, False).tensor_split(len(each), 3)
+        found = {text: turn(c) for text, c in zip(each, found, strict=True)}
+        told = [differs(s, c, text) for text, c in found.items()]
+        a, b, *c = ((c / s.times).nan_to_num(1.0, 1.0, 1.0) for c in found.values())
+        a = torch.where(a.abs() < 1e-9, 1e-9, a)
+        D = (b * s.D - (c[0] if c else 1) * s.dlse[..., None]) / a + s.dlse[..., None]
+        if any(told):
+            text = in_only(about).format("; ".join(filter(None, told)))
+            yield text, partial(s.backward, slope=unit / s.scale * a, D=D)
