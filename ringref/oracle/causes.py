@@ -231,7 +231,7 @@ def sights(s: Scene, everywhere: bool) -> Iterator[Change]:
         masks = {"mask_mod"}, rules.keys() - {"mask_mod"}
         either = lambda: {"times": sum(seen(some)["times"] for some in masks).clamp(max=1)}
         yield "mask_mod and the other masks are joined by or, not by and", either
-    if not s.case.causal:
+    if not s.case.causal and everywhere:
         yield "a causal mask though causal is False", lambda: {"times": s.times * (s.j <= s.i)}
     for name, choices in instead.items():
         for text, rule in choices.items():
@@ -301,6 +301,11 @@ def pairwise(s: Scene, everywhere: bool = True) -> Iterator[Change]:
         for who, names in {"K and V are": ("K_of", "V_of"), "K is": ("K_of",), "V is": ("V_of",)}.items():
             for text, at in sources.items():
                 wrong[f"{who} {text}"] = dict.fromkeys(names, at)
+    if s.even and not everywhere and s.case.layout == "zigzag":
+        asks, keys = (torch.stack(x).roll(s.case.n // s.p // 2, 1) for x in (s.case.asks, s.case.shards))
+        for name in ("q", "do", "K", "V"):
+            of = asks[s.mine, s.here] if name in ("q", "do") else keys[s.theirs, s.there]
+            wrong[f"{name} is that of the other half of a shard"] = {f"{name}_of": of}
     if s.K.shape == s.V.shape:
         swaps = {"K is taken for V": ["V_of"], "V is taken for K": ["K_of"], "K and V swap": ["K_of", "V_of"]}
         wrong |= {x + ", everywhere" * everywhere: dict.fromkeys(names, s.j + s.case.n) for x, names in swaps.items()}

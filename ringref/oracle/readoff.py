@@ -20,8 +20,10 @@ from torch import Tensor
 from .causes import Guess, factor, in_only, off, rules_of
 from .scene import Scene, rows
 
-MOST = 2**14  # pairs of query and key; beyond, a smaller case has to say it
+MOST = 2**15  # pairs of query and key; beyond, a smaller case has to say it
+MOST_KEYS = 8  # of a query, that are looked for where there are more keys than equations
 FEW = 3  # factors, more of which are no simple mistake
+OFTEN = {0.0: "pairs are left out", 2.0: "pairs count twice", 0.5: "pairs count half"}
 
 
 class Fit(NamedTuple):
@@ -44,6 +46,7 @@ def readings(s: Scene, about: list[str], whole: dict[str, Tensor], fine: list[st
     else:
         yield from counts(s, [("{}", gradient_fit(s, about, whole), lambda c: s.backward(times=c))], in_only(about))
         yield from terms(s, about, whole)
+        yield from homes(s, [n for n in ("dk", "dv") if n in about], whole) if s.even else ()
 
 
 def all_pairs(s: Scene) -> tuple[Tensor, Tensor | float]:
@@ -72,6 +75,9 @@ def forward_fits(s: Scene, about: list[str], whole: dict[str, Tensor], fine: lis
         yield "{}", Fit(y, x, scaled=given is not None or s.sink is not None), lambda c: s.forward(times=c)
     share = lambda c: {"out": torch.einsum("bhqk,bkhd->bqhd", (c * P / right).nan_to_num(0, 0, 0), s.V)}
     yield "in the numerator of out only: {}", Fit(out * right, total * V), share
+    sums = right / ((out * s.O.transpose(1, 2)).sum(-1, True) / s.O.square().sum(-1).transpose(1, 2)[..., None])
+    shrunk = lambda c: {"out": s.O * rows(right[..., 0] / ((c * P).sum(-1) + sink[..., 0]))}
+    yield "in the sum that out is divided by: {}", Fit(sums - sink, total), shrunk
 
 
 def gradient_fit(s: Scene, about: list[str], whole: dict[str, Tensor]) -> Fit:
@@ -93,11 +99,13 @@ def softmax(s: Scene) -> tuple[Tensor, Tensor, Tensor | float]:
     return P, torch.einsum("bqhd,bkhd->bhqk", s.do, s.V), slope * s.scale
 
 
-def groups(s: Scene) -> Iterator[tuple[Tensor, Tensor]]:
-    """Queries, and keys, that may count alike: a rank's, or those of half a rank."""
+def groups(s: Scene, tiles: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
+    """Queries, and keys, that may count alike: those of a rank, of half a rank, of a tile of 16 or 24."""
     yield s.owner[0], s.owner[1]
-    if s.even and s.case.n // s.p > 1:
-        yield tuple(2 * who + (2 * at >= s.case.n // s.p) for who, at in zip(s.owner, s.loc, strict=True))
+    size = max(map(len, s.case.shards))
+    for x in ([size // 2] * s.even + [16, 24] * tiles):
+        if 0 < x < size:
+            yield tuple(who * size + at // x for who, at in zip(s.owner, s.loc, strict=True))
 
 
 def solved(fit: Fit, now: Tensor, base: Tensor, row: Tensor, col: Tensor, alone: bool) -> Tensor:
@@ -112,14 +120,27 @@ def solved(fit: Fit, now: Tensor, base: Tensor, row: Tensor, col: Tensor, alone:
     for r in row.unique():
         a, y = (z[:, :, row == r].flatten(1, 3) for z in (by, rest))  # h, equations, columns
         a, y = (a, y) if alone else (z.flatten(0, 1)[None] for z in (a, y))
-        more[:, r] = (torch.linalg.pinv(a, rtol=1e-5) @ y)[..., 0]
+        few = a.shape[1] < a.shape[2]  # more unknowns than equations
+        more[:, r] = pursued(a, y[..., 0]) if few else (torch.linalg.pinv(a, rtol=1e-5) @ y)[..., 0]
     return now + base * more[:, row][:, :, col].repeat_interleave(now.shape[1] // len(more), 0)
+
+
+def pursued(a: Tensor, y: Tensor) -> Tensor:
+    """The few x that make a x = y, found one after the other (orthogonal matching pursuit)."""
+    x = a.new_zeros(a.shape[0], a.shape[2])
+    for one, want, found in zip(a, y, x, strict=True):
+        at, rest, size = [], want, one.norm(dim=0) + 1e-12
+        while len(at) < MOST_KEYS and rest.norm() > 1e-4 * want.norm():
+            at.append(int((one.T @ rest / size).abs().argmax()))
+            found[at] = torch.linalg.lstsq(one[:, at], want[:, None]).solution[:, 0]
+            rest = want - one @ found
+    return x
 
 
 def counts(s: Scene, fits: Iterator[tuple], words: str) -> Iterator[Guess]:
     """How often pairs of query and key count, by blocks or one by one."""
     single = torch.arange(s.case.m), torch.arange(s.case.n)
-    levels = [(s.times, label, False) for label in groups(s)]
+    levels = [(s.times, label, False) for label in groups(s, True)]
     levels += [(torch.ones_like(s.times), single, alone) for alone in (False, True)]
     for (text, fit, made), (base, label, alone) in itertools.product(fits, levels):
         turn = (lambda x: x.mT) if fit.keys else torch.as_tensor
@@ -127,11 +148,12 @@ def counts(s: Scene, fits: Iterator[tuple], words: str) -> Iterator[Guess]:
         if not fit.scaled:  # most of what counts counts once
             c = c / (c / s.times).where((s.times > 0) & (c > 0.1), math.nan).nanmedian(-1, True)[0].nan_to_num(1.0)
         c = torch.where((c - c.round()).abs() < 0.05, c.round(), c)
-        if told := differs(s, c):
+        rest, error = (fit.y - fit.fold(fit.x * turn(x)[..., None]).sum(3) for x in (c, s.times))
+        if rest.nan_to_num().norm() < 0.1 * error.nan_to_num().norm() and (told := differs(s, c)):
             yield words.format(text.format(told)), partial(made, c)
 
 
-def differs(s: Scene, c: Tensor, what: str = "what pairs add") -> str | None:
+def differs(s: Scene, c: Tensor, what: str = "") -> str | None:
     """Which pairs count otherwise than they should, and how often, in words; nothing if it is not simple."""
     seen = s.times > 0
     ratio, extra = torch.where(seen, c / s.times, 1.0), ~seen & (c > 0.05)
@@ -141,9 +163,9 @@ def differs(s: Scene, c: Tensor, what: str = "what pairs add") -> str | None:
     told = [f"pairs are seen that should be hidden: {where(s, extra, ~seen)}"] if extra.any() else []
     for m in factors:
         chosen = seen & ((ratio - m).abs() <= 0.0051)
-        told.append(f"{off(what, ratio[chosen].mean().item(), s)}: {where(s, chosen, seen)}")
-    told = "; ".join(told).replace("what pairs add is zero", "pairs are left out")
-    return told.replace("what pairs add is wrong by a factor 2:", "pairs count twice:")
+        text = off(what or "what pairs add", ratio[chosen].mean().item(), s)
+        told.append(f"{text if what else OFTEN.get(m.item(), text)}: {where(s, chosen, seen)}")
+    return "; ".join(told)
 
 
 # ------------------------------------------------------------------------------ which pairs, in words
@@ -191,55 +213,74 @@ def where(s: Scene, chosen: Tensor, among: Tensor) -> str:
 
 
 def weights(s: Scene, whole: dict[str, Tensor]) -> Iterator[Guess]:
-    """An out that is made of the right outputs of its parts, merged with wrong weights."""
-    for what, parts in s.parts(s.hop):
+    """An out that is made of the right outputs of its parts, merged with wrong weights: first the orders of merging in
+    which these are a formula.
+    """
+    orders = {"hop": s.hop, "step": -s.hop % s.p, "rank": s.owner[1].expand_as(s.hop)}
+    told = []
+    for step, (what, parts) in zip((*orders, "branch"), s.parts(*orders.values()), strict=False):
         outs, lses, tops = s.forward(times=parts, sink=None).values()
         if len(parts) > outs.shape[-1] - 2:
-            continue  # any out would be a sum of so many
+            return  # any out would be a sum of so many
         found = torch.linalg.pinv(outs.movedim(0, -1), rtol=1e-5) @ whole["out"].nan_to_num(0, 0, 0)[..., None]
-        a, right = found[..., 0].movedim(-1, 0).transpose(2, 3), (lses - s.L).exp().nan_to_num()
-        seen = lses.isfinite()
+        a, right, seen = found[..., 0].movedim(-1, 0).transpose(2, 3), (lses - s.L).exp().nan_to_num(), lses.isfinite()
+        out = (outs * rows(a)).sum(0)
+        if (whole["out"] - out).norm() > 0.1 * (whole["out"] - s.O).norm():
+            continue
         wrong = seen & ((a - right).abs() > 1e-3)
         wrong = seen if wrong.sum() > 0.9 * seen.sum() else wrong
-        at = s.times > 0
+        total, one = a.sum(0), right.sum(0)
+        at = wrong.any(0)[..., None]
         if what == "blocks":
-            at = sum(wrong[t][..., None] & (s.hop == t) for t in range(s.p)).bool() & at
-        total, one = a.sum(0)[s.L.isfinite()], right.sum(0)[s.L.isfinite()]
-        sums = f", and add up to {total.min():.2g} … {total.max():.2g}" * bool((total - one).abs().max() > 1e-3)
-        told = formula(s, {"blocks": "hop"}.get(what, "branch"), a, right, wrong, lses, tops)
-        text = f"the outputs of {what} are right, the weights that merge them wrong: {told}{sums}"
-        yield f"{text}: {where(s, at, s.times > 0)}", partial(dict, out=(outs * rows(a)).sum(0))
+            at = sum(wrong[t][..., None] & (orders[step] == t) for t in range(s.p)).bool() & (s.times > 0)
+        text = f"the outputs of {what} are right, the weights that merge them are wrong"
+        if simple := formula(s, step, a, wrong, seen, lses, tops):
+            text += f": {simple}"
+        elif (a - right * (total / one).nan_to_num()).abs().max() < 1e-3:
+            text = "out is right but for a factor of each row: it is divided by a wrong sum"
+        if len(sign := (total - one)[(total - one).abs() > 1e-3].sign().unique()):
+            text += f" (they add up to {'more or less' if len(sign) > 1 else 'more' if sign > 0 else 'less'} than 1)"
+        turn = ("exp" not in text) + ("proportion" in text)
+        told.append((turn, f"{text}: {where(s, at, s.times > 0)}", partial(dict, out=out)))
+    yield from (guess for _, *guess in sorted(told, key=lambda guess: guess[0]))
 
 
-def formula(s: Scene, what: str, a: Tensor, right: Tensor, wrong: Tensor, lses: Tensor, tops: Tensor) -> str:
+def formula(s: Scene, step: str, a: Tensor, wrong: Tensor, seen: Tensor, lses: Tensor, tops: Tensor) -> str | None:
     """What wrong weights are, as exp of a sum of what a merge has at hand, if they are that."""
-    low = lses.masked_fill(lses == -math.inf, -1e30)
-    run, ok = low.logcumsumexp(0), wrong & (a > 1e-3)
-    known = {"lse": low, "merged lse": s.L, "largest lse": low.amax(0), "own maximum": tops, "common maximum": s.top}
-    known |= {f"lse of {what} {t}": low[t] for t in range(len(low))}
-    known |= {f"lse up to {what} {t}": run[t] for t in range(1, len(low) - 1)} | {"running lse": run}
-    known = {text: x.expand_as(low) for text, x in known.items()}
-    every = torch.equal(wrong, lses.isfinite())
-    if (wrong & ~ok & (right > 1e-2)).any() or ok.sum() < 8:
-        return "some are zero or negative"
-    y = (a if every else a / right)[ok].log()
-    for names in itertools.chain(*(itertools.combinations(known, k) for k in (0, 1, 2))):
-        x = torch.stack([*(known[name][ok] for name in names), torch.ones_like(y)], -1)
-        m = torch.linalg.lstsq(x, y[:, None]).solution[:, 0]
-        if (x @ m - y).abs().max() < 1e-3:
-            told = [f"{'−' if c < 0 else '+'} {factor_of(abs(c))}{name}" for c, name in zip(m.tolist(), names)]
-            told += [f"+ {m[-1]:.3g}"] * bool(abs(m[-1]) > 1e-3)
-            return f"they are exp({' '.join(told).removeprefix('+ ') or 0}){'' if every else ' times the right ones'}"
-    if every:  # each row has a factor of its own
-        x, y = ((z - z.mean(0))[:, ok.all(0)] for z in (low, a.log()))
+    low, ok = lses.masked_fill(~seen, -1e30), wrong & (a > 1e-3)
+    if ok.sum() < 8 or (wrong & ~ok & (low > s.L - 5)).any():
+        return None
+    run, top = low.logcumsumexp(0), tops.masked_fill(~seen, -1e30).cummax(0)[0]
+    known = {"lse": low, "merged lse": s.L, "largest lse": low.amax(0), "own maximum": tops, "maximum": s.top}
+    for t in range(len(low)):
+        known |= {f"lse of {step} {t}": low[t], f"lse up to {step} {t}": run[t], f"maximum up to {step} {t}": top[t]}
+    known = {text: x.expand_as(low)[ok] for text, x in known.items()}
+    right = known["lse"] - known["merged lse"]
+    for usual, text in ((0, ""), (right, " times the right ones")):
+        y = a[ok].log() - usual
+        for names in itertools.chain(*(itertools.combinations(known, k) for k in (0, 1, 2))):
+            x = torch.stack([*map(known.get, names), torch.ones_like(y)], -1)
+            m = torch.linalg.lstsq(x, y[:, None]).solution[:, 0]
+            if (x @ m - y).abs().max() < 1e-3:
+                told = [f"{'−' if c < 0 else '+'} {factor_of(abs(c))}{name}" for c, name in zip(m.tolist(), names)]
+                told += [f"+ {m[-1]:.3g}"] * bool(abs(m[-1]) > 1e-3)
+                return f"they are exp({' '.join(told).removeprefix('+ ') or 0}){text}"
+    told, alone = [], ok.all(0)
+    y, x = ((z - z.mean(0))[:, alone] for z in (a.log(), low))
+    if x.numel() > 8 and (factor([(y, x)]) * x - y).abs().max() < 1e-3:
+        return f"they are in proportion to exp({factor_of(factor([(y, x)]))}lse)"
+    for t in range(1, len(low)):  # each step by itself, of a row that has all parts
+        y, x = ((new[t] - old[t - 1])[alone] for new, old in ((a.log(), a.cumsum(0).log()), (low, run)))
         m = factor([(y, x)])
-        if (m * x - y).abs().max() < 1e-3:
-            return f"they are in proportion to exp({factor_of(m)}lse)"
-    return "they are no simple function of lse"
+        if len(y) < 8 or (m * x - y).abs().max() > 1e-3:
+            return None
+        told += [f"{factor_of(m)}lse at {step} {t}"] if abs(m - 1) > 1e-3 else []
+    return f"running and new output have those of {', of '.join(told)}" if told else None
 
 
 def factor_of(c: float) -> str:
-    known = {"": 1.0, "ln 2 · ": math.log(2), "log2 e · ": math.log2(math.e)}
+    """A factor in a sum, by its name."""
+    known = {"": 1.0, "−": -1.0, "ln 2 · ": math.log(2), "log2 e · ": math.log2(math.e)}
     return next((text for text, x in known.items() if abs(c / x - 1) < 1e-3), f"{c:.3g} · ")
 
 
@@ -266,3 +307,29 @@ def terms(s: Scene, about: list[str], whole: dict[str, Tensor]) -> Iterator[Gues
         if any(told):
             text = in_only(about).format("; ".join(filter(None, told)))
             yield text, partial(s.backward, slope=unit / s.scale * a, D=D)
+
+
+def homes(s: Scene, names: list[str], whole: dict[str, Tensor]) -> Iterator[Guess]:
+    """dk and dv that end in the place of another rank's, or of the other half of a shard."""
+    size, each = s.case.n // s.p, [s.backward(times=s.times * (s.mine == r)) for r in range(s.p)]
+    for m in (m for m in (1, 2) if names and size % m == 0):
+        cut = lambda y, m=m: y.unflatten(2, (m, -1)).flatten(1, 2)
+        lay = lambda x, cut=cut: cut(x[:, torch.stack(s.case.shards)]).movedim(1, -1).flatten(0, -2)
+        parts = torch.cat([lay(x[names[0]]) for x in each], 1)  # numbers, and whose queries gave them for whose keys
+        home = torch.eye(m * s.p).double().repeat(s.p, 1)
+        to = home + torch.linalg.pinv(parts, rtol=1e-5) @ (lay(whole[names[0]]) - parts @ home)
+        to = torch.where((to - to.round()).abs() < 0.05, to.round(), to).view(s.p, m * s.p, -1)
+        half, told, seen = m * s.there // size, [], s.times > 0
+        count = lambda k, f: to[s.mine, m * s.theirs + half, m * ((s.theirs + k) % s.p) + (half + f) % m]
+        for k, f in itertools.product(range(s.p), range(m)):
+            away, place = seen & (count(k, f).abs() > 0.05), [f"rank r{(k + s.p // 2) % s.p - s.p // 2:+d}"] * (k > 0)
+            place = " in ".join(["the other half of a shard"] * f + place)
+            told += [f"pairs are added to {place}: {where(s, away, seen)}"] if place and away.any() else []
+
+        def made(to: Tensor = to, cut: Callable = cut, m: int = m) -> dict[str, Tensor]:
+            move = lambda r, y: torch.einsum("bulgd,ut->btlgd", cut(y), to[r]).unflatten(1, (-1, m)).flatten(2, 3)
+            return {n: sum(s.moved(x[n], partial(move, r)) for r, x in enumerate(each)) for n in names}
+
+        if told:
+            told = filter(None, (differs(s, s.times * count(0, 0)), *told))
+            yield in_only(names).format("; ".join(told)), made
