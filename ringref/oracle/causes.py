@@ -2,7 +2,7 @@
 
 A mistake is a small change of one ingredient, everywhere or for some pairs of query and key only: which keys count for
 whom (`sights`), whose K or V, which scale, lse or row sum (`ingredients`, `saved`), how parts are merged (`merges`),
-which rank a gradient ends on (`homes`), where rows and heads stand (`moves`). Forward and backward try the same ones.
+where rows and heads stand (`moves`). Forward and backward try the same ones.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from ..shard import LAYOUTS
 from .cases import make_mask, together_in
 from .scene import Scene, row_sums, rows
 
+UNKNOWN = "unknown signature"
 CALLS = "a call's result depends on another call:"
 GRADS = ["dq", "dk", "dv"]
 SKIPPED, ALONE = ", but for blocks of which nothing is seen", ", and the token at the end is alone"
@@ -270,12 +271,6 @@ def counted(s: Scene) -> Iterator[Change]:
         some[f"the keys after the last whole tile of {x}"] = s.j >= n // x * x
         some[f"a rank's keys after its last whole tile of {x}"] = there >= held // x * x
         some[f"a rank's keys after its first tile of {x}"] = there >= x
-    if case.layout == "zigzag" and s.even:
-        early = [2 * x < n // p for x in (s.here, there)]
-        halves = [{"": True, "the early half of": one, "the late half of": ~one} for one in early]
-        for (where, pairs), (a, ours), (b, others) in itertools.product(s.places().items(), *map(dict.items, halves)):
-            who = " for ".join(filter(None, (f"{b} the keys" * bool(b), f"{a} the queries" * bool(a))))
-            some |= {f"{who} on {where}": pairs & ours & others} if who else {}
     for what, pairs in some.items():
         if pairs.any() and not pairs.all():
             hint = "the rest never arrives, or is skipped" if what == "the own block" else "overwritten, not added"
@@ -566,7 +561,6 @@ def backwards(s: Scene, about: list[str], whole: dict[str, Tensor]) -> Iterator[
     yield from tried(s, s.backward, in_only(about))
     if s.mod:
         yield in_only(about).format("the derivative of score_mod is missing"), lambda: s.backward(slope=1.0)
-    yield from homes(s, who, right) if s.even else ()
     swap, both = {"dk": "dv", "dv": "dk"}, right["dk"] + (right["dv"] if s.K.shape == s.V.shape else 0)
     for text, change in moves(s):
         moved = lambda change=change: {n: s.moved(x, change) for n, x in right.items() if x.ndim == 4}
@@ -612,9 +606,6 @@ def saved(s: Scene, about: list[str], whole: dict[str, Tensor], places: bool = F
         if places:
             Ls["the lse is natural, taken for base 2"] = merged * math.log(2)
             Ls["the lse of the own block is taken for the merged one"] = lses[:1].expand_as(lses)
-            Ds["the row sum D is missing, and the gradient of lse with it"] = sums * 0 + s.dlse
-            Ds["the gradient of lse is missing"] = D + s.dlse
-            Ds["the row sum D has the wrong sign"] = -D
             if s.case.layout == "zigzag" and s.even:
                 other = torch.stack(s.case.asks).roll(s.case.n // s.p // 2, 1).flatten()[s.order[0]]
                 Ls["the lse is that of the other half of a shard"] = merged[..., other]
@@ -634,35 +625,6 @@ def saved(s: Scene, about: list[str], whole: dict[str, Tensor], places: bool = F
             c = "" if abs(m - 1) < 1e-3 else off("the gradient of lse", m, s)
             sentence = "; ".join(x for x in (a, b, c) if x)
             yield sentence, lambda bare=bare, pull=pull, m=m: {n: bare[n] + m * pull[n] for n in pull}
-
-
-def homes(s: Scene, who: str, right: dict[str, Tensor]) -> Iterator[Guess]:
-    """dk and dv of a block, which rank r computes at hop t, end elsewhere than on the block's own rank, r − t, or in
-    another half of a zigzag shard.
-    """
-    every = range(s.p)
-    parts = [s.backward(times=s.times * (s.hop == t)) for t in every]
-
-    def home(hops: Iterable[int], late: Callable[[int], int]) -> dict[str, Tensor]:
-        by = {t: partial(torch.roll, shifts=s.way * late(t), dims=1) for t in hops}
-        return {n: sum(s.moved(parts[t][n], by[t]) for t in hops) for n in ("dk", "dv")}
-
-    for text, hops, late in (
-        ("of all hops are summed on the rank that computed them, never sent home", every, lambda t: t),
-        ("of the last hop are left on the rank that computed them, not added or sent home", [s.p - 1], lambda t: t),
-        ("of hop 1 are left on the rank that computed them, not added or sent home", [1], lambda t: t),
-        ("travel on instead of back", every, lambda t: 2 * t),
-        ("of received blocks travel a hop too far", every, lambda t: min(t, 1)),
-        ("of received blocks travel a hop too few", every, lambda t: -min(t, 1)),
-    ):
-        yield f"{who} {text}", partial(home, hops, late)
-    if s.case.layout == "zigzag":
-        other = lambda x: s.moved(x, lambda y: y.roll(y.shape[2] // 2, 2))
-        for where, pairs in s.places().items():
-            part = s.backward(times=s.times * pairs)
-            for names in (["dk", "dv"], ["dk"], ["dv"], ["dq"]):
-                moved = lambda part=part, names=names: right | {n: right[n] + other(part[n]) - part[n] for n in names}
-                yield f"{', '.join(names)} of {where} are added to the other half of a shard", moved
 
 
 def somewhere(s: Scene, about: list[str], whole: dict[str, Tensor]) -> Iterator[Guess]:

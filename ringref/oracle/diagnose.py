@@ -15,11 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .causes import CALLS, GRADS, LAST, Guess, backwards, crossed, fits, forwards, somewhere
+from .causes import CALLS, GRADS, LAST, UNKNOWN, Guess, backwards, crossed, fits, forwards, somewhere
 from .readoff import readings
 from .scene import Scene, assembled
 
-UNKNOWN = "unknown signature"
 NOT_FINITE = "NaN or inf"
 EARLY = "a receive buffer is read before its wait(): the numbers are right once the oracle leaves the buffer alone"
 UNWRITTEN = "memory that nobody wrote is read: there is no NaN once fresh memory holds zeros"
@@ -198,7 +197,8 @@ def name(truth: Any, got: dict, wrong: list, others: list, known: list, way=1, d
         yield backwards(s, about, whole) if about[0] not in ("out", "lse") else forwards(s)
         yield fits(s, whole, about, truth)
 
-    best = ask([*usual(), somewhere(s, about, whole), readings(s, about, whole, fine)], set(known)) if known else math.inf
+    every = (*usual(), somewhere(s, about, whole), readings(s, about, whole, fine))
+    best = ask(every, set(known)) if known else math.inf
     # a wrong term that is not known would have shown in a float32 case before
     if best > 0.01 and small and truth.case.dtype in ("bfloat16", "float16"):
         return [small]
@@ -209,12 +209,14 @@ def name(truth: Any, got: dict, wrong: list, others: list, known: list, way=1, d
     some = best > ENOUGH or denied.issuperset(told for told, share in left.items() if share <= best + 0.01)
     if some and deep and not small:
         best = ask([somewhere(s, about, whole)])
-    if best > ENOUGH and not small:
+    alike = lambda: [told for told, share in left.items() if share <= best + 0.01]
+    if not small and (best > ENOUGH or all(told.endswith(LAST) for told in alike())):
         best = ask([readings(s, about, whole, fine)])
-    if best < ENOUGH:
-        alike = (told for told, share in left.items() if share <= best + 0.01)
-        return sorted(alike, key=lambda told: (told in denied, told.endswith(LAST)))  # the simpler first
-    near = f"; nearest: {min(left, key=left.__getitem__)} (leaves {best:.0%})" if best < 0.7 else ""
+    named = [told for told in alike() if not told.startswith(UNKNOWN)]
+    if best < ENOUGH and named:
+        return sorted(named, key=lambda told: (told in denied, told.endswith(LAST)))  # the simpler first
+    told = min(left, key=left.__getitem__).removeprefix(f"{UNKNOWN}: ")
+    near = f"; {told}" if best < ENOUGH else f"; nearest: {told} (leaves {best:.0%})" if best < 0.7 else ""
     return [small or f"{UNKNOWN}: {place(s, whole, truth, about[0])}{near}"]
 
 

@@ -236,9 +236,9 @@ class Judge:
         if self.simplified > SIMPLIFIED or again[-1].kind not in VALUES:
             return None, case, again
         for _ in range(2):  # what could not go at first may go once other things have gone
-            for names in SIMPLER:
+            for names in [*SIMPLER, []]:
                 # numbers must be wrong: a simpler case may lack an argument, and crash
-                less = case.without(names)
+                less = case.without(names) if names else case.shorter()
                 if less != case and (trial := self.look(less)) and trial[-1].kind in VALUES:
                     case, again = less, trial
         self.simplest = case

@@ -17,12 +17,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .causes import Guess, factor, in_only, off, rules_of
+from .causes import UNKNOWN, Guess, factor, in_only, off, rules_of
 from .scene import Scene, rows
 
 MOST = 2**15  # pairs of query and key; beyond, a smaller case has to say it
-MOST_KEYS = 8  # of a query, that are looked for where there are more keys than equations
+MOST_KEYS = 16  # of a query, that are looked for where there are more keys than equations
 FEW = 3  # factors, more of which are no simple mistake
+SOME = "some, as query"  # no simple rule says which
 OFTEN = {0.0: "pairs are left out", 2.0: "pairs count twice", 0.5: "pairs count half"}
 
 
@@ -46,7 +47,8 @@ def readings(s: Scene, about: list[str], whole: dict[str, Tensor], fine: list[st
     else:
         yield from counts(s, [("{}", gradient_fit(s, about, whole), lambda c: s.backward(times=c))], in_only(about))
         yield from terms(s, about, whole)
-        yield from homes(s, [n for n in ("dk", "dv") if n in about], whole) if s.even else ()
+        for m in (1, 2) if s.even else ():
+            yield from homes(s, [n for n in ("dk", "dv") if n in about], whole, m)
 
 
 def all_pairs(s: Scene) -> tuple[Tensor, Tensor | float]:
@@ -103,7 +105,7 @@ def groups(s: Scene, tiles: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
     """Queries, and keys, that may count alike: those of a rank, of half a rank, of a tile of 16 or 24."""
     yield s.owner[0], s.owner[1]
     size = max(map(len, s.case.shards))
-    for x in ([size // 2] * s.even + [16, 24] * tiles):
+    for x in [size // 2] * s.even + [16, 24] * tiles:
         if 0 < x < size:
             yield tuple(who * size + at // x for who, at in zip(s.owner, s.loc, strict=True))
 
@@ -142,15 +144,19 @@ def counts(s: Scene, fits: Iterator[tuple], words: str) -> Iterator[Guess]:
     single = torch.arange(s.case.m), torch.arange(s.case.n)
     levels = [(s.times, label, False) for label in groups(s, True)]
     levels += [(torch.ones_like(s.times), single, alone) for alone in (False, True)]
-    for (text, fit, made), (base, label, alone) in itertools.product(fits, levels):
+    levels += [(rules_of(s)[0]["mask_mod"](s.i, s.j).double(), single, False)] if s.case.mask else []
+    for text, fit, made in fits:
         turn = (lambda x: x.mT) if fit.keys else torch.as_tensor
-        c = turn(solved(fit, turn(s.times), turn(base), *(label[::-1] if fit.keys else label), alone))
-        if not fit.scaled:  # most of what counts counts once
-            c = c / (c / s.times).where((s.times > 0) & (c > 0.1), math.nan).nanmedian(-1, True)[0].nan_to_num(1.0)
-        c = torch.where((c - c.round()).abs() < 0.05, c.round(), c)
-        rest, error = (fit.y - fit.fold(fit.x * turn(x)[..., None]).sum(3) for x in (c, s.times))
-        if rest.nan_to_num().norm() < 0.1 * error.nan_to_num().norm() and (told := differs(s, c)):
-            yield words.format(text.format(told)), partial(made, c)
+        left = lambda c, fit=fit, turn=turn: (fit.y - fit.fold(fit.x * turn(c)[..., None]).sum(3)).nan_to_num().norm()
+        for base, label, alone in levels:
+            c = turn(solved(fit, turn(s.times), turn(base), *(label[::-1] if fit.keys else label), alone))
+            if not fit.scaled:  # most of what counts counts once
+                c = c / (c / s.times).where((s.times > 0) & (c > 0.1), math.nan).nanmedian(-1, True)[0].nan_to_num(1.0)
+            c = torch.where((c - c.round()).abs() < 0.05, c.round(), c)
+            if left(c) < 0.1 * left(s.times) and (told := differs(s, c)):
+                told = words.format(text.format(told))
+                yield f"{UNKNOWN}: {told}" if SOME in told else told, partial(made, c)
+                break
 
 
 def differs(s: Scene, c: Tensor, what: str = "") -> str | None:
@@ -164,6 +170,7 @@ def differs(s: Scene, c: Tensor, what: str = "") -> str | None:
     for m in factors:
         chosen = seen & ((ratio - m).abs() <= 0.0051)
         text = off(what or "what pairs add", ratio[chosen].mean().item(), s)
+        text = text if s.p > 2 else text.replace("1/p", "1/2").replace("factor p", "factor 2")
         told.append(f"{text if what else OFTEN.get(m.item(), text)}: {where(s, chosen, seen)}")
     return "; ".join(told)
 
@@ -178,7 +185,8 @@ def where(s: Scene, chosen: Tensor, among: Tensor) -> str:
         facts |= {f"the early half of the {who}": 2 * at < late, f"the late half of the {who}": 2 * at >= late}
     for name, rule in rules_of(s)[0].items():
         shown = torch.as_tensor(rule(s.i, s.j)) > 0
-        facts |= {f"what the {name} hides": ~(shown.any(0) if shown.ndim == 5 else shown)} if shown.ndim else {}
+        shown = shown.any(0) if shown.ndim == 5 else shown
+        facts |= {f"what the {name} hides": ~shown, f"what the {name} shows": shown} if shown.ndim else {}
     head, batch = torch.arange(s.case.h)[:, None, None], torch.arange(s.case.b)[:, None, None, None]
     numbers = {"hop": s.hop, "the query's rank": s.mine, "the key's rank": s.theirs, "head": head, "sequence": batch}
     local = {"the query's row in its shard": s.here, "the key's row in its shard": s.there}
@@ -200,21 +208,21 @@ def where(s: Scene, chosen: Tensor, among: Tensor) -> str:
         some = itertools.chain(*(itertools.combinations(bits, k + 1) for k in range(most)))
         return next((", ".join(texts) for texts in some if not reduce(int.__and__, map(bits.get, texts))), None)
 
-    for sizes in ((numbers | {"j − i": s.j - s.i}, 2), (numbers | {"j − i": s.j - s.i} | local, 3)):
+    for sizes in ((numbers | {"j − i": s.j - s.i}, 2), (numbers | {"j − i": s.j - s.i} | local, 4)):
         if told := fewest(chosen, *sizes):
             return told
         if told := fewest(among & ~chosen, *sizes):
             return f"all but {told}"
     i, j = chosen.expand(shape).nonzero()[0, 2:].tolist()
-    return f"some, as query {i} (rank {s.owner[0][i]}) and key {j} (rank {s.owner[1][j]})"
+    return f"{SOME} {i} (rank {s.owner[0][i]}) and key {j} (rank {s.owner[1][j]})"
 
 
 # ------------------------------------------------------------------- weights of parts, terms of dS
 
 
 def weights(s: Scene, whole: dict[str, Tensor]) -> Iterator[Guess]:
-    """An out that is made of the right outputs of its parts, merged with wrong weights: first the orders of merging in
-    which these are a formula.
+    """An out that is made of the right outputs of its parts, merged with wrong weights, which are told for the order of
+    merging in which they are a formula.
     """
     orders = {"hop": s.hop, "step": -s.hop % s.p, "rank": s.owner[1].expand_as(s.hop)}
     told = []
@@ -233,48 +241,55 @@ def weights(s: Scene, whole: dict[str, Tensor]) -> Iterator[Guess]:
         at = wrong.any(0)[..., None]
         if what == "blocks":
             at = sum(wrong[t][..., None] & (orders[step] == t) for t in range(s.p)).bool() & (s.times > 0)
-        text = f"the outputs of {what} are right, the weights that merge them are wrong"
-        if simple := formula(s, step, a, wrong, seen, lses, tops):
-            text += f": {simple}"
-        elif (a - right * (total / one).nan_to_num()).abs().max() < 1e-3:
-            text = "out is right but for a factor of each row: it is divided by a wrong sum"
+        simple = formula(s, step, a, wrong, seen, lses, tops)
+        text = f"the outputs of {what} are right, the weights that merge them are wrong" + f": {simple}" * bool(simple)
         if len(sign := (total - one)[(total - one).abs() > 1e-3].sign().unique()):
             text += f" (they add up to {'more or less' if len(sign) > 1 else 'more' if sign > 0 else 'less'} than 1)"
-        turn = ("exp" not in text) + ("proportion" in text)
-        told.append((turn, f"{text}: {where(s, at, s.times > 0)}", partial(dict, out=out)))
-    yield from (guess for _, *guess in sorted(told, key=lambda guess: guess[0]))
+        text = text if simple else f"{UNKNOWN}: {text}"
+        told.append((not simple, f"{text}: {where(s, at, s.times > 0)}", partial(dict, out=out)))
+    yield from [guess for _, *guess in sorted(told, key=lambda guess: guess[0])][:1]
 
 
 def formula(s: Scene, step: str, a: Tensor, wrong: Tensor, seen: Tensor, lses: Tensor, tops: Tensor) -> str | None:
     """What wrong weights are, as exp of a sum of what a merge has at hand, if they are that."""
     low, ok = lses.masked_fill(~seen, -1e30), wrong & (a > 1e-3)
-    if ok.sum() < 8 or (wrong & ~ok & (low > s.L - 5)).any():
+    if ok.sum() < 16 or (wrong & ~ok & (low > s.L - 5)).any():
         return None
     run, top = low.logcumsumexp(0), tops.masked_fill(~seen, -1e30).cummax(0)[0]
     known = {"lse": low, "merged lse": s.L, "largest lse": low.amax(0), "own maximum": tops, "maximum": s.top}
+    known |= {"running lse": run}
     for t in range(len(low)):
         known |= {f"lse of {step} {t}": low[t], f"lse up to {step} {t}": run[t], f"maximum up to {step} {t}": top[t]}
-    known = {text: x.expand_as(low)[ok] for text, x in known.items()}
-    right = known["lse"] - known["merged lse"]
-    for usual, text in ((0, ""), (right, " times the right ones")):
-        y = a[ok].log() - usual
+    known, w = {text: x.expand_as(low)[ok] for text, x in known.items()}, a[ok]
+    for text, usual in ("", "merged lse"), (" when they are merged", "running lse"), (" times the right ones", "lse"):
+        y = w.log() - known[usual] + known["merged lse"]  # what later steps make of it is right
         for names in itertools.chain(*(itertools.combinations(known, k) for k in (0, 1, 2))):
             x = torch.stack([*map(known.get, names), torch.ones_like(y)], -1)
-            m = torch.linalg.lstsq(x, y[:, None]).solution[:, 0]
-            if (x @ m - y).abs().max() < 1e-3:
-                told = [f"{'−' if c < 0 else '+'} {factor_of(abs(c))}{name}" for c, name in zip(m.tolist(), names)]
+            m = torch.linalg.lstsq(x * w[:, None], (y * w)[:, None]).solution[:, 0]
+            if ((x @ m - y) * w).abs().max() < 1e-3 * w.max():  # small weights are not known as well
+                told = [
+                    f"{'−' if c < 0 else '+'} {factor_of(abs(c))}{name}"
+                    for c, name in zip(m[:-1].tolist(), names, strict=True)
+                ]
                 told += [f"+ {m[-1]:.3g}"] * bool(abs(m[-1]) > 1e-3)
                 return f"they are exp({' '.join(told).removeprefix('+ ') or 0}){text}"
-    told, alone = [], ok.all(0)
-    y, x = ((z - z.mean(0))[:, alone] for z in (a.log(), low))
-    if x.numel() > 8 and (factor([(y, x)]) * x - y).abs().max() < 1e-3:
-        return f"they are in proportion to exp({factor_of(factor([(y, x)]))}lse)"
-    for t in range(1, len(low)):  # each step by itself, of a row that has all parts
-        y, x = ((new[t] - old[t - 1])[alone] for new, old in ((a.log(), a.cumsum(0).log()), (low, run)))
-        m = factor([(y, x)])
-        if len(y) < 8 or (m * x - y).abs().max() > 1e-3:
+    told, alone, a = [], ok.all(0), a.clamp(min=1e-9)
+
+    def slope(y: Tensor, x: Tensor, w: Tensor) -> float:
+        y, x, w = (z[..., alone] for z in (y, x, w))
+        m = factor([(y * w, x * w)]) if y.numel() > 8 else 0.0
+        return m if y.numel() > 8 and ((m * x - y) * w).abs().max() < 1e-3 * w.max() else math.nan
+
+    m = slope(*(z - z.mean(0) for z in (a.log(), low)), a)
+    if not math.isnan(m):
+        wrong_sum = "they have the right proportions, and are divided by a wrong sum"
+        return wrong_sum if abs(m - 1) < 1e-3 else f"they are in proportion to exp({factor_of(m)}lse)"
+    for t in range(1, len(low)):  # step by step
+        m = slope(a[t].log() - a[:t].sum(0).log(), low[t] - run[t - 1], torch.minimum(a[t], a[:t].sum(0)))
+        if math.isnan(m):
             return None
-        told += [f"{factor_of(m)}lse at {step} {t}"] if abs(m - 1) > 1e-3 else []
+        at = f"the last {step}" if t == len(low) - 1 else f"{step} {t}"
+        told += [f"{factor_of(m)}lse at {at}"] if abs(m - 1) > 1e-3 else []
     return f"running and new output have those of {', of '.join(told)}" if told else None
 
 
@@ -290,7 +305,11 @@ def terms(s: Scene, about: list[str], whole: dict[str, Tensor]) -> Iterator[Gues
     if not name:
         return
     P, dP, unit = softmax(s)
-    each = {"dP = dO·Vᵀ": dP, "D = Σ dO·O": -s.D.expand_as(dP), "the gradient of lse": s.dlse[..., None].expand_as(dP)}
+    each = {
+        "dP = dO·Vᵀ": dP,
+        "the row sum D": -s.D.expand_as(dP),
+        "the gradient of lse": s.dlse[..., None].expand_as(dP),
+    }
     each = {text: P * x * unit for text, x in each.items() if x.any()}
     turn, other = (torch.as_tensor, s.K) if name == "dq" else ((lambda x: x.mT), s.q)
     x = torch.cat([turn(x)[..., None] * other.transpose(1, 2)[:, :, None] for x in each.values()], 3)
@@ -309,27 +328,24 @@ def terms(s: Scene, about: list[str], whole: dict[str, Tensor]) -> Iterator[Gues
             yield text, partial(s.backward, slope=unit / s.scale * a, D=D)
 
 
-def homes(s: Scene, names: list[str], whole: dict[str, Tensor]) -> Iterator[Guess]:
-    """dk and dv that end in the place of another rank's, or of the other half of a shard."""
+def homes(s: Scene, names: list[str], whole: dict[str, Tensor], m: int) -> Iterator[Guess]:
+    """dk and dv that end in the place of another rank's, in parts of an m-th of a shard."""
     size, each = s.case.n // s.p, [s.backward(times=s.times * (s.mine == r)) for r in range(s.p)]
-    for m in (m for m in (1, 2) if names and size % m == 0):
-        cut = lambda y, m=m: y.unflatten(2, (m, -1)).flatten(1, 2)
-        lay = lambda x, cut=cut: cut(x[:, torch.stack(s.case.shards)]).movedim(1, -1).flatten(0, -2)
-        parts = torch.cat([lay(x[names[0]]) for x in each], 1)  # numbers, and whose queries gave them for whose keys
-        home = torch.eye(m * s.p).double().repeat(s.p, 1)
-        to = home + torch.linalg.pinv(parts, rtol=1e-5) @ (lay(whole[names[0]]) - parts @ home)
-        to = torch.where((to - to.round()).abs() < 0.05, to.round(), to).view(s.p, m * s.p, -1)
-        half, told, seen = m * s.there // size, [], s.times > 0
-        count = lambda k, f: to[s.mine, m * s.theirs + half, m * ((s.theirs + k) % s.p) + (half + f) % m]
-        for k, f in itertools.product(range(s.p), range(m)):
-            away, place = seen & (count(k, f).abs() > 0.05), [f"rank r{(k + s.p // 2) % s.p - s.p // 2:+d}"] * (k > 0)
-            place = " in ".join(["the other half of a shard"] * f + place)
-            told += [f"pairs are added to {place}: {where(s, away, seen)}"] if place and away.any() else []
-
-        def made(to: Tensor = to, cut: Callable = cut, m: int = m) -> dict[str, Tensor]:
-            move = lambda r, y: torch.einsum("bulgd,ut->btlgd", cut(y), to[r]).unflatten(1, (-1, m)).flatten(2, 3)
-            return {n: sum(s.moved(x[n], partial(move, r)) for r, x in enumerate(each)) for n in names}
-
-        if told:
-            told = filter(None, (differs(s, s.times * count(0, 0)), *told))
-            yield in_only(names).format("; ".join(told)), made
+    if not names or size % m:
+        return
+    cut = lambda y: y.unflatten(2, (m, -1)).flatten(1, 2)
+    lay = lambda x: cut(x[:, torch.stack(s.case.shards)]).movedim(1, -1).flatten(0, -2)
+    parts = torch.cat([lay(x[names[0]]) for x in each], 1)  # columns are whose queries gave it, for which keys
+    home = torch.eye(m * s.p).double().repeat(s.p, 1)
+    to = home + torch.linalg.pinv(parts, rtol=1e-5) @ (lay(whole[names[0]]) - parts @ home)
+    to = torch.where((to - to.round()).abs() < 0.05, to.round(), to).view(s.p, m * s.p, -1)
+    half, seen, told = m * s.there // size, s.times > 0, []
+    count = lambda k, f: to[s.mine, m * s.theirs + half, m * ((s.theirs + k) % s.p) + (half + f) % m]
+    for k, f in itertools.product(range(s.p), range(m)):
+        away, by = seen & (count(k, f).abs() > 0.05), (k + s.p // 2) % s.p - s.p // 2
+        place = " in ".join(["the other half of a shard"] * f + [f"rank r{by:+d}"] * bool(k))
+        told += [f"pairs are added to {place}: {where(s, away, seen)}"] if place and away.any() else []
+    move = lambda r, y: torch.einsum("bulgd,ut->btlgd", cut(y), to[r]).unflatten(1, (-1, m)).flatten(2, 3)
+    if told:
+        text = in_only(names).format("; ".join(filter(None, (differs(s, s.times * count(0, 0)), *told))))
+        yield text, lambda: {n: sum(s.moved(x[n], partial(move, r)) for r, x in enumerate(each)) for n in names}
