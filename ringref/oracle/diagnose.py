@@ -1,8 +1,9 @@
 """Name the cause: compute in float64 what each famous mistake would give, and see which one the candidate gave.
 
 A guess of `causes` is believed when ‖candidate − prediction‖ is a small part of ‖candidate − truth‖. The best wins,
-among equals the one listed first; where none is good, the diagnosis says where the error lives, which guess came
-nearest, and how much of the error that leaves. What messages, hangs, exceptions and NaN say needs no guess.
+among equals the one listed first; where none is good, the numbers are asked what they are made of (`readoff`), and
+where that is no simple thing, the diagnosis says where the error lives, which guess came nearest, and how much of the
+error that leaves. What messages, hangs, exceptions and NaN say needs no guess.
 """
 
 from __future__ import annotations
@@ -197,8 +198,9 @@ def name(truth: Any, got: dict, wrong: list, others: list, known: list, way=1, d
         yield backwards(s, about, whole) if about[0] not in ("out", "lse") else forwards(s)
         yield fits(s, whole, about, truth)
 
-    every = (*usual(), somewhere(s, about, whole), readings(s, about, whole, fine))
-    best = ask(every, set(known)) if known else math.inf
+    best = ask([*usual(), somewhere(s, about, whole)], set(known)) if known else math.inf
+    if known and best > 0.01:
+        best = ask([readings(s, about, whole, fine)], set(known))
     # a wrong term that is not known would have shown in a float32 case before
     if best > 0.01 and small and truth.case.dtype in ("bfloat16", "float16"):
         return [small]
@@ -217,7 +219,8 @@ def name(truth: Any, got: dict, wrong: list, others: list, known: list, way=1, d
         return sorted(named, key=lambda told: (told in denied, told.endswith(LAST)))  # the simpler first
     told = min(left, key=left.__getitem__).removeprefix(f"{UNKNOWN}: ")
     near = f"; {told}" if best < ENOUGH else f"; nearest: {told} (leaves {best:.0%})" if best < 0.7 else ""
-    return [small or f"{UNKNOWN}: {place(s, whole, truth, about[0])}{near}"]
+    more = f", and {' and '.join(n for n in wrong if n != about[0])}" if len(wrong) > 1 else ""
+    return [small or f"{UNKNOWN}: {place(s, whole, truth, about[0])}{more}{near}"]
 
 
 def _left(got: Tensor, guess: Tensor, truth: Tensor) -> float:

@@ -43,10 +43,11 @@ def readings(s: Scene, about: list[str], whole: dict[str, Tensor], fine: list[st
         return
     if about[0] in ("out", "lse"):
         yield from counts(s, forward_fits(s, about, whole, fine), "{}")
-        yield from weights(s, whole) if about == ["out"] else ()
+        yield from weights(s, about, whole) if about == ["out"] else ()
     else:
         yield from counts(s, [("{}", gradient_fit(s, about, whole), lambda c: s.backward(times=c))], in_only(about))
         yield from terms(s, about, whole)
+        yield from weights(s, about, whole) if about[0] == "dq" else ()
         for m in (1, 2) if s.even else ():
             yield from homes(s, [n for n in ("dk", "dv") if n in about], whole, m)
 
@@ -220,20 +221,23 @@ def where(s: Scene, chosen: Tensor, among: Tensor) -> str:
 # ------------------------------------------------------------------- weights of parts, terms of dS
 
 
-def weights(s: Scene, whole: dict[str, Tensor]) -> Iterator[Guess]:
-    """An out that is made of the right outputs of its parts, merged with wrong weights, which are told for the order of
-    merging in which they are a formula.
+def weights(s: Scene, about: list[str], whole: dict[str, Tensor]) -> Iterator[Guess]:
+    """An out, or dq, that is made of the right ones of its parts with wrong weights in each row, which are told for the
+    order of merging in which they are a formula.
     """
     orders = {"hop": s.hop, "step": -s.hop % s.p, "rank": s.owner[1].expand_as(s.hop)}
-    told = []
+    told, name = [], about[0]
     for step, (what, parts) in zip((*orders, "branch"), s.parts(*orders.values()), strict=False):
         outs, lses, tops = s.forward(times=parts, sink=None).values()
-        if len(parts) > outs.shape[-1] - 2:
+        if len(parts) > whole[name].shape[-1] - 2:
             return  # any out would be a sum of so many
-        found = torch.linalg.pinv(outs.movedim(0, -1), rtol=1e-5) @ whole["out"].nan_to_num(0, 0, 0)[..., None]
-        a, right, seen = found[..., 0].movedim(-1, 0).transpose(2, 3), (lses - s.L).exp().nan_to_num(), lses.isfinite()
+        right, seen = (lses - s.L).exp().nan_to_num(), lses.isfinite()
+        if name == "dq":  # the forward is right: what P is multiplied by
+            outs, right = torch.stack([s.backward(times=x)["dq"] for x in parts]), seen.double()
+        found = torch.linalg.pinv(outs.movedim(0, -1), rtol=1e-5) @ whole[name].nan_to_num(0, 0, 0)[..., None]
+        a = found[..., 0].movedim(-1, 0).transpose(2, 3)
         out = (outs * rows(a)).sum(0)
-        if (whole["out"] - out).norm() > 0.1 * (whole["out"] - s.O).norm():
+        if (whole[name] - out).norm() > 0.1 * (whole[name] - (outs * rows(right)).sum(0)).norm():
             continue
         wrong = seen & ((a - right).abs() > 1e-3)
         wrong = seen if wrong.sum() > 0.9 * seen.sum() else wrong
@@ -242,11 +246,15 @@ def weights(s: Scene, whole: dict[str, Tensor]) -> Iterator[Guess]:
         if what == "blocks":
             at = sum(wrong[t][..., None] & (orders[step] == t) for t in range(s.p)).bool() & (s.times > 0)
         simple = formula(s, step, a, wrong, seen, lses, tops)
-        text = f"the outputs of {what} are right, the weights that merge them are wrong" + f": {simple}" * bool(simple)
-        if len(sign := (total - one)[(total - one).abs() > 1e-3].sign().unique()):
+        text, made = f"the outputs of {what} are right, the weights that merge them are wrong", partial(dict, out=out)
+        if name == "dq":
+            text = in_only(about).format(f"rows of P of {what} are off by factors")
+            made = partial(s.backward, times=parts, L=(s.L - a.clamp(min=1e-30).log())[..., None], D=s.D)
+        text += f": {simple}" * bool(simple)
+        if name == "out" and len(sign := (total - one)[(total - one).abs() > 1e-3].sign().unique()):
             text += f" (they add up to {'more or less' if len(sign) > 1 else 'more' if sign > 0 else 'less'} than 1)"
         text = text if simple else f"{UNKNOWN}: {text}"
-        told.append((not simple, f"{text}: {where(s, at, s.times > 0)}", partial(dict, out=out)))
+        told.append((not simple, f"{text}: {where(s, at, s.times > 0)}", made))
     yield from [guess for _, *guess in sorted(told, key=lambda guess: guess[0])][:1]
 
 
@@ -267,10 +275,8 @@ def formula(s: Scene, step: str, a: Tensor, wrong: Tensor, seen: Tensor, lses: T
             x = torch.stack([*map(known.get, names), torch.ones_like(y)], -1)
             m = torch.linalg.lstsq(x * w[:, None], (y * w)[:, None]).solution[:, 0]
             if ((x @ m - y) * w).abs().max() < 1e-3 * w.max():  # small weights are not known as well
-                told = [
-                    f"{'−' if c < 0 else '+'} {factor_of(abs(c))}{name}"
-                    for c, name in zip(m[:-1].tolist(), names, strict=True)
-                ]
+                each = zip(m[:-1].tolist(), names, strict=True)
+                told = [f"{'−' if c < 0 else '+'} {factor_of(abs(c))}{name}" for c, name in each]
                 told += [f"+ {m[-1]:.3g}"] * bool(abs(m[-1]) > 1e-3)
                 return f"they are exp({' '.join(told).removeprefix('+ ') or 0}){text}"
     told, alone, a = [], ok.all(0), a.clamp(min=1e-9)
@@ -305,11 +311,7 @@ def terms(s: Scene, about: list[str], whole: dict[str, Tensor]) -> Iterator[Gues
     if not name:
         return
     P, dP, unit = softmax(s)
-    each = {
-        "dP = dO·Vᵀ": dP,
-        "the row sum D": -s.D.expand_as(dP),
-        "the gradient of lse": s.dlse[..., None].expand_as(dP),
-    }
+    each = {"dP = dO·Vᵀ": dP, "the row sum D": -s.D, "the gradient of lse": s.dlse[..., None]}
     each = {text: P * x * unit for text, x in each.items() if x.any()}
     turn, other = (torch.as_tensor, s.K) if name == "dq" else ((lambda x: x.mT), s.q)
     x = torch.cat([turn(x)[..., None] * other.transpose(1, 2)[:, :, None] for x in each.values()], 3)
