@@ -186,8 +186,9 @@ def where(s: Scene, chosen: Tensor, among: Tensor) -> str:
         facts |= {f"the early half of the {who}": 2 * at < late, f"the late half of the {who}": 2 * at >= late}
     for name, rule in rules_of(s)[0].items():
         shown = torch.as_tensor(rule(s.i, s.j)) > 0
-        shown = shown.any(0) if shown.ndim == 5 else shown
-        facts |= {f"what the {name} hides": ~shown, f"what the {name} shows": shown} if shown.ndim else {}
+        each = {name: shown} if shown.ndim < 5 else {f"{name} of branch {m}": x for m, x in enumerate(shown)}
+        for text, pairs in each.items() if shown.ndim else ():
+            facts |= {f"what the {text} hides": ~pairs, f"what the {text} shows": pairs}
     head, batch = torch.arange(s.case.h)[:, None, None], torch.arange(s.case.b)[:, None, None, None]
     numbers = {"hop": s.hop, "the query's rank": s.mine, "the key's rank": s.theirs, "head": head, "sequence": batch}
     local = {"the query's row in its shard": s.here, "the key's row in its shard": s.there}
