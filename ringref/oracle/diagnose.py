@@ -59,6 +59,10 @@ NO_ROOM = (RuntimeError, IndexError, ValueError, TypeError, KeyError)
 HARMLESS = ("unfinished work", "an input was written to")  # values are worth a look all the same
 
 
+class Reading(str):
+    """A cause that was read off one case's numbers: between it and one that explains as many, the other is believed."""
+
+
 # -------------------------------------------------------------------------------- messages and hangs
 
 
@@ -198,9 +202,10 @@ def name(truth: Any, got: dict, wrong: list, others: list, known: list, way=1, d
         yield backwards(s, about, whole) if about[0] not in ("out", "lse") else forwards(s)
         yield fits(s, whole, about, truth)
 
+    read = lambda: ((Reading(told), guess) for told, guess in readings(s, about, whole, fine))
     best = ask([*usual(), somewhere(s, about, whole)], set(known)) if known else math.inf
     if known and best > 0.01:
-        best = ask([readings(s, about, whole, fine)], set(known))
+        best = ask([read()], set(known))
     # a wrong term that is not known would have shown in a float32 case before
     if best > 0.01 and small and truth.case.dtype in ("bfloat16", "float16"):
         return [small]
@@ -213,7 +218,7 @@ def name(truth: Any, got: dict, wrong: list, others: list, known: list, way=1, d
         best = ask([somewhere(s, about, whole)])
     alike = lambda: [told for told, share in left.items() if share <= best + 0.01]
     if not small and (best > ENOUGH or all(told.endswith(LAST) for told in alike())):
-        best = ask([readings(s, about, whole, fine)])
+        best = ask([read()])
     named = [told for told in alike() if not told.startswith(UNKNOWN)]
     if best < ENOUGH and named:
         return sorted(named, key=lambda told: (told in denied, told.endswith(LAST)))  # the simpler first
