@@ -436,7 +436,8 @@ class Judge:
             # a NaN where the mistake leaves a query nothing to see
             none = {n: [x.nan_to_num(-math.inf if n == "lse" else 0.0) for x in each] for n, each in got.items()}
             asked, vague = (truth, none, wrong, [], known, self.way, False), (diagnose.UNKNOWN, *diagnose.NOT_LARGE)
-            unseen = lambda: [x for x in diagnose.name(*asked, quickly=quickly) if not x.startswith(vague)]
+            known_as = lambda x: not x.startswith(vague) and not isinstance(x, diagnose.Reading)
+            unseen = lambda: [x for x in diagnose.name(*asked, quickly=quickly) if known_as(x)]
             if quickly:
                 said = [cause for cause in known if cause in (diagnose.UNWRITTEN, diagnose.EARLY, where)]
                 return unseen()[:1] or said[:1]
