@@ -102,6 +102,7 @@ def rules_of(s: Scene) -> tuple[dict[str, Callable], dict[str, dict[str, Any]]]:
             "counted from the sequence, not the segment": kept(i, j, w=n),
             "0 for every head": kept(i, j, at=(0, True)),
             "(j div r) mod r for j mod r": kept(i, j, at=(head // r % r, True)),
+            "j · r div h for j mod r, the same for heads side by side": kept(i, j, at=(head * r // h, True)),
             "by the branch, not the head": kept(i, j, at=(branch % r, True)),
             "a convention, heads='grouped'": kept(i, j, at=(branch % r, own)),
             "heads unassigned, h no multiple of the branches": kept(i, j, at=(branch % r, head // few == branch)),
@@ -155,8 +156,9 @@ def views_of(s: Scene, everywhere: bool) -> Iterator[tuple[str, Tensor, Tensor]]
         half = n // p // 2
         at = torch.stack(case.shards).roll(half, 1)
         frames["with the halves of a shard swapped"] = at[mine, here], at[theirs, there]
-        for text, by in {"2p − 2": -half, "2p": half}.items():
-            frames[f"with {text} − rank for the late half"] = i + by * (here >= half), j + by * (there >= half)
+        chunks = {"2p − 2 − rank": (-1, -1), "2p − rank": (1, 1), "p + rank": (2 * mine + 1 - p, 2 * theirs + 1 - p)}
+        for text, (a, b) in chunks.items():
+            frames[f"with {text} for the late half"] = i + half * a * (here >= half), j + half * b * (there >= half)
     for text, (a, b) in frames.items():
         yield from ((text, a, b), (f"{text}, queries only", a, j), (f"{text}, keys only", i, b))
     last = "aligned bottom-right on every rank"
@@ -669,6 +671,7 @@ def off(what: str, m: float, s: Scene) -> str:
     """What a factor means, by its name if it has one."""
     known = {"1/p": 1 / s.p, "p": s.p, "1/√d": s.scale, "√d": 1 / s.scale, "1/d": s.scale**2, "h/g": s.e}
     known |= {"g/h": 1 / s.e, "ln 2": math.log(2), "log2 e": math.log2(math.e), "2": 2, "1/2": 0.5, "−1": -1}
+    known |= {"1/(scale·√d), as if none were given": s.case.d**-0.5 / s.scale}
     near = (text for text, x in known.items() if x != 1 and abs(m / x - 1) < 1e-3)
     return f"{what} is wrong by a factor {next(near, f'{m:.3g}')}" if abs(m) > 1e-3 else f"{what} is zero"
 
@@ -692,16 +695,20 @@ def fits(s: Scene, whole: dict[str, Tensor], about: list[str], truth: Any) -> It
 
 
 def held(s: Scene, whole: dict[str, Tensor], about: list[str], truth: Any) -> Iterator[Guess]:
-    """Rows that are right ones of another place, whichever it is; what is near to none is no guess."""
-    found, kinds = {}, {}
+    """Rows that are right ones of another place, whichever it is, or zero; what is near to none is no guess."""
+    found, kinds, zero = {}, {}, ""
     for n in about:
         got, right = (x.flatten(0, 2) for x in (whole[n], truth.whole[n]))
         at, wrong = torch.arange(len(got)), (got - right).norm(dim=1) > 1e-3 * right.norm(dim=1)
-        at[wrong] = torch.cdist(got[wrong], right).argmin(1)
-        if (got - right[at]).norm() > 0.01 * (got - right).norm():
+        more = torch.cat([right, right[:1] * 0])
+        at[wrong] = torch.cdist(got[wrong], more).argmin(1)
+        if (got - more[at]).norm() > 0.01 * (got - right).norm():
             return
-        found[n], side = right[at].view_as(whole[n]), int(n in ("dk", "dv"))
+        found[n], side = more[at].view_as(whole[n]), int(n in ("dk", "dv"))
+        lost = at == len(right)
+        zero, at = ", or zero" if lost.any() else zero, at.where(~lost, torch.arange(len(at)))
         batch, token, head = torch.meshgrid(*map(torch.arange, whole[n].shape[:3]), indexing="ij")
         each = {"sequence": batch, "rank": s.owner[side][token], "token": s.loc[side][token], "head": head}
         kinds |= {kind: None for kind, x in each.items() if not torch.equal(x.flatten()[at], x.flatten())}
-    yield f"rows of {', '.join(about)} are right ones of another {' and '.join(kinds)}", partial(dict, found)
+    if kinds:
+        yield f"rows of {', '.join(about)} are right ones of another {' and '.join(kinds)}{zero}", partial(dict, found)
