@@ -452,6 +452,19 @@ ALTERED = {  # numbers that a mistake would give, and what they are called
     "causal mask with 2p − 2 − rank for the late half": (
         QUARTERS, lambda s: seen(s, earlier(s.j) <= earlier(s.i))
     ),
+    "causal mask with p + rank for the late half, queries only": (
+        QUARTERS, lambda s: seen(s, s.j <= s.i + (2 * s.mine + 1 - s.p) * (len(s.case.shards[0]) // 2) * late(s))
+    ),
+    "dilation offsets: j · r div h for j mod r": (
+        Case("dilation", p=1, n=24, h=6, g=6, dilation=((8,), (2,))),
+        lambda s: seen(s, (s.i // 8 == s.j // 8) & (s.i % 2 == s.at[1] // 3) & (s.j % 2 == s.at[1] // 3)),
+    ),
+    "dk is wrong by a factor 1/(scale·√d)": (
+        Case("scale", p=1, n=12, scale=0.9), lambda s: {"dk": s.backward()["dk"] * s.case.d**-0.5 / 0.9}
+    ),
+    "rows of dk are right ones of another token, or zero": (
+        Case("full", p=1, n=12), lambda s: {"dk": torch.nn.functional.pad(s.backward()["dk"][:, 3:], (0, 0, 0, 0, 0, 3))}
+    ),
     "the lse is that of the other half of a shard, on blocks of later ranks only": (QUARTERS, other_half),
     "causal mask with rows packed head by head taken for query by query": (
         Case("causal", p=2, n=12, g=2, causal=True), lambda s: seen(s, s.j <= packed(s))
@@ -498,6 +511,10 @@ ALTERED = {  # numbers that a mistake would give, and what they are called
         FULL, lambda s: {"out": s.moved(s.O, lambda y: y.roll((1, 1), (1, 3)))}
     ),
 }  # fmt: skip
+
+
+def late(s):
+    return s.here >= len(s.case.shards[0]) // 2
 
 
 def causes_of(case, change):
