@@ -629,6 +629,14 @@ def test_numbers_that_nobody_guessed_are_read(says):
     assert told.endswith(says) or f"{says}: everywhere" in told or f"{says} (they add" in told, told
 
 
+def test_an_out_that_comes_without_its_lse_is_read():
+    truth = Truth(CAUSAL, CAUSAL.data())
+    wrong = left_out(truth.scene, (truth.scene.here >= 3) & (truth.scene.j == truth.scene.i - 1))
+    got = {"out": [truth.part("out", r, wrong) for r in range(3)]}
+    says = "pairs are left out: the late half of the queries, j − i -1"
+    assert says in diagnose.name(truth, got, ["out"], [], [])
+
+
 def halved(q, k, v, **told):
     return gathering(q, k, v, **told)[0] / 2
 

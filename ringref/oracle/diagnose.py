@@ -224,8 +224,8 @@ def name(truth: Any, got: dict, wrong: list, others: list, known: list, way=1, d
         return sorted(named, key=lambda told: (told in denied, told.endswith(LAST)))  # the simpler first
     told = min(left, key=left.__getitem__).removeprefix(f"{UNKNOWN}: ")
     near = f"; {told}" if best < ENOUGH else f"; nearest: {told} (leaves {best:.0%})" if best < 0.7 else ""
-    more = f", and {' and '.join(n for n in wrong if n != about[0])}" if len(wrong) > 1 else ""
-    return [small or f"{UNKNOWN}: {place(s, whole, truth, about[0])}{more}{near}"]
+    too = "".join(f", {n} too" for n in wrong if n in [*about[1:], "lse"] and n != about[0])
+    return [small or f"{UNKNOWN}: {place(s, whole, truth, about[0])}{too}{near}"]
 
 
 def _left(got: Tensor, guess: Tensor, truth: Tensor) -> float:

@@ -152,7 +152,9 @@ def counts(s: Scene, fits: Iterator[tuple], words: str) -> Iterator[Guess]:
         for base, label, alone in levels:
             c = turn(solved(fit, turn(s.times), turn(base), *(label[::-1] if fit.keys else label), alone))
             if not fit.scaled:  # most of what counts counts once
-                c = c / (c / s.times).where((s.times > 0) & (c > 0.1), math.nan).nanmedian(-1, True)[0].nan_to_num(1.0)
+                ratio = (c / s.times).where(s.times > 0, 0.0)
+                usual = ratio.where(ratio > 0.1 * ratio.amax(-1, True), math.nan).nanmedian(-1, True)[0]
+                c = c / usual.nan_to_num(1.0)
             c = torch.where((c - c.round()).abs() < 0.05, c.round(), c)
             if left(c) < 0.1 * left(s.times) and (told := differs(s, c)):
                 told = words.format(text.format(told))
