@@ -186,9 +186,8 @@ def where(s: Scene, chosen: Tensor, among: Tensor) -> str:
     shape, facts, late = s.times.shape, s.places(True), s.case.n // s.p
     for who, at in {"queries": s.here, "keys": s.there}.items() if s.even and late > 1 else ():
         facts |= {f"the early half of the {who}": 2 * at < late, f"the late half of the {who}": 2 * at >= late}
-        chunk = late // (1 + (s.case.layout == "zigzag"))
-        edges = {"first": at % chunk == 0, "last": at % chunk == chunk - 1}
-        facts |= {f"the {end} of the {who} of a chunk": pairs for end, pairs in edges.items()}
+        edges = {"first": 0, "last": late // 2 - 1} if s.case.layout == "zigzag" else {}
+        facts |= {f"the {end} of the {who} of a chunk": at % (late // 2) == x for end, x in edges.items()}
     for name, rule in rules_of(s)[0].items():
         shown = torch.as_tensor(rule(s.i, s.j)) > 0
         each = {name: shown} if shown.ndim < 5 else {f"{name} of branch {m}": x for m, x in enumerate(shown)}
