@@ -37,6 +37,7 @@ FLOORS = (  # from the ground up: a room imports from floors below its own, and 
     {"lab.draw", "lab.engines", "lab.exercise", "lab.memory", "lab.model", "lab.shell", "oracle.cases"},
     {"lab.main_job", "lab.zero", "oracle.sanitizer", "oracle.scene"},
     {"lab.bench", "oracle.causes", "oracle.truth"},
+    {"oracle.readoff"},
     {"oracle.diagnose"},
     {"oracle.adapt", "oracle.pool", "oracle.report"},
     {"oracle.judge"},

@@ -123,7 +123,7 @@ SAYS = {
     "own-v-at-every-hop": "V is the rank's own, on received blocks",
     "scale-wrong-on-received-blocks": "base 2 (ln 2), on received blocks",
     "base-2-lse-on-received-blocks": "the lse is base 2, taken for natural, on received blocks",
-    "row-sum-missing-on-received-blocks": "the row sum D is missing",
+    "row-sum-missing-on-received-blocks": "the row sum D is zero: received blocks",
     "stale-k-on-last-hop": "K is stale, of the hop before, on the last hop",
     "ranks-reversed": "ranks counted from the end",
     "zero-lse-taken-for-masked": "whose lse is 0 are taken for masked",
@@ -131,7 +131,7 @@ SAYS = {
     "dsink-of-batch-0": "the sink's gradient is of batch 0 alone",
     "scale-of-value-dim": "that of v's head dim",
     "delta-of-unnormalised-out": "with out before it is divided",
-    "dlse-on-own-block-only": "the gradient of lse is missing, on received blocks",
+    "dlse-on-own-block-only": "the gradient of lse is zero: received blocks",
     "sum-in-low-precision": "low precision",
     "rescaled-upside-down": "upside down",
     "only-the-last-tile": "maximum, is not updated",
@@ -139,7 +139,7 @@ SAYS = {
     "sent-before-wait": "sent before its wait",
     "score-mod-not-differentiated": "the derivative of score_mod is missing",
     "positions-by-own-length": "rank · the query's shard for its first position, keys only, on received blocks",
-    "late-half-sees-early-keys-only": "without the late half of the keys",
+    "late-half-sees-early-keys-only": "pairs are left out: received blocks, the late half of the keys",
 }
 
 

@@ -276,6 +276,16 @@ class Case:
         words = ["full"] * (words[:1] not in (["full"], ["causal"])) + words
         return replace(case, name=" + ".join(words))
 
+    def shorter(self, per: int = 24) -> Case:
+        """This case with fewer tokens a rank, where it has many."""
+        if self.n <= per * self.p or self.queries is not None:
+            return self
+        lengths = self.lengths and tuple(-(-x * per * self.p // self.n) for x in self.lengths)
+        n = sum(lengths) if lengths else per * self.p
+        starts = self.cu_seqlens and tuple(x * n // self.n for x in self.cu_seqlens)
+        name = re.sub("[0-9]+ tokens a rank", f"{per} tokens a rank", self.name)
+        return replace(self, name=name, n=n, b=2, lengths=lengths, cu_seqlens=starts)
+
     def filled(self) -> Case:
         """This case with tokens on every rank."""
         if all(map(len, self.slots)):

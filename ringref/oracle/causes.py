@@ -2,7 +2,7 @@
 
 A mistake is a small change of one ingredient, everywhere or for some pairs of query and key only: which keys count for
 whom (`sights`), whose K or V, which scale, lse or row sum (`ingredients`, `saved`), how parts are merged (`merges`),
-which rank a gradient ends on (`homes`), where rows and heads stand (`moves`). Forward and backward try the same ones.
+where rows and heads stand (`moves`). Forward and backward try the same ones.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from ..shard import LAYOUTS
 from .cases import make_mask, together_in
 from .scene import Scene, row_sums, rows
 
+UNKNOWN = "unknown signature"
 CALLS = "a call's result depends on another call:"
 GRADS = ["dq", "dk", "dv"]
 SKIPPED, ALONE = ", but for blocks of which nothing is seen", ", and the token at the end is alone"
@@ -101,6 +102,7 @@ def rules_of(s: Scene) -> tuple[dict[str, Callable], dict[str, dict[str, Any]]]:
             "counted from the sequence, not the segment": kept(i, j, w=n),
             "0 for every head": kept(i, j, at=(0, True)),
             "(j div r) mod r for j mod r": kept(i, j, at=(head // r % r, True)),
+            "j · r div h for j mod r, the same for heads side by side": kept(i, j, at=(head * r // h, True)),
             "by the branch, not the head": kept(i, j, at=(branch % r, True)),
             "a convention, heads='grouped'": kept(i, j, at=(branch % r, own)),
             "heads unassigned, h no multiple of the branches": kept(i, j, at=(branch % r, head // few == branch)),
@@ -154,8 +156,9 @@ def views_of(s: Scene, everywhere: bool) -> Iterator[tuple[str, Tensor, Tensor]]
         half = n // p // 2
         at = torch.stack(case.shards).roll(half, 1)
         frames["with the halves of a shard swapped"] = at[mine, here], at[theirs, there]
-        for text, by in {"2p − 2": -half, "2p": half}.items():
-            frames[f"with {text} − rank for the late half"] = i + by * (here >= half), j + by * (there >= half)
+        chunks = {"2p − 2 − rank": (-1, -1), "2p − rank": (1, 1), "p + rank": (2 * mine + 1 - p, 2 * theirs + 1 - p)}
+        for text, (a, b) in chunks.items():
+            frames[f"with {text} for the late half"] = i + half * a * (here >= half), j + half * b * (there >= half)
     for text, (a, b) in frames.items():
         yield from ((text, a, b), (f"{text}, queries only", a, j), (f"{text}, keys only", i, b))
     last = "aligned bottom-right on every rank"
@@ -231,7 +234,7 @@ def sights(s: Scene, everywhere: bool) -> Iterator[Change]:
         masks = {"mask_mod"}, rules.keys() - {"mask_mod"}
         either = lambda: {"times": sum(seen(some)["times"] for some in masks).clamp(max=1)}
         yield "mask_mod and the other masks are joined by or, not by and", either
-    if not s.case.causal:
+    if not s.case.causal and everywhere:
         yield "a causal mask though causal is False", lambda: {"times": s.times * (s.j <= s.i)}
     for name, choices in instead.items():
         for text, rule in choices.items():
@@ -270,12 +273,6 @@ def counted(s: Scene) -> Iterator[Change]:
         some[f"the keys after the last whole tile of {x}"] = s.j >= n // x * x
         some[f"a rank's keys after its last whole tile of {x}"] = there >= held // x * x
         some[f"a rank's keys after its first tile of {x}"] = there >= x
-    if case.layout == "zigzag" and s.even:
-        early = [2 * x < n // p for x in (s.here, there)]
-        halves = [{"": True, "the early half of": one, "the late half of": ~one} for one in early]
-        for (where, pairs), (a, ours), (b, others) in itertools.product(s.places().items(), *map(dict.items, halves)):
-            who = " for ".join(filter(None, (f"{b} the keys" * bool(b), f"{a} the queries" * bool(a))))
-            some |= {f"{who} on {where}": pairs & ours & others} if who else {}
     for what, pairs in some.items():
         if pairs.any() and not pairs.all():
             hint = "the rest never arrives, or is skipped" if what == "the own block" else "overwritten, not added"
@@ -301,6 +298,11 @@ def pairwise(s: Scene, everywhere: bool = True) -> Iterator[Change]:
         for who, names in {"K and V are": ("K_of", "V_of"), "K is": ("K_of",), "V is": ("V_of",)}.items():
             for text, at in sources.items():
                 wrong[f"{who} {text}"] = dict.fromkeys(names, at)
+    if s.even and not everywhere and s.case.layout == "zigzag":
+        asks, keys = (torch.stack(x).roll(s.case.n // s.p // 2, 1) for x in (s.case.asks, s.case.shards))
+        for name in ("q", "do", "K", "V"):
+            of = asks[s.mine, s.here] if name in ("q", "do") else keys[s.theirs, s.there]
+            wrong[f"{name} is that of the other half of a shard"] = {f"{name}_of": of}
     if s.K.shape == s.V.shape:
         swaps = {"K is taken for V": ["V_of"], "V is taken for K": ["K_of"], "K and V swap": ["K_of", "V_of"]}
         wrong |= {x + ", everywhere" * everywhere: dict.fromkeys(names, s.j + s.case.n) for x, names in swaps.items()}
@@ -561,7 +563,6 @@ def backwards(s: Scene, about: list[str], whole: dict[str, Tensor]) -> Iterator[
     yield from tried(s, s.backward, in_only(about))
     if s.mod:
         yield in_only(about).format("the derivative of score_mod is missing"), lambda: s.backward(slope=1.0)
-    yield from homes(s, who, right) if s.even else ()
     swap, both = {"dk": "dv", "dv": "dk"}, right["dk"] + (right["dv"] if s.K.shape == s.V.shape else 0)
     for text, change in moves(s):
         moved = lambda change=change: {n: s.moved(x, change) for n, x in right.items() if x.ndim == 4}
@@ -607,9 +608,6 @@ def saved(s: Scene, about: list[str], whole: dict[str, Tensor], places: bool = F
         if places:
             Ls["the lse is natural, taken for base 2"] = merged * math.log(2)
             Ls["the lse of the own block is taken for the merged one"] = lses[:1].expand_as(lses)
-            Ds["the row sum D is missing, and the gradient of lse with it"] = sums * 0 + s.dlse
-            Ds["the gradient of lse is missing"] = D + s.dlse
-            Ds["the row sum D has the wrong sign"] = -D
             if s.case.layout == "zigzag" and s.even:
                 other = torch.stack(s.case.asks).roll(s.case.n // s.p // 2, 1).flatten()[s.order[0]]
                 Ls["the lse is that of the other half of a shard"] = merged[..., other]
@@ -629,35 +627,6 @@ def saved(s: Scene, about: list[str], whole: dict[str, Tensor], places: bool = F
             c = "" if abs(m - 1) < 1e-3 else off("the gradient of lse", m, s)
             sentence = "; ".join(x for x in (a, b, c) if x)
             yield sentence, lambda bare=bare, pull=pull, m=m: {n: bare[n] + m * pull[n] for n in pull}
-
-
-def homes(s: Scene, who: str, right: dict[str, Tensor]) -> Iterator[Guess]:
-    """dk and dv of a block, which rank r computes at hop t, end elsewhere than on the block's own rank, r − t, or in
-    another half of a zigzag shard.
-    """
-    every = range(s.p)
-    parts = [s.backward(times=s.times * (s.hop == t)) for t in every]
-
-    def home(hops: Iterable[int], late: Callable[[int], int]) -> dict[str, Tensor]:
-        by = {t: partial(torch.roll, shifts=s.way * late(t), dims=1) for t in hops}
-        return {n: sum(s.moved(parts[t][n], by[t]) for t in hops) for n in ("dk", "dv")}
-
-    for text, hops, late in (
-        ("of all hops are summed on the rank that computed them, never sent home", every, lambda t: t),
-        ("of the last hop are left on the rank that computed them, not added or sent home", [s.p - 1], lambda t: t),
-        ("of hop 1 are left on the rank that computed them, not added or sent home", [1], lambda t: t),
-        ("travel on instead of back", every, lambda t: 2 * t),
-        ("of received blocks travel a hop too far", every, lambda t: min(t, 1)),
-        ("of received blocks travel a hop too few", every, lambda t: -min(t, 1)),
-    ):
-        yield f"{who} {text}", partial(home, hops, late)
-    if s.case.layout == "zigzag":
-        other = lambda x: s.moved(x, lambda y: y.roll(y.shape[2] // 2, 2))
-        for where, pairs in s.places().items():
-            part = s.backward(times=s.times * pairs)
-            for names in (["dk", "dv"], ["dk"], ["dv"], ["dq"]):
-                moved = lambda part=part, names=names: right | {n: right[n] + other(part[n]) - part[n] for n in names}
-                yield f"{', '.join(names)} of {where} are added to the other half of a shard", moved
 
 
 def somewhere(s: Scene, about: list[str], whole: dict[str, Tensor]) -> Iterator[Guess]:
@@ -702,6 +671,7 @@ def off(what: str, m: float, s: Scene) -> str:
     """What a factor means, by its name if it has one."""
     known = {"1/p": 1 / s.p, "p": s.p, "1/√d": s.scale, "√d": 1 / s.scale, "1/d": s.scale**2, "h/g": s.e}
     known |= {"g/h": 1 / s.e, "ln 2": math.log(2), "log2 e": math.log2(math.e), "2": 2, "1/2": 0.5, "−1": -1}
+    known |= {"1/(scale·√d), as if none were given": s.case.d**-0.5 / s.scale}
     near = (text for text, x in known.items() if x != 1 and abs(m / x - 1) < 1e-3)
     return f"{what} is wrong by a factor {next(near, f'{m:.3g}')}" if abs(m) > 1e-3 else f"{what} is zero"
 
@@ -725,16 +695,20 @@ def fits(s: Scene, whole: dict[str, Tensor], about: list[str], truth: Any) -> It
 
 
 def held(s: Scene, whole: dict[str, Tensor], about: list[str], truth: Any) -> Iterator[Guess]:
-    """Rows that are right ones of another place, whichever it is; what is near to none is no guess."""
-    found, kinds = {}, {}
+    """Rows that are right ones of another place, whichever it is, or zero; what is near to none is no guess."""
+    found, kinds, zero = {}, {}, ""
     for n in about:
         got, right = (x.flatten(0, 2) for x in (whole[n], truth.whole[n]))
         at, wrong = torch.arange(len(got)), (got - right).norm(dim=1) > 1e-3 * right.norm(dim=1)
-        at[wrong] = torch.cdist(got[wrong], right).argmin(1)
-        if (got - right[at]).norm() > 0.01 * (got - right).norm():
+        more = torch.cat([right, right[:1] * 0])
+        at[wrong] = torch.cdist(got[wrong], more).argmin(1)
+        if (got - more[at]).norm() > 0.01 * (got - right).norm():
             return
-        found[n], side = right[at].view_as(whole[n]), int(n in ("dk", "dv"))
+        found[n], side = more[at].view_as(whole[n]), int(n in ("dk", "dv"))
+        lost = at == len(right)
+        zero, at = ", or zero" if lost.any() else zero, at.where(~lost, torch.arange(len(at)))
         batch, token, head = torch.meshgrid(*map(torch.arange, whole[n].shape[:3]), indexing="ij")
         each = {"sequence": batch, "rank": s.owner[side][token], "token": s.loc[side][token], "head": head}
         kinds |= {kind: None for kind, x in each.items() if not torch.equal(x.flatten()[at], x.flatten())}
-    yield f"rows of {', '.join(about)} are right ones of another {' and '.join(kinds)}", partial(dict, found)
+    if kinds:
+        yield f"rows of {', '.join(about)} are right ones of another {' and '.join(kinds)}{zero}", partial(dict, found)

@@ -1,8 +1,9 @@
 """Name the cause: compute in float64 what each famous mistake would give, and see which one the candidate gave.
 
 A guess of `causes` is believed when ‖candidate − prediction‖ is a small part of ‖candidate − truth‖. The best wins,
-among equals the one listed first; where none is good, the diagnosis says where the error lives, which guess came
-nearest, and how much of the error that leaves. What messages, hangs, exceptions and NaN say needs no guess.
+among equals the one listed first; where none is good, the numbers are asked what they are made of (`readoff`), and
+where that is no simple thing, the diagnosis says where the error lives, which guess came nearest, and how much of the
+error that leaves. What messages, hangs, exceptions and NaN say needs no guess.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .causes import CALLS, GRADS, LAST, Guess, backwards, crossed, fits, forwards, somewhere
+from .causes import CALLS, GRADS, LAST, UNKNOWN, Guess, backwards, crossed, fits, forwards, somewhere
+from .readoff import readings
 from .scene import Scene, assembled
 
-UNKNOWN = "unknown signature"
 NOT_FINITE = "NaN or inf"
 EARLY = "a receive buffer is read before its wait(): the numbers are right once the oracle leaves the buffer alone"
 UNWRITTEN = "memory that nobody wrote is read: there is no NaN once fresh memory holds zeros"
@@ -56,6 +57,10 @@ VAGUE = (UNKNOWN, NOT_FINITE, "it raises", EARLIER, RACE)  # what a finding says
 # what a mistake gives that a case has no room for
 NO_ROOM = (RuntimeError, IndexError, ValueError, TypeError, KeyError)
 HARMLESS = ("unfinished work", "an input was written to")  # values are worth a look all the same
+
+
+class Reading(str):
+    """A cause that was read off one case's numbers: between it and one that explains as many, the other is believed."""
 
 
 # -------------------------------------------------------------------------------- messages and hangs
@@ -197,7 +202,10 @@ def name(truth: Any, got: dict, wrong: list, others: list, known: list, way=1, d
         yield backwards(s, about, whole) if about[0] not in ("out", "lse") else forwards(s)
         yield fits(s, whole, about, truth)
 
+    read = lambda: ((Reading(told), guess) for told, guess in readings(s, about, whole, fine))
     best = ask([*usual(), somewhere(s, about, whole)], set(known)) if known else math.inf
+    if known and best > 0.01:
+        best = ask([read()], set(known))
     # a wrong term that is not known would have shown in a float32 case before
     if best > 0.01 and small and truth.case.dtype in ("bfloat16", "float16"):
         return [small]
@@ -208,11 +216,16 @@ def name(truth: Any, got: dict, wrong: list, others: list, known: list, way=1, d
     some = best > ENOUGH or denied.issuperset(told for told, share in left.items() if share <= best + 0.01)
     if some and deep and not small:
         best = ask([somewhere(s, about, whole)])
-    if best < ENOUGH:
-        alike = (told for told, share in left.items() if share <= best + 0.01)
-        return sorted(alike, key=lambda told: (told in denied, told.endswith(LAST)))  # the simpler first
-    near = f"; nearest: {min(left, key=left.__getitem__)} (leaves {best:.0%})" if best < 0.7 else ""
-    return [small or f"{UNKNOWN}: {place(s, whole, truth, about[0])}{near}"]
+    alike = lambda: [told for told, share in left.items() if share <= best + 0.01]
+    if not small and (best > ENOUGH or all(told.endswith(LAST) for told in alike())):
+        best = ask([read()])
+    named = [told for told in alike() if not told.startswith(UNKNOWN)]
+    if best < ENOUGH and named:
+        return sorted(named, key=lambda told: (told in denied, told.endswith(LAST)))  # the simpler first
+    told = min(left, key=left.__getitem__).removeprefix(f"{UNKNOWN}: ")
+    near = f"; {told}" if best < ENOUGH else f"; nearest: {told} (leaves {best:.0%})" if best < 0.7 else ""
+    too = "".join(f", {n} too" for n in wrong if n in [*about[1:], "lse"] and n != about[0])
+    return [small or f"{UNKNOWN}: {place(s, whole, truth, about[0])}{too}{near}"]
 
 
 def _left(got: Tensor, guess: Tensor, truth: Tensor) -> float:

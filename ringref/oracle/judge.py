@@ -236,9 +236,9 @@ class Judge:
         if self.simplified > SIMPLIFIED or again[-1].kind not in VALUES:
             return None, case, again
         for _ in range(2):  # what could not go at first may go once other things have gone
-            for names in SIMPLER:
+            for names in [*SIMPLER, []]:
                 # numbers must be wrong: a simpler case may lack an argument, and crash
-                less = case.without(names)
+                less = case.without(names) if names else case.shorter()
                 if less != case and (trial := self.look(less)) and trial[-1].kind in VALUES:
                     case, again = less, trial
         self.simplest = case
@@ -436,7 +436,8 @@ class Judge:
             # a NaN where the mistake leaves a query nothing to see
             none = {n: [x.nan_to_num(-math.inf if n == "lse" else 0.0) for x in each] for n, each in got.items()}
             asked, vague = (truth, none, wrong, [], known, self.way, False), (diagnose.UNKNOWN, *diagnose.NOT_LARGE)
-            unseen = lambda: [x for x in diagnose.name(*asked, quickly=quickly) if not x.startswith(vague)]
+            known_as = lambda x: not x.startswith(vague) and not isinstance(x, diagnose.Reading)
+            unseen = lambda: [x for x in diagnose.name(*asked, quickly=quickly) if known_as(x)]
             if quickly:
                 said = [cause for cause in known if cause in (diagnose.UNWRITTEN, diagnose.EARLY, where)]
                 return unseen()[:1] or said[:1]
@@ -472,8 +473,8 @@ class Judge:
         if simplest and none and "+" in case.name:
             causes = [needs or f"{causes[0]}; it takes {case.name.partition(' + ')[2]}"]
         # the same case in the whole world passed before this one came
-        plain = {f"{word}-p{case.p}" for word in ("causal", "full")}
-        return [diagnose.GROUP] if case.groups and plain & set(self.report.passed) else causes
+        plain = f"{'causal' if case.causal else 'full'}-p{case.p}"
+        return [diagnose.GROUP] if case.groups and plain in self.report.passed else causes
 
     def growth(self) -> None:
         """Fit bytes per rank as n and p double; with the same shard, a ring's peak does not depend on p."""

@@ -64,8 +64,12 @@ class Report:
         # a NaN that no mask can explain is not a mask's
         vague = (*diagnose.VAGUE, "NaN where") if diagnose.NOT_FINITE in votes else diagnose.VAGUE
         known = [cause for cause in votes if not cause.startswith(vague)]
-        # what a case has says less than what is done with it
-        best = max(known, key=lambda cause: (votes[cause], cause not in diagnose.TAKES.values()), default=None)
+        # what a case has, or its numbers are made of, says less than what is done with it
+        weak = lambda cause: cause in diagnose.TAKES.values() or isinstance(cause, diagnose.Reading)
+        best = max(known, key=lambda cause: (votes[cause], not weak(cause)), default=None)
+        if best and best.endswith(" only"):  # a guess about some blocks is one of many, a reading is a fact
+            equals = (c for c in known if isinstance(c, diagnose.Reading) and votes[c] == votes[best])
+            best = next(equals, best)
         unnamed = [f.diagnosis for f in findings if f.causes[0].startswith(vague)]
         # a cause that explains fewer than half as many findings as have none is not the cause
         return best if best and votes[best] * 2 >= len(unnamed) else unnamed[0] if unnamed else best
