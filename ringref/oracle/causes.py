@@ -156,9 +156,10 @@ def views_of(s: Scene, everywhere: bool) -> Iterator[tuple[str, Tensor, Tensor]]
         half = n // p // 2
         at = torch.stack(case.shards).roll(half, 1)
         frames["with the halves of a shard swapped"] = at[mine, here], at[theirs, there]
-        chunks = {"2p − 2 − rank": (-1, -1), "2p − rank": (1, 1), "p + rank": (2 * mine + 1 - p, 2 * theirs + 1 - p)}
-        for text, (a, b) in chunks.items():
-            frames[f"with {text} for the late half"] = i + half * a * (here >= half), j + half * b * (there >= half)
+        for text, by in {"2p − 2": -half, "2p": half}.items():
+            frames[f"with {text} − rank for the late half"] = i + by * (here >= half), j + by * (there >= half)
+        for text, view in later_chunk(s, half).items() if everywhere else ():  # which chunk is held is no hop's matter
+            yield f"with p + rank for the late half, {text} only", *view
     for text, (a, b) in frames.items():
         yield from ((text, a, b), (f"{text}, queries only", a, j), (f"{text}, keys only", i, b))
     last = "aligned bottom-right on every rank"
@@ -189,6 +190,12 @@ def views_of(s: Scene, everywhere: bool) -> Iterator[tuple[str, Tensor, Tensor]]
         yield f"with queries counted from a tile of {x}", i - here // x * x, j
     yield "with the last query's position for every query's", i * 0 + n - 1, j
     yield "ignored for the first token", i, torch.where(j == 0, i, j)
+
+
+def later_chunk(s: Scene, half: int) -> dict[str, tuple[Tensor, Tensor]]:
+    """Positions where a rank's second zigzag chunk is taken for number p + rank, not 2p − 1 − rank."""
+    mine, theirs = (half * (2 * who + 1 - s.p) * (at >= half) for who, at in ((s.mine, s.here), (s.theirs, s.there)))
+    return {"queries": (s.i + mine, s.j), "keys": (s.i, s.j + theirs)}
 
 
 def ends(cut: list[Tensor], at: int) -> Tensor:

@@ -67,7 +67,7 @@ class Report:
         # what a case has, or its numbers are made of, says less than what is done with it
         weak = lambda cause: cause in diagnose.TAKES.values() or isinstance(cause, diagnose.Reading)
         best = max(known, key=lambda cause: (votes[cause], not weak(cause)), default=None)
-        if best and best.endswith(" only"):  # a guess about some blocks is one of many, a reading is a fact
+        if best and ", on " in best:  # a guess about some blocks is one of many, a reading is a fact
             equals = (c for c in known if isinstance(c, diagnose.Reading) and votes[c] == votes[best])
             best = next(equals, best)
         unnamed = [f.diagnosis for f in findings if f.causes[0].startswith(vague)]
