@@ -459,6 +459,12 @@ ALTERED = {  # numbers that a mistake would give, and what they are called
         Case("dilation", p=1, n=24, h=6, g=6, dilation=((8,), (2,))),
         lambda s: seen(s, (s.i // 8 == s.j // 8) & (s.i % 2 == s.at[1] // 3) & (s.j % 2 == s.at[1] // 3)),
     ),
+    "a tail that fills no segment is dropped, be it the whole sequence": (
+        Case("dilation", p=1, n=10, dilation=((4, 16), (1, 2))), lambda s: seen(s, (s.i // 4 == s.j // 4) & (s.j < 8))
+    ),
+    "the gradient of lse, b h s, is read as if it were b s h": (
+        Case("full", p=1, n=12), lambda s: s.backward(dlse=s.dlse.reshape(len(s.dlse), 12, -1).mT)
+    ),
     "dk is wrong by a factor 1/(scale·√d)": (
         Case("scale", p=1, n=12, scale=0.9), lambda s: {"dk": s.backward()["dk"] * s.case.d**-0.5 / 0.9}
     ),

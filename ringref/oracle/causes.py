@@ -109,6 +109,7 @@ def rules_of(s: Scene) -> tuple[dict[str, Callable], dict[str, dict[str, Any]]]:
             "heads unassigned, h no multiple of the rate": kept(i, j) & (head < h // r * r),
             "the tail that fills no segment is dropped": kept(i, j) & ((j < n // w * w) | (n < w)),
             "a branch whose segment is longer than the sequence is dropped": kept(i, j) & (w <= n),
+            "a tail that fills no segment is dropped, be it the whole sequence": kept(i, j) & (j < n // w * w),
             **{f"counted from the shard in branch {m} only": apart(kept, m) for m in range(len(w))},
             **{f"only branch {m} counts": kept(i, j) & (branch == m) for m in range(len(w))},
             **{f"branch {m} is dropped": kept(i, j) & (branch != m) for m in range(len(w))},
@@ -392,6 +393,8 @@ def ingredients(s: Scene) -> Iterator[Change]:
         each = (1, 0, *(x + 1 for x in shape[1:]))  # of a rank's own b s h d
         lain = on_ranks(s.do, lambda y, each=each: y.permute(each).reshape(y.transpose(0, 1).shape).transpose(0, 1))
         yield f"dO is read with other strides than it has ({text})", partial(dict, do=lain)
+    told = on_ranks(s.dlse.mT[..., None], lambda y: y.transpose(2, 3).reshape(y.shape))[..., 0].mT
+    yield "the gradient of lse, b h s, is read as if it were b s h", partial(dict, dlse=told)
     for names, (text, change) in itertools.product((*pairs, ("q",), ("do",), ("q", "K", "V")), moves(s)):
         moved = lambda names=names, change=change: {x: s.moved(getattr(s, x), change) for x in names}
         yield f"rows of {', '.join(names)} {text}", moved
@@ -619,6 +622,8 @@ def saved(s: Scene, about: list[str], whole: dict[str, Tensor], places: bool = F
                 other = torch.stack(s.case.asks).roll(s.case.n // s.p // 2, 1).flatten()[s.order[0]]
                 Ls["the lse is that of the other half of a shard"] = merged[..., other]
                 Ds["the row sum D is that of the other half of a shard"] = D[..., other]
+                both = (D - s.dlse)[..., other] + s.dlse
+                Ds["the row sum D, less the gradient of lse, is that of the other half of a shard"] = both
         given = {"times": parts, "L": merged[..., None], "D": D[..., None]}
         for name, (text, x) in [("L", one) for one in Ls.items()] + [("D", one) for one in Ds.items()]:
             for where, pairs in s.places(True).items() if places and text else ():
