@@ -68,7 +68,7 @@ def paths(q: Tensor, k: Tensor, v: Tensor, **arguments) -> tuple[set[tuple[str, 
             branches = sorted({(x.w, x.r) for x in route.strands})
             named = ", ".join("all keys" if w == EVERYTHING else f"w={w} r={r}" for w, r in branches)
             trip = Trip(call.ring, route, *(x[:, :, heads_of(part.kv_heads)] for x in (k, v)))
-            loads = [trip.load(r) for r in range(trip.ring.size)]
+            loads = [trip.load(r, 1) for r in range(trip.ring.size)]
             way = f"travel among ranks {list(route.members)}{_by(call.ring)}"
             where = way if any(map(len, loads)) else "stay"
             others = loads[: trip.ring.rank] + loads[trip.ring.rank + 1 :]

@@ -129,16 +129,16 @@ class Route:
 
     def _seen(self, of: int, by: int) -> Load:
         """The rows of member `of` that member `by` sees."""
-        return self._needed(of, [by], True)
+        return self._rows_for(of, [by], True)
 
-    def _load(self, of: int, hop: int = 1) -> Load:
+    def _load(self, of: int, hop: int) -> Load:
         """The rows of member `of` that travel on at this hop round the ring: what any other sees, and where masks
         trim what travels, only those this far from it and farther.
         """
         p = len(self.members)
         if not self._exact and 1 < hop < p:
             return self.load(of, 1)
-        return self._needed(of, [(of + t) % p for t in range(hop, p)], self._exact)
+        return self._rows_for(of, [(of + t) % p for t in range(hop, p)], self._exact)
 
     def gathered(self, of: int, by: int) -> Load:
         """The rows of member `of` that are gathered by member `by`: what travels, or where masks trim that, what it
@@ -146,7 +146,8 @@ class Route:
         """
         return self.seen(of, by) if self._exact else self.load(of, 1)
 
-    def _needed(self, of: int, by: list[int], exact: bool) -> Load:
+    def _rows_for(self, of: int, by: list[int], exact: bool) -> Load:
+        """The rows of one member that any of these see: by the masks, or by segments alone."""
         keys, bounds = self.keys[of], self._bounds if exact else (None, None)
         queries = [self.queries[x] for x in by]
         index = [_needed(strand, keys, queries, bounds) for strand in self.strands]

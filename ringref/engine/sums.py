@@ -122,15 +122,15 @@ class Sum:
         self.total, self.waiting = None, []
 
     def add(self, rows: Rows, heads: slice, x: Tensor) -> None:
-        whole, alike = _covers(rows, x, self.shape), self._alike(rows, heads)
+        whole = _covers(rows, x, self.shape)
         if self.total is None and whole:
             self.total = x.flatten(1, 2)
         elif self._waits(heads):
             self.waiting.append((rows, heads, x))
         elif whole:
-            self._plus(x, self.dtype)
+            self._plus(x.flatten(1, 2), self.dtype)
             self._start(self.dtype)
-        elif alike is not None:
+        elif (alike := self._alike(rows, heads)) is not None:
             self.waiting[alike] = rows, heads, plus(self.waiting[alike][2], x, self.dtype)
         else:
             self._start(self.dtype)
@@ -163,7 +163,7 @@ class Sum:
             return total.to(self.dtype).index_add_(1, where.to(total.device), self.wide())
         mine, self.total = self.total, total
         if mine is not None:
-            self._plus(mine[:, None], self.dtype)
+            self._plus(mine, self.dtype)
         return self.wide()
 
     def wide(self) -> Tensor:
@@ -176,14 +176,14 @@ class Sum:
         while self.waiting:
             rows, heads, x = self.waiting.pop(0)
             if _covers(rows, x, self.shape):
-                self._plus(x, dtype)
+                self._plus(x.flatten(1, 2), dtype)
             else:
                 self.total = self.total.to(dtype)
                 self._add(rows, heads, x)
         self.total = self.total.to(dtype)
 
     def _plus(self, x: Tensor, dtype: torch.dtype) -> None:
-        self.total = plus(self.total[:, None], x.flatten(1, 2)[:, None], dtype)[:, 0]
+        self.total = plus(self.total[:, None], x[:, None], dtype)[:, 0]
 
     def _add(self, rows: Rows, heads: slice, x: Tensor) -> None:
         rows.change(self.total, heads, lambda part: part.add_(x))

@@ -153,9 +153,8 @@ def views_of(s: Scene, everywhere: bool) -> Iterator[tuple[str, Tensor, Tensor]]
         sizes |= {"the query's shard": (held[mine], held[mine]), "its own shard": (held[mine], held[theirs])}
     for text, (a, b) in sizes.items():
         frames[f"with rank · {text} for its first position"] = mine * a + here, theirs * b + there
-    if case.layout == "zigzag" and s.even:
-        half = n // p // 2
-        at = torch.stack(case.shards).roll(half, 1)
+    if s.halved:
+        half, at = n // p // 2, s.halves_swapped(1)
         frames["with the halves of a shard swapped"] = at[mine, here], at[theirs, there]
         for text, by in {"2p − 2": -half, "2p": half}.items():
             frames[f"with {text} − rank for the late half"] = i + by * (here >= half), j + by * (there >= half)
@@ -306,8 +305,8 @@ def pairwise(s: Scene, everywhere: bool = True) -> Iterator[Change]:
         for who, names in {"K and V are": ("K_of", "V_of"), "K is": ("K_of",), "V is": ("V_of",)}.items():
             for text, at in sources.items():
                 wrong[f"{who} {text}"] = dict.fromkeys(names, at)
-    if s.even and not everywhere and s.case.layout == "zigzag":
-        asks, keys = (torch.stack(x).roll(s.case.n // s.p // 2, 1) for x in (s.case.asks, s.case.shards))
+    if s.halved and not everywhere:
+        asks, keys = map(s.halves_swapped, (0, 1))
         for name in ("q", "do", "K", "V"):
             of = asks[s.mine, s.here] if name in ("q", "do") else keys[s.theirs, s.there]
             wrong[f"{name} is that of the other half of a shard"] = {f"{name}_of": of}
@@ -618,8 +617,8 @@ def saved(s: Scene, about: list[str], whole: dict[str, Tensor], places: bool = F
         if places:
             Ls["the lse is natural, taken for base 2"] = merged * math.log(2)
             Ls["the lse of the own block is taken for the merged one"] = lses[:1].expand_as(lses)
-            if s.case.layout == "zigzag" and s.even:
-                other = torch.stack(s.case.asks).roll(s.case.n // s.p // 2, 1).flatten()[s.order[0]]
+            if s.halved:
+                other = s.halves_swapped(0).flatten()[s.order[0]]
                 Ls["the lse is that of the other half of a shard"] = merged[..., other]
                 Ds["the row sum D is that of the other half of a shard"] = D[..., other]
                 both = (D - s.dlse)[..., other] + s.dlse

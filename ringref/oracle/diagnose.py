@@ -213,10 +213,10 @@ def name(truth: Any, got: dict, wrong: list, others: list, known: list, way=1, d
         return []
     if best > 0.01:
         best = ask(usual())
-    some = best > ENOUGH or denied.issuperset(told for told, share in left.items() if share <= best + 0.01)
+    alike = lambda: [told for told, share in left.items() if share <= best + 0.01]
+    some = best > ENOUGH or denied.issuperset(alike())
     if some and deep and not small:
         best = ask([somewhere(s, about, whole)])
-    alike = lambda: [told for told, share in left.items() if share <= best + 0.01]
     if not small and (best > ENOUGH or all(told.endswith(LAST) for told in alike())):
         best = ask([read()])
     named = [told for told in alike() if not told.startswith(UNKNOWN)]

@@ -186,7 +186,7 @@ def where(s: Scene, chosen: Tensor, among: Tensor) -> str:
     shape, facts, late = s.times.shape, s.places(True), s.case.n // s.p
     for who, at in {"queries": s.here, "keys": s.there}.items() if s.even and late > 1 else ():
         facts |= {f"the early half of the {who}": 2 * at < late, f"the late half of the {who}": 2 * at >= late}
-        edges = {"first": 0, "last": late // 2 - 1} if s.case.layout == "zigzag" else {}
+        edges = {"first": 0, "last": late // 2 - 1} if s.halved else {}
         facts |= {f"the {end} of the {who} of a chunk": at % (late // 2) == x for end, x in edges.items()}
     for name, rule in rules_of(s)[0].items():
         shown = torch.as_tensor(rule(s.i, s.j)) > 0
@@ -260,7 +260,8 @@ def weights(s: Scene, about: list[str], whole: dict[str, Tensor]) -> Iterator[Gu
             text += f" (they add up to {'more or less' if len(sign) > 1 else 'more' if sign > 0 else 'less'} than 1)"
         text = text if simple else f"{UNKNOWN}: {text}"
         told.append((not simple, f"{text}: {where(s, at, s.times > 0)}", made))
-    yield from [guess for _, *guess in sorted(told, key=lambda guess: guess[0])][:1]
+    if told:
+        yield min(told, key=lambda guess: guess[0])[1:]
 
 
 def formula(s: Scene, step: str, a: Tensor, wrong: Tensor, seen: Tensor, lses: Tensor, tops: Tensor) -> str | None:
@@ -270,7 +271,7 @@ def formula(s: Scene, step: str, a: Tensor, wrong: Tensor, seen: Tensor, lses: T
         return None
     run, top = low.logcumsumexp(0), tops.masked_fill(~seen, -1e30).cummax(0)[0]
     known = {"lse": low, "merged lse": s.L, "largest lse": low.amax(0), "own maximum": tops, "maximum": s.top}
-    known |= {"running lse": run}
+    known["running lse"] = run
     for t in range(len(low)):
         known |= {f"lse of {step} {t}": low[t], f"lse up to {step} {t}": run[t], f"maximum up to {step} {t}": top[t]}
     known, w = {text: x.expand_as(low)[ok] for text, x in known.items()}, a[ok]

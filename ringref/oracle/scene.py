@@ -43,6 +43,7 @@ class Scene:
         self.q_of = self.do_of = self.i - self.i[:1]  # the row whose q, and whose dO
         self.order = [torch.cat(cut).argsort() for cut in (case.asks, case.shards)]
         self.even = len({len(mine) for mine in case.shards}) == 1 and case.p > 1 and case.queries is None
+        self.halved = self.even and case.layout == "zigzag"  # each rank has an early half and a late one
         self.hop = way * (self.mine - self.theirs) % self.p  # at which a query's rank sees a key
         self.O, self.L, self.top = self.forward().values()
         self.D = row_sums(self.do, self.O)[..., None]
@@ -126,6 +127,10 @@ class Scene:
     def moved(self, x: Tensor, change: Callable) -> Tensor:
         """A tensor b n h d, changed in the shape b p s h d in which the ranks hold it."""
         return change(x[:, torch.stack(self.case.shards)]).flatten(1, 2)[:, self.order[1]]
+
+    def halves_swapped(self, side: int) -> Tensor:
+        """Positions of each rank's queries (0) or keys (1) in a zigzag layout, its two halves in the other order."""
+        return torch.stack((self.case.asks, self.case.shards)[side]).roll(self.case.n // self.p // 2, 1)
 
     def places(self, whose: bool = False) -> dict[str, Tensor]:
         """Some of the pairs of query and key, by the words for them; `whose` asks of sequences and heads too."""
