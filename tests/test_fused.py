@@ -44,7 +44,7 @@ def test_views_of_any_strides_merge_and_add_in_place(ways, dtype, d):
         assert fused.takes(strided(mine), piece)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the interpreter's NumPy on inf − inf
-            way.merge(strided(mine), strided(its), piece, other)
+            way.merge(strided(mine), strided(its), (0, strided(mine), strided(its)), (0, piece, other))
         total = torch.empty(2, 2, 7, 3, d)
         way.add(total, strided(mine), piece)
         way.add(strided(mine), strided(mine), piece)
@@ -52,6 +52,40 @@ def test_views_of_any_strides_merge_and_add_in_place(ways, dtype, d):
     for x, y in zip(*found, strict=True):
         eps = torch.finfo(x.dtype).eps
         torch.testing.assert_close(x, y, rtol=4 * eps, atol=4 * torch.finfo(dtype).eps, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("others", [[(0, 40)], [(20, 20), (5, 30)], [(0, 40), (20, 20), (0, 13)]], ids=str)
+def test_up_to_four_blocks_merge_in_one_pass(ways, others, dtype):
+    """Each its own range of rows, as halves of a zigzag shard are."""
+    sums, fused = ways
+    torch.manual_seed(0)
+
+    def block(first, rows, dtype=torch.bfloat16):
+        out, lse = torch.randn(2, 1, rows, 6, 72).to(dtype), 9 * torch.randn(2, 1, rows, 6)
+        lse[0, 0, ::3] = -torch.inf
+        out[0, 0, ::3] = 0
+        return first, out, lse
+
+    whole, *rest = blocks = [block(0, 40, torch.float32), *(block(*x) for x in others)]
+    lses, outs = torch.full((len(blocks), 2, 1, 40, 6), -torch.inf), torch.zeros(len(blocks), 2, 1, 40, 6, 72)
+    for i, (first, out, lse) in enumerate(blocks):
+        lses[i, :, :, first : first + lse.shape[2]], outs[i, :, :, first : first + lse.shape[2]] = lse, out
+    true = (lses.softmax(0).nan_to_num()[..., None] * outs).sum(0), lses.logsumexp(0)
+    for way in (sums._PLAIN, fused):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found = torch.empty(2, 1, 40, 6, 72, dtype=dtype), torch.empty(2, 1, 40, 6)
+            way.merge(*found, *blocks)
+            if dtype == torch.float32:  # in place
+                way.merge(*whole[1:], whole, *rest)
+                for x, y in zip(whole[1:], found, strict=True):
+                    assert torch.equal(x, y)
+        for x, y in zip(found, true, strict=True):
+            eps = torch.finfo(x.dtype).eps
+            torch.testing.assert_close(x, y.to(x.dtype), rtol=8 * eps, atol=8 * eps)
+        whole[1].copy_(outs[0])
+        whole[2].copy_(lses[0])
 
 
 def test_what_it_cannot_address_goes_the_plain_way(ways):

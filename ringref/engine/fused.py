@@ -18,8 +18,10 @@ from torch import Tensor
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _LANES = tl.constexpr(8)  # elements that are loaded at once: what other strides are multiples of
 _TILE = 4096
-_STEPS = [f"{x}_{axis}" for x in "opql" for axis in "bmch"]
-_once = triton.jit(do_not_specialize=["M", "C", "H", *_STEPS])  # or it is compiled anew for every kind of shape
+_BLOCKS = range(4)
+_STEPS = [f"{x}_{axis}" for x in ("o", "l", "p", "q", *(f"{x}{i}" for i in _BLOCKS for x in "xa")) for axis in "bmch"]
+_ROWS = [f"{x}{i}" for i in _BLOCKS for x in ("first", "count")]
+_once = triton.jit(do_not_specialize=["M", "C", "H", *_STEPS, *_ROWS])  # or it is compiled anew for every kind of shape
 _compiling = threading.Lock()  # ranks that are threads come here together
 
 
@@ -38,25 +40,59 @@ def _tile(C, H, D: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
     return row // H, row % H, d[None, :], some, some[:, None] & (d < D)[None, :]
 
 
+@triton.jit
+def _lse(lse, c, h, some, first, count, x_b, x_m, x_c, x_h, M):
+    """A block's lse, −inf in rows that it has not."""
+    c -= first
+    return tl.load(lse + _places(c, h, x_b, x_m, x_c, x_h, M), some & (c >= 0) & (c < count), -float("inf"))
+
+
+@triton.jit
+def _logaddexp(a, b):
+    ahead = b - a
+    both = tl.maximum(a, b) + tl.log(1 + tl.exp(-tl.abs(ahead)))
+    return tl.where(a == b, a + 0.6931471805599453, tl.where(ahead == ahead, both, ahead))
+
+
+@triton.jit
+def _weighed(x, lse, total, c, h, d, there, first, count, x_b, x_m, x_c, x_h, M):
+    """A block times its weight, 0 in rows that it has not."""
+    c -= first
+    there = there & ((c >= 0) & (c < count))[:, None]
+    weight = tl.exp(lse - total)  # NaN where nothing was seen: what is 0 whatever it weighs
+    weight = tl.where(weight == weight, weight, 1.0)[:, None]
+    return tl.load(x + _places(c, h, x_b, x_m, x_c, x_h, M)[:, None] * _LANES + d, there, 0.0).to(tl.float32) * weight
+
+
 @_once
 def _merge_kernel(
-    out, piece, lse, other,
-    M, C, H, o_b, o_m, o_c, o_h, p_b, p_m, p_c, p_h, l_b, l_m, l_c, l_h, q_b, q_m, q_c, q_h,
-    D: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+    out, lse, x0, x1, x2, x3, a0, a1, a2, a3,
+    M, C, H, o_b, o_m, o_c, o_h, l_b, l_m, l_c, l_h,
+    x0_b, x0_m, x0_c, x0_h, a0_b, a0_m, a0_c, a0_h, first0, count0,
+    x1_b, x1_m, x1_c, x1_h, a1_b, a1_m, a1_c, a1_h, first1, count1,
+    x2_b, x2_m, x2_c, x2_h, a2_b, a2_m, a2_c, a2_h, first2, count2,
+    x3_b, x3_m, x3_c, x3_h, a3_b, a3_m, a3_c, a3_h, first3, count3,
+    N: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     c, h, d, some, there = _tile(C, H, D, ROWS, WIDTH)
-    lse += _places(c, h, l_b, l_m, l_c, l_h, M)
-    out += _places(c, h, o_b, o_m, o_c, o_h, M)[:, None] * _LANES + d
-    a = tl.load(lse, some, 0.0)
-    b = tl.load(other + _places(c, h, q_b, q_m, q_c, q_h, M), some, 0.0)
-    x = tl.load(out, there, 0.0).to(tl.float32)
-    y = tl.load(piece + _places(c, h, p_b, p_m, p_c, p_h, M)[:, None] * _LANES + d, there, 0.0).to(tl.float32)
-    ahead = b - a  # NaN where both saw nothing: those are 0 whatever they weigh
-    weight = tl.where(ahead == ahead, 1 / (1 + tl.exp(-ahead)), 0.5)[:, None]
-    both = tl.maximum(a, b) + tl.log(1 + tl.exp(-tl.abs(ahead)))
+    b0 = _lse(a0, c, h, some, first0, count0, a0_b, a0_m, a0_c, a0_h, M)
+    b1 = _lse(a1, c, h, some, first1, count1, a1_b, a1_m, a1_c, a1_h, M)
+    total = _logaddexp(b0, b1)
+    if N > 2:
+        b2 = _lse(a2, c, h, some, first2, count2, a2_b, a2_m, a2_c, a2_h, M)
+        total = _logaddexp(total, b2)
+    if N > 3:
+        b3 = _lse(a3, c, h, some, first3, count3, a3_b, a3_m, a3_c, a3_h, M)
+        total = _logaddexp(total, b3)
+    x = _weighed(x0, b0, total, c, h, d, there, first0, count0, x0_b, x0_m, x0_c, x0_h, M)
+    x += _weighed(x1, b1, total, c, h, d, there, first1, count1, x1_b, x1_m, x1_c, x1_h, M)
+    if N > 2:
+        x += _weighed(x2, b2, total, c, h, d, there, first2, count2, x2_b, x2_m, x2_c, x2_h, M)
+    if N > 3:
+        x += _weighed(x3, b3, total, c, h, d, there, first3, count3, x3_b, x3_m, x3_c, x3_h, M)
     tl.debug_barrier()  # several threads have read one lse: all must have, before one of them writes it
-    tl.store(lse, tl.where(a == b, a + 0.6931471805599453, both), some)
-    tl.store(out, x * (1 - weight) + y * weight, there)
+    tl.store(lse + _places(c, h, l_b, l_m, l_c, l_h, M), total, some)
+    tl.store(out + _places(c, h, o_b, o_m, o_c, o_h, M)[:, None] * _LANES + d, x, there)
 
 
 @_once
@@ -82,24 +118,30 @@ def _aligned(x: Tensor) -> bool:
     return last == 1 and x.dtype in _DTYPES and not any(stride % _LANES.value for stride in rows)
 
 
-def merge(out: Tensor, lse: Tensor, piece: Tensor, other: Tensor) -> None:
-    """Merge a piece and its lse `other` into out and lse, in place."""
-    _launch(_merge_kernel, (out, piece, lse, other), (out, piece), (lse, other))
+def merge(out: Tensor, lse: Tensor, *blocks: tuple[int, Tensor, Tensor]) -> None:
+    """Write to out and lse the merge of two to four blocks, each its first row, its out and its lse."""
+    firsts, pieces, others = zip(*blocks, *(blocks[-1:] * (len(_BLOCKS) - len(blocks))), strict=True)
+    told = [*_steps(out), *lse.stride()]
+    for first, piece, other in zip(firsts, pieces, others, strict=True):
+        told += [*_steps(piece), *other.stride(), first, piece.shape[2]]
+    _launch(_merge_kernel, (out, lse, *pieces, *others), told, N=len(blocks))
 
 
 def add(out: Tensor, one: Tensor, other: Tensor) -> None:
     """out = one + other."""
-    _launch(_add_kernel, (out, one, other), (out, one, other), ())
+    _launch(_add_kernel, (out, one, other), [step for x in (out, one, other) for step in _steps(x)])
 
 
-def _launch(kernel, pointers: tuple[Tensor, ...], wide: tuple[Tensor, ...], narrow: tuple[Tensor, ...]) -> None:
+def _steps(x: Tensor) -> list[int]:
+    return [step // _LANES.value for step in x.stride()[:4]]
+
+
+def _launch(kernel, pointers: tuple[Tensor, ...], told: list[int], **constants: int) -> None:
     b, m, c, h, d = pointers[0].shape
-    strides = [x // _LANES.value for tensor in wide for x in tensor.stride()[:4]]
-    strides += [x for tensor in narrow for x in tensor.stride()]
     width = 1 << (d - 1).bit_length()
     rows = max(1, _TILE // width)
     with _compiling, torch.cuda.device_of(pointers[0]):
-        kernel[-(-c * h // rows), b * m](*pointers, m, c, h, *strides, D=d, ROWS=rows, WIDTH=width)
+        kernel[-(-c * h // rows), b * m](*pointers, m, c, h, *told, D=d, ROWS=rows, WIDTH=width, **constants)
 
 
 def fault(plain, device: torch.device) -> str | None:
@@ -112,7 +154,7 @@ def fault(plain, device: torch.device) -> str | None:
     try:
         for way in (plain, sys.modules[__name__]):
             mine, total = (out.clone(), lse.clone(), piece.bfloat16()), torch.empty_like(out)
-            way.merge(*mine, other)
+            way.merge(*mine[:2], (0, *mine[:2]), (0, mine[2], other), (5, mine[2][:, :, 5:], other[:, :, :-5]))
             way.add(total, out, mine[2])
             found.append((*mine[:2], total))
     except Exception as error:  # whatever a compiler may raise

@@ -1,8 +1,8 @@
 """What accumulates: the running merge of outputs, and sums of gradients.
 
-Both keep the first block as it came, in the inputs' dtype, and the second waiting (a sum one of each head, if it has
-none that is whole): two blocks are added as the result is written, and cost no copy. From the third on they accumulate
-in float32 (float64 for float64), those of the same rows as one that waits in a sum of their own.
+Both keep the first block as it came, in the inputs' dtype, and others waiting until some are merged or added in one
+pass over memory, at the latest as the result is written. What they have come to before is float32 (float64 for
+float64). A sum adds blocks of the same rows as one that waits among themselves.
 """
 
 from __future__ import annotations
@@ -24,45 +24,84 @@ class Running:
 
     def __init__(self, shape: Sequence[int], like: Tensor):
         self.shape, self.like, self.dtype = tuple(shape), like, wide(like.dtype)
-        self.out = self.lse = self.waiting = None
+        self.out = self.lse = None  # b 1 s h …, as what waits: its first row, out and lse
+        self.waiting: list[tuple[int, Tensor, Tensor]] = []
 
     def merge(self, rows: Rows, heads: slice, out: Tensor, lse: Tensor) -> None:
-        if self.out is None and _covers(rows, out, self.shape):
-            self.out, self.lse = out.flatten(1, 2), lse.flatten(1, 2)
-        elif self.waiting is None and (self.out is None or self.out.dtype != self.dtype):
-            self.waiting = rows, heads, out, lse
-        else:
-            self._start(self.dtype)
+        if a_range := rows.a_range and out.shape[3] == self.shape[2]:
+            out, lse = (x if x.shape[1] == 1 else x.flatten(1, 2)[:, None] for x in (out, lse))
+        if self.out is None and a_range and out.shape[2] == self.shape[1]:
+            self.out, self.lse = out, lse
+            return
+        self._start()
+        if not a_range or len(self.waiting) == _AT_ONCE - 1:
+            self._fold(self.dtype)
+        if not a_range:
             self._merge(rows, heads, out, lse)
+            return
+        self.waiting.append((rows.start, out, lse))
+        held = sum(x.shape[2] for _, x, _ in self.waiting)
+        if held >= 2 * self.shape[1] or self.like.dtype == self.dtype:
+            self._fold(self.dtype)
 
     def result(self) -> tuple[Tensor, Tensor]:
         """out in the inputs' dtype, lse in the accumulating one; 0 and −inf where nothing was seen."""
-        self._start(self.like.dtype if self.out is None else self.out.dtype)
-        return self.out.to(self.like.dtype), self.lse
+        self._start()
+        self._fold(self.like.dtype)
+        return self.out[:, 0], self.lse[:, 0]
 
-    def _start(self, dtype: torch.dtype) -> None:
+    def _start(self) -> None:
         if self.out is None:
-            self.out = self.like.new_zeros(self.shape, dtype=dtype)
-            self.lse = self.like.new_full(self.shape[:3], -torch.inf, dtype=self.dtype)
-        self.out = self.out.to(dtype)
-        if self.waiting:
-            block, self.waiting = self.waiting, None
-            self._merge(*block)
+            b, *rest = self.shape
+            self.out = self.like.new_zeros((b, 1, *rest))
+            self.lse = self.like.new_full((b, 1, *rest[:2]), -torch.inf, dtype=self.dtype)
+
+    def _fold(self, dtype: torch.dtype) -> None:
+        """Merge what waits, in one pass; out is then of this dtype."""
+        blocks, self.waiting = self.waiting, []
+        if not blocks:
+            self.out = self.out.to(dtype)
+        elif self.out.dtype == dtype:  # in place, and of the rows that change
+            start = min(first for first, *_ in blocks)
+            rows = slice(start, max(first + x.shape[2] for first, x, _ in blocks))
+            mine = self.out[:, :, rows], self.lse[:, :, rows]
+            _merged(*mine, (0, *mine), *((first - start, *block) for first, *block in blocks))
+        else:
+            mine, self.out = self.out, torch.empty_like(self.out, dtype=dtype)
+            _merged(self.out, self.lse, (0, mine, self.lse), *blocks)
 
     def _merge(self, rows: Rows, heads: slice, piece: Tensor, other: Tensor) -> None:
         def write(out: Tensor) -> None:
-            rows.change(self.lse, heads, lambda lse: _way(_MERGED, out, piece).merge(out, lse, piece, other))
+            rows.change(self.lse[:, 0], heads, lambda lse: _merged(out, lse, (0, out, lse), (0, piece, other)))
 
-        rows.change(self.out, heads, write)
+        rows.change(self.out[:, 0], heads, write)
 
 
-def merge(out: Tensor, lse: Tensor, piece: Tensor, other: Tensor) -> None:
-    """Merge a piece and its lse `other` into out and lse, in place."""
-    # exp(other − logaddexp(lse, other)); two that saw nothing are 0 whatever they weigh
-    weight = torch.sigmoid((other - lse).nan_to_num_(0.0))[..., None]
-    torch.logaddexp(lse, other, out=lse)
-    kept = out.mul_(1 - weight) if out.dtype == weight.dtype else out * (1 - weight)
-    torch.addcmul(kept, piece, weight, out=out)
+def _merged(out: Tensor, lse: Tensor, *blocks: tuple[int, Tensor, Tensor]) -> None:
+    _way(_MERGED, out, *(x for _, x, _ in blocks)).merge(out, lse, *blocks)
+
+
+def merge(out: Tensor, lse: Tensor, whole: tuple[int, Tensor, Tensor], *blocks: tuple[int, Tensor, Tensor]) -> None:
+    """Write to out and lse the merge of blocks, each its first row, its out and its lse. The first has every row, and
+    may be where out and lse are.
+    """
+    _, mine, own = whole
+    total = own.clone()
+    for first, _, its in blocks:
+        some = total.narrow(2, first, its.shape[2])
+        torch.logaddexp(some, its, out=some)
+    kept = torch.mul(mine, _weight(own, total), out=out if out.dtype == lse.dtype else None)
+    for first, piece, its in blocks:
+        rows = first, its.shape[2]
+        kept.narrow(2, *rows).addcmul_(piece, _weight(its, total.narrow(2, *rows)))
+    if kept is not out:
+        out.copy_(kept)
+    lse.copy_(total)
+
+
+def _weight(lse: Tensor, total: Tensor) -> Tensor:
+    # what saw nothing is 0 whatever it weighs, and what is infinite or no number stays as it is
+    return (lse - total).exp_().nan_to_num_(1.0)[..., None]
 
 
 def add(total: Tensor, one: Tensor, other: Tensor) -> None:
@@ -74,6 +113,7 @@ _PLAIN = SimpleNamespace(merge=merge, add=add)
 # elements from which passes over memory cost more than a launch of Triton's, which in the middle of a step takes the
 # host 100 µs, as PyTorch's one pass of a sum in place takes 25
 _MERGED, _ADDED = 2**20, 2**23
+_AT_ONCE = 4  # blocks that one pass merges
 _proofs: dict[torch.device, ModuleType | None] = {}
 
 

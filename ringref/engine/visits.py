@@ -235,8 +235,12 @@ class Rows:
 
     def all_of(self, s: int) -> bool:
         """Whether these are rows 0 … s−1 in order."""
-        whole = self.start == 0 and self.step == 1 and self.hop == self.c and self.m * self.c == s
-        return whole and self.strided and not self.slant
+        return self.start == 0 and self.m * self.c == s and self.a_range
+
+    @property
+    def a_range(self) -> bool:
+        """Whether these are rows one after the other."""
+        return self.strided and self.step == 1 and self.hop == self.c and not self.slant
 
     def of(self, x: Tensor, heads: slice = slice(None)) -> Tensor:
         if not self.strided:
