@@ -1,4 +1,4 @@
-"""Merge and sum in one pass over memory: Triton's interpreter plays the GPU. Large blocks on a real one: test_gpu."""
+"""Merges and sums in one pass over memory: Triton's interpreter plays the GPU. Large blocks on a real one: test_gpu."""
 
 import sys
 import warnings
@@ -46,8 +46,8 @@ def test_views_of_any_strides_merge_and_add_in_place(ways, dtype, d):
             warnings.simplefilter("ignore")  # the interpreter's NumPy on inf − inf
             way.merge(strided(mine), strided(its), (0, strided(mine), strided(its)), (0, piece, other))
         total = torch.empty(2, 2, 7, 3, d)
-        way.add(total, strided(mine), piece)
-        way.add(strided(mine), strided(mine), piece)
+        way.add(total, (0, strided(mine)), (0, piece))
+        way.add(strided(mine), (0, strided(mine)), (0, piece))
         found.append((mine, its, total))
     for x, y in zip(*found, strict=True):
         eps = torch.finfo(x.dtype).eps
@@ -56,7 +56,7 @@ def test_views_of_any_strides_merge_and_add_in_place(ways, dtype, d):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("others", [[(0, 40)], [(20, 20), (5, 30)], [(0, 40), (20, 20), (0, 13)]], ids=str)
-def test_up_to_four_blocks_merge_in_one_pass(ways, others, dtype):
+def test_up_to_four_blocks_merge_and_add_in_one_pass(ways, others, dtype):
     """Each its own range of rows, as halves of a zigzag shard are."""
     sums, fused = ways
     torch.manual_seed(0)
@@ -67,20 +67,24 @@ def test_up_to_four_blocks_merge_in_one_pass(ways, others, dtype):
         out[0, 0, ::3] = 0
         return first, out, lse
 
-    whole, *rest = blocks = [block(0, 40, torch.float32), *(block(*x) for x in others)]
+    whole, *_ = blocks = [block(0, 40, torch.float32), *(block(*x) for x in others)]
     lses, outs = torch.full((len(blocks), 2, 1, 40, 6), -torch.inf), torch.zeros(len(blocks), 2, 1, 40, 6, 72)
     for i, (first, out, lse) in enumerate(blocks):
         lses[i, :, :, first : first + lse.shape[2]], outs[i, :, :, first : first + lse.shape[2]] = lse, out
-    true = (lses.softmax(0).nan_to_num()[..., None] * outs).sum(0), lses.logsumexp(0)
+    true = (lses.softmax(0).nan_to_num()[..., None] * outs).sum(0), lses.logsumexp(0), outs.sum(0)
     for way in (sums._PLAIN, fused):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            found = torch.empty(2, 1, 40, 6, 72, dtype=dtype), torch.empty(2, 1, 40, 6)
-            way.merge(*found, *blocks)
+            total = torch.empty(2, 1, 40, 6, 72, dtype=dtype)
+            found = torch.empty_like(total), torch.empty(2, 1, 40, 6), total
+            way.merge(*found[:2], *blocks)
+            way.add(total, *(block[:2] for block in blocks))
             if dtype == torch.float32:  # in place
-                way.merge(*whole[1:], whole, *rest)
-                for x, y in zip(whole[1:], found, strict=True):
-                    assert torch.equal(x, y)
+                way.add(whole[1], *(block[:2] for block in blocks))
+                assert torch.equal(whole[1], total)
+                whole[1].copy_(outs[0])
+                way.merge(*whole[1:], *blocks)
+                assert all(map(torch.equal, whole[1:], found))
         for x, y in zip(found, true, strict=True):
             eps = torch.finfo(x.dtype).eps
             torch.testing.assert_close(x, y.to(x.dtype), rtol=8 * eps, atol=8 * eps)
@@ -127,7 +131,7 @@ def test_it_is_proved_before_it_is_trusted(ways, monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         assert sums._proved(here) is fused
-    monkeypatch.setattr(fused, "add", lambda total, one, other: total.copy_(one))
+    monkeypatch.setattr(fused, "add", lambda total, one, *others: total.copy_(one[1]))
     with pytest.warns(RuntimeWarning, match="Triton's merge and sum are passed over on cpu: wrong sum"):
         assert sums._proved(here) is None
 

@@ -213,15 +213,15 @@ def test_what_waits_is_not_held_beside_what_accumulates(dtype, whole):
     with measured() as usage:
         for block in some:
             summed.add(*block)
-            assert len(summed.waiting) <= 1 or not (whole or dtype == torch.float32)
+            assert not summed.waiting and not (summed.apart and (whole or dtype == torch.float32))
         result = summed.result()
     assert result.dtype == dtype and result.sum() == s * h * d * (whole + 1 / 4)
     if not whole:
         assert usage.peak <= result.nbytes
 
 
-def test_blocks_of_the_same_rows_are_summed_among_themselves():
-    """As the queries of a zigzag ring's late half: no sum of the whole in float32, and one rounding at the end."""
+def test_blocks_of_some_rows_are_summed_without_a_whole_in_float32():
+    """As the queries of a zigzag ring's late half: it is rounded once, at the end."""
     torch.manual_seed(0)
     s, h, d = 64, 8, 16
     summed, everywhere, late = Sum((1, s, h, d), torch.empty(0, dtype=torch.bfloat16)), slice(0, h), torch.arange(32, s)
@@ -231,11 +231,10 @@ def test_blocks_of_the_same_rows_are_summed_among_themselves():
     with measured() as usage:
         for x in blocks[:3]:
             summed.add(Rows(late[None].clone()), everywhere, x.clone())
-            assert len(summed.waiting) == 1
         summed.add(Rows(torch.arange(s)[None]), everywhere, blocks[3].clone())
         result = summed.result()
     assert torch.equal(result, true.bfloat16())
-    assert usage.peak <= 2 * result.nbytes + 2**9  # the half in float32, and a whole
+    assert usage.peak <= 3.5 * result.nbytes + 2**9  # three halves, a whole, and the half in float32
 
 
 def test_a_rings_step_holds_at_most_twelve_shards_however_many_ranks_share_it():

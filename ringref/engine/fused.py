@@ -19,7 +19,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _LANES = tl.constexpr(8)  # elements that are loaded at once: what other strides are multiples of
 _TILE = 4096
 _BLOCKS = range(4)
-_STEPS = [f"{x}_{axis}" for x in ("o", "l", "p", "q", *(f"{x}{i}" for i in _BLOCKS for x in "xa")) for axis in "bmch"]
+_STEPS = [f"{x}_{axis}" for x in ("o", "l", *(f"{x}{i}" for i in _BLOCKS for x in "xa")) for axis in "bmch"]
 _ROWS = [f"{x}{i}" for i in _BLOCKS for x in ("first", "count")]
 _once = triton.jit(do_not_specialize=["M", "C", "H", *_STEPS, *_ROWS])  # or it is compiled anew for every kind of shape
 _compiling = threading.Lock()  # ranks that are threads come here together
@@ -41,6 +41,14 @@ def _tile(C, H, D: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
+def _block(x, c, h, d, there, first, count, x_b, x_m, x_c, x_h, M):
+    """A block in float32, 0 in rows that it has not."""
+    c -= first
+    there = there & ((c >= 0) & (c < count))[:, None]
+    return tl.load(x + _places(c, h, x_b, x_m, x_c, x_h, M)[:, None] * _LANES + d, there, 0.0).to(tl.float32)
+
+
+@triton.jit
 def _lse(lse, c, h, some, first, count, x_b, x_m, x_c, x_h, M):
     """A block's lse, −inf in rows that it has not."""
     c -= first
@@ -55,13 +63,9 @@ def _logaddexp(a, b):
 
 
 @triton.jit
-def _weighed(x, lse, total, c, h, d, there, first, count, x_b, x_m, x_c, x_h, M):
-    """A block times its weight, 0 in rows that it has not."""
-    c -= first
-    there = there & ((c >= 0) & (c < count))[:, None]
+def _weight(lse, total):
     weight = tl.exp(lse - total)  # NaN where nothing was seen: what is 0 whatever it weighs
-    weight = tl.where(weight == weight, weight, 1.0)[:, None]
-    return tl.load(x + _places(c, h, x_b, x_m, x_c, x_h, M)[:, None] * _LANES + d, there, 0.0).to(tl.float32) * weight
+    return tl.where(weight == weight, weight, 1.0)[:, None]
 
 
 @_once
@@ -84,12 +88,12 @@ def _merge_kernel(
     if N > 3:
         b3 = _lse(a3, c, h, some, first3, count3, a3_b, a3_m, a3_c, a3_h, M)
         total = _logaddexp(total, b3)
-    x = _weighed(x0, b0, total, c, h, d, there, first0, count0, x0_b, x0_m, x0_c, x0_h, M)
-    x += _weighed(x1, b1, total, c, h, d, there, first1, count1, x1_b, x1_m, x1_c, x1_h, M)
+    x = _weight(b0, total) * _block(x0, c, h, d, there, first0, count0, x0_b, x0_m, x0_c, x0_h, M)
+    x += _weight(b1, total) * _block(x1, c, h, d, there, first1, count1, x1_b, x1_m, x1_c, x1_h, M)
     if N > 2:
-        x += _weighed(x2, b2, total, c, h, d, there, first2, count2, x2_b, x2_m, x2_c, x2_h, M)
+        x += _weight(b2, total) * _block(x2, c, h, d, there, first2, count2, x2_b, x2_m, x2_c, x2_h, M)
     if N > 3:
-        x += _weighed(x3, b3, total, c, h, d, there, first3, count3, x3_b, x3_m, x3_c, x3_h, M)
+        x += _weight(b3, total) * _block(x3, c, h, d, there, first3, count3, x3_b, x3_m, x3_c, x3_h, M)
     tl.debug_barrier()  # several threads have read one lse: all must have, before one of them writes it
     tl.store(lse + _places(c, h, l_b, l_m, l_c, l_h, M), total, some)
     tl.store(out + _places(c, h, o_b, o_m, o_c, o_h, M)[:, None] * _LANES + d, x, there)
@@ -97,14 +101,20 @@ def _merge_kernel(
 
 @_once
 def _add_kernel(
-    out, one, other,
-    M, C, H, o_b, o_m, o_c, o_h, p_b, p_m, p_c, p_h, q_b, q_m, q_c, q_h,
-    D: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+    out, x0, x1, x2, x3,
+    M, C, H, o_b, o_m, o_c, o_h,
+    x0_b, x0_m, x0_c, x0_h, first0, count0, x1_b, x1_m, x1_c, x1_h, first1, count1,
+    x2_b, x2_m, x2_c, x2_h, first2, count2, x3_b, x3_m, x3_c, x3_h, first3, count3,
+    N: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     c, h, d, _, there = _tile(C, H, D, ROWS, WIDTH)
-    x = tl.load(one + _places(c, h, p_b, p_m, p_c, p_h, M)[:, None] * _LANES + d, there, 0.0).to(tl.float32)
-    y = tl.load(other + _places(c, h, q_b, q_m, q_c, q_h, M)[:, None] * _LANES + d, there, 0.0).to(tl.float32)
-    tl.store(out + _places(c, h, o_b, o_m, o_c, o_h, M)[:, None] * _LANES + d, x + y, there)
+    x = _block(x0, c, h, d, there, first0, count0, x0_b, x0_m, x0_c, x0_h, M)
+    x += _block(x1, c, h, d, there, first1, count1, x1_b, x1_m, x1_c, x1_h, M)
+    if N > 2:
+        x += _block(x2, c, h, d, there, first2, count2, x2_b, x2_m, x2_c, x2_h, M)
+    if N > 3:
+        x += _block(x3, c, h, d, there, first3, count3, x3_b, x3_m, x3_c, x3_h, M)
+    tl.store(out + _places(c, h, o_b, o_m, o_c, o_h, M)[:, None] * _LANES + d, x, there)
 
 
 def takes(*tensors: Tensor) -> bool:
@@ -120,28 +130,29 @@ def _aligned(x: Tensor) -> bool:
 
 def merge(out: Tensor, lse: Tensor, *blocks: tuple[int, Tensor, Tensor]) -> None:
     """Write to out and lse the merge of two to four blocks, each its first row, its out and its lse."""
-    firsts, pieces, others = zip(*blocks, *(blocks[-1:] * (len(_BLOCKS) - len(blocks))), strict=True)
-    told = [*_steps(out), *lse.stride()]
-    for first, piece, other in zip(firsts, pieces, others, strict=True):
-        told += [*_steps(piece), *other.stride(), first, piece.shape[2]]
-    _launch(_merge_kernel, (out, lse, *pieces, *others), told, N=len(blocks))
+    _launch(_merge_kernel, (out, lse), blocks)
 
 
-def add(out: Tensor, one: Tensor, other: Tensor) -> None:
-    """out = one + other."""
-    _launch(_add_kernel, (out, one, other), [step for x in (out, one, other) for step in _steps(x)])
+def add(out: Tensor, *blocks: tuple[int, Tensor]) -> None:
+    """Write to out the sum of two to four blocks, each its first row and itself."""
+    _launch(_add_kernel, (out,), blocks)
 
 
 def _steps(x: Tensor) -> list[int]:
-    return [step // _LANES.value for step in x.stride()[:4]]
+    return [step // _LANES.value if x.ndim == 5 else step for step in x.stride()[:4]]
 
 
-def _launch(kernel, pointers: tuple[Tensor, ...], told: list[int], **constants: int) -> None:
-    b, m, c, h, d = pointers[0].shape
+def _launch(kernel, into: tuple[Tensor, ...], blocks: tuple[tuple, ...]) -> None:
+    (b, m, c, h, d), n = into[0].shape, len(blocks)
+    blocks += blocks[-1:] * (len(_BLOCKS) - n)  # there are as many arguments
+    told = [step for x in into for step in _steps(x)]
+    for first, *block in blocks:
+        told += [*(step for x in block for step in _steps(x)), first, block[0].shape[2]]
+    pointers = *into, *(x for each in zip(*(block for _, *block in blocks), strict=True) for x in each)
     width = 1 << (d - 1).bit_length()
     rows = max(1, _TILE // width)
-    with _compiling, torch.cuda.device_of(pointers[0]):
-        kernel[-(-c * h // rows), b * m](*pointers, m, c, h, *told, D=d, ROWS=rows, WIDTH=width, **constants)
+    with _compiling, torch.cuda.device_of(into[0]):
+        kernel[-(-c * h // rows), b * m](*pointers, m, c, h, *told, N=n, D=d, ROWS=rows, WIDTH=width)
 
 
 def fault(plain, device: torch.device) -> str | None:
@@ -155,7 +166,7 @@ def fault(plain, device: torch.device) -> str | None:
         for way in (plain, sys.modules[__name__]):
             mine, total = (out.clone(), lse.clone(), piece.bfloat16()), torch.empty_like(out)
             way.merge(*mine[:2], (0, *mine[:2]), (0, mine[2], other), (5, mine[2][:, :, 5:], other[:, :, :-5]))
-            way.add(total, out, mine[2])
+            way.add(total, (0, out), (0, mine[2]), (5, mine[2][:, :, 5:]))
             found.append((*mine[:2], total))
     except Exception as error:  # whatever a compiler may raise
         return f"{type(error).__name__}: {error}"

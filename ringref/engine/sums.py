@@ -1,14 +1,15 @@
 """What accumulates: the running merge of outputs, and sums of gradients.
 
-Both keep the first block as it came, in the inputs' dtype, and others waiting until some are merged or added in one
-pass over memory, at the latest as the result is written. What they have come to before is float32 (float64 for
-float64). A sum adds blocks of the same rows as one that waits among themselves.
+Blocks wait as they came, in the inputs' dtype, until some are taken in by one pass over memory: at the latest as the
+result is written. What comes of them before that is float32 (float64 for float64).
 """
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from types import ModuleType, SimpleNamespace
 
 import torch
@@ -19,66 +20,77 @@ from ..shard import wide
 from .visits import Rows
 
 
-class Running:
-    """The running merge of blocks of rows, `out` b s h d and `lse` b s h."""
+class _Blocks:
+    """What blocks of rows come to, each one tensor `b m c h …` or more: `b s h …` of the first."""
+
+    _COUNTS = 1  # as how many blocks a total in the accumulating dtype counts, where no more than three are held
 
     def __init__(self, shape: Sequence[int], like: Tensor):
         self.shape, self.like, self.dtype = tuple(shape), like, wide(like.dtype)
-        self.out = self.lse = None  # b 1 s h …, as what waits: its first row, out and lse
-        self.waiting: list[tuple[int, Tensor, Tensor]] = []
+        self.total: tuple[Tensor, ...] | None = None  # b 1 s h …
+        self.waiting: list[tuple] = []  # of each its first row, and its tensors b 1 c h …
+
+    def _is_range(self, rows: Rows, x: Tensor) -> bool:
+        """Whether a block is a range of rows of every head."""
+        return rows.a_range and x.shape[3] == self.shape[2]
+
+    def _wait(self, rows: Rows, *block: Tensor) -> None:
+        """Let a range of rows wait, until there is as much as three whole blocks."""
+        self.waiting.append((rows.start, *(x if x.shape[1] == 1 else x.flatten(1, 2)[:, None] for x in block)))
+        held = sum(x.shape[2] for _, x, *_ in self.waiting) + (self._COUNTS * self.shape[1] if self.total else 0)
+        if held >= 3 * self.shape[1] or self.like.dtype == self.dtype:  # of that dtype it is no smaller than the total
+            self._fold(self.dtype)
+
+    def _fold(self, dtype: torch.dtype) -> None:
+        """Combine with what waits, in as few passes as can be; the total is then of this dtype."""
+        blocks, self.waiting = self.waiting, []
+        if self.total is None:
+            whole = next((i for i, (_, x, *_) in enumerate(blocks) if x.shape[2] == self.shape[1]), None)
+            self.total = self._nothing(dtype) if whole is None else blocks.pop(whole)[1:]
+        while blocks:
+            some, blocks = blocks[: _AT_ONCE - 1], blocks[_AT_ONCE - 1 :]
+            self._pass(some, self.dtype if blocks else dtype)
+        self.total = self.total[0].to(dtype), *self.total[1:]
+
+    def _pass(self, blocks: list[tuple], dtype: torch.dtype) -> None:
+        first, *rest = self.total
+        if first.dtype != dtype:
+            self.total = torch.empty_like(first, dtype=dtype), *rest
+            self._combine(self.total, (0, first, *rest), *blocks)
+        else:  # in place, the rows that change
+            start, end = min(at for at, *_ in blocks), max(at + x.shape[2] for at, x, *_ in blocks)
+            mine = [x[:, :, start:end] for x in self.total]
+            self._combine(mine, (0, *mine), *((at - start, *block) for at, *block in blocks))
+
+
+class Running(_Blocks):
+    """The running merge of blocks of rows, `out` b s h d and `lse` b s h."""
 
     def merge(self, rows: Rows, heads: slice, out: Tensor, lse: Tensor) -> None:
-        if a_range := rows.a_range and out.shape[3] == self.shape[2]:
-            out, lse = (x if x.shape[1] == 1 else x.flatten(1, 2)[:, None] for x in (out, lse))
-        if self.out is None and a_range and out.shape[2] == self.shape[1]:
-            self.out, self.lse = out, lse
+        if self._is_range(rows, out):
+            self._wait(rows, out, lse)
             return
-        self._start()
-        if not a_range or len(self.waiting) == _AT_ONCE - 1:
-            self._fold(self.dtype)
-        if not a_range:
-            self._merge(rows, heads, out, lse)
-            return
-        self.waiting.append((rows.start, out, lse))
-        held = sum(x.shape[2] for _, x, _ in self.waiting)
-        if held >= 2 * self.shape[1] or self.like.dtype == self.dtype:
-            self._fold(self.dtype)
+        self._fold(self.dtype)
+        whole, its = (x[:, 0] for x in self.total)
+
+        def write(*mine: Tensor) -> None:
+            self._combine(mine, (0, *mine), (0, out, lse))
+
+        rows.change(whole, heads, lambda mine: rows.change(its, heads, partial(write, mine)))
 
     def result(self) -> tuple[Tensor, Tensor]:
         """out in the inputs' dtype, lse in the accumulating one; 0 and −inf where nothing was seen."""
-        self._start()
         self._fold(self.like.dtype)
-        return self.out[:, 0], self.lse[:, 0]
+        out, lse = self.total
+        return out[:, 0], lse[:, 0]
 
-    def _start(self) -> None:
-        if self.out is None:
-            b, *rest = self.shape
-            self.out = self.like.new_zeros((b, 1, *rest))
-            self.lse = self.like.new_full((b, 1, *rest[:2]), -torch.inf, dtype=self.dtype)
+    def _nothing(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        b, s, h, d = self.shape
+        out = self.like.new_zeros((b, 1, s, h, d), dtype=dtype)
+        return out, self.like.new_full((b, 1, s, h), -torch.inf, dtype=self.dtype)
 
-    def _fold(self, dtype: torch.dtype) -> None:
-        """Merge what waits, in one pass; out is then of this dtype."""
-        blocks, self.waiting = self.waiting, []
-        if not blocks:
-            self.out = self.out.to(dtype)
-        elif self.out.dtype == dtype:  # in place, and of the rows that change
-            start = min(first for first, *_ in blocks)
-            rows = slice(start, max(first + x.shape[2] for first, x, _ in blocks))
-            mine = self.out[:, :, rows], self.lse[:, :, rows]
-            _merged(*mine, (0, *mine), *((first - start, *block) for first, *block in blocks))
-        else:
-            mine, self.out = self.out, torch.empty_like(self.out, dtype=dtype)
-            _merged(self.out, self.lse, (0, mine, self.lse), *blocks)
-
-    def _merge(self, rows: Rows, heads: slice, piece: Tensor, other: Tensor) -> None:
-        def write(out: Tensor) -> None:
-            rows.change(self.lse[:, 0], heads, lambda lse: _merged(out, lse, (0, out, lse), (0, piece, other)))
-
-        rows.change(self.out[:, 0], heads, write)
-
-
-def _merged(out: Tensor, lse: Tensor, *blocks: tuple[int, Tensor, Tensor]) -> None:
-    _way(_MERGED, out, *(x for _, x, _ in blocks)).merge(out, lse, *blocks)
+    def _combine(self, into: Sequence[Tensor], *blocks: tuple) -> None:
+        _way(_MERGED, into[0], *(x for _, x, _ in blocks)).merge(*into, *blocks)
 
 
 def merge(out: Tensor, lse: Tensor, whole: tuple[int, Tensor, Tensor], *blocks: tuple[int, Tensor, Tensor]) -> None:
@@ -104,16 +116,24 @@ def _weight(lse: Tensor, total: Tensor) -> Tensor:
     return (lse - total).exp_().nan_to_num_(1.0)[..., None]
 
 
-def add(total: Tensor, one: Tensor, other: Tensor) -> None:
-    """total = one + other."""
-    total.copy_(one).add_(other)
+def add(total: Tensor, whole: tuple[int, Tensor], *blocks: tuple[int, Tensor]) -> None:
+    """Write to total the sum of blocks, each its first row and itself; the first has all rows, and may be the total."""
+    # in the total's dtype where nothing is rounded twice
+    once = total.dtype == wide(total.dtype) or (len(blocks) == 1 and whole[1].dtype == total.dtype)
+    mine = total if once else torch.empty_like(total, dtype=wide(total.dtype))
+    if mine is not whole[1]:
+        mine.copy_(whole[1])
+    for first, x in blocks:
+        mine.narrow(2, first, x.shape[2]).add_(x)
+    if mine is not total:
+        total.copy_(mine)
 
 
 _PLAIN = SimpleNamespace(merge=merge, add=add)
 # elements from which passes over memory cost more than a launch of Triton's, which in the middle of a step takes the
 # host 100 µs, as PyTorch's one pass of a sum in place takes 25
 _MERGED, _ADDED = 2**20, 2**23
-_AT_ONCE = 4  # blocks that one pass merges
+_AT_ONCE = 4  # blocks that one pass takes
 _proofs: dict[torch.device, ModuleType | None] = {}
 
 
@@ -145,93 +165,71 @@ def _proved(device: torch.device) -> ModuleType | None:
     return None if fault else fused
 
 
-def plus(one: Tensor, other: Tensor, dtype: torch.dtype) -> Tensor:
-    """one + other, `b m c h d`, in this dtype: in one's memory where it has that."""
-    if one.dtype == dtype:
-        return one.add_(other)
-    total = torch.empty_like(one, dtype=dtype)
-    _way(_ADDED, total, one, other).add(total, one, other)
-    return total
-
-
-class Sum:
+class Sum(_Blocks):
     """A running sum of blocks of rows, `b s h d`."""
 
+    _COUNTS = 2  # a backward holds more beside it than a forward
+
     def __init__(self, shape: Sequence[int], like: Tensor):
-        self.shape, self.like, self.dtype = tuple(shape), like, wide(like.dtype)
-        self.total, self.waiting = None, []
+        super().__init__(shape, like)
+        self.apart: list[tuple[Rows, slice, Tensor]] = []
 
     def add(self, rows: Rows, heads: slice, x: Tensor) -> None:
-        whole = _covers(rows, x, self.shape)
-        if self.total is None and whole:
-            self.total = x.flatten(1, 2)
-        elif self._waits(heads):
-            self.waiting.append((rows, heads, x))
-        elif whole:
-            self._plus(x.flatten(1, 2), self.dtype)
-            self._start(self.dtype)
-        elif (alike := self._alike(rows, heads)) is not None:
-            self.waiting[alike] = rows, heads, plus(self.waiting[alike][2], x, self.dtype)
+        a_range = self._is_range(rows, x)
+        if not a_range and self._is_apart(heads):
+            self.apart.append((rows, heads, x))
+            return
+        if self.apart or not a_range:
+            self._fold(self.dtype)
+        if a_range:
+            self._wait(rows, x)
         else:
-            self._start(self.dtype)
             self._add(rows, heads, x)
 
-    def _alike(self, rows: Rows, heads: slice) -> int | None:
-        """Which of those that wait has the same rows and heads."""
-        same = (i for i, (others, its, _) in enumerate(self.waiting) if its == heads and rows.follows(others, 0))
-        return next(same, None)
-
-    def _waits(self, heads: slice) -> bool:
-        """Whether these heads' blocks have not begun to accumulate, and none of them waits yet. Several wait only where
-        the result may then do without a sum in the accumulating dtype: they would be held beside it.
+    def _is_apart(self, heads: slice) -> bool:
+        """Whether only blocks of other heads came before: then the result may do without a sum in the accumulating
+        dtype, beside which they would be held.
         """
-        if not self.waiting:
-            return self.total is None or self.total.dtype != self.dtype
-        if self.total is not None or self.like.dtype == self.dtype:
+        if self.total or self.waiting or self.like.dtype == self.dtype:
             return False
         every = range(self.shape[2])
-        return not any(set(every[heads]) & set(every[others]) for _, others, _ in self.waiting)
+        return not any(set(every[heads]) & set(every[others]) for _, others, _ in self.apart)
 
     def result(self) -> Tensor:
         """The sum in the inputs' dtype."""
-        self._start(self.like.dtype if self.total is None else self.total.dtype)
-        return self.total.to(self.like.dtype)
+        self._fold(self.like.dtype)
+        return self.total[0][:, 0]
 
     def onto(self, total: Tensor, where: Tensor | None) -> Tensor:
         """The sum added to a larger one, all of it or the rows `where`, in the accumulating dtype."""
         if where is not None:
             return total.to(self.dtype).index_add_(1, where.to(total.device), self.wide())
-        mine, self.total = self.total, total
-        if mine is not None:
-            self._plus(mine, self.dtype)
+        if self.total:
+            self.waiting.append((0, *self.total))
+        self.total = (total[:, None],)
         return self.wide()
 
     def wide(self) -> Tensor:
-        self._start(self.dtype)
-        return self.total
+        self._fold(self.dtype)
+        return self.total[0][:, 0]
 
-    def _start(self, dtype: torch.dtype) -> None:
-        if self.total is None:
-            self.total = self.like.new_zeros(self.shape, dtype=dtype)
-        while self.waiting:
-            rows, heads, x = self.waiting.pop(0)
-            if _covers(rows, x, self.shape):
-                self._plus(x.flatten(1, 2), dtype)
-            else:
-                self.total = self.total.to(dtype)
-                self._add(rows, heads, x)
-        self.total = self.total.to(dtype)
-
-    def _plus(self, x: Tensor, dtype: torch.dtype) -> None:
-        self.total = plus(self.total[:, None], x[:, None], dtype)[:, 0]
+    def _fold(self, dtype: torch.dtype) -> None:
+        super()._fold(dtype)
+        apart, self.apart = self.apart, []
+        for block in apart:
+            self._add(*block)
 
     def _add(self, rows: Rows, heads: slice, x: Tensor) -> None:
-        rows.change(self.total, heads, lambda part: part.add_(x))
+        rows.change(self.total[0][:, 0], heads, lambda part: part.add_(x))
 
+    def _nothing(self, dtype: torch.dtype) -> tuple[Tensor]:
+        b, s, h, d = self.shape
+        return (self.like.new_zeros((b, 1, s, h, d), dtype=dtype),)
 
-def _covers(rows: Rows, x: Tensor, shape: Sequence[int]) -> bool:
-    """Whether a block is the whole: every row and every head of `b s h d`."""
-    return rows.all_of(shape[1]) and x.shape[3] == shape[2]
+    def _combine(self, into: Sequence[Tensor], whole: tuple, *blocks: tuple) -> None:
+        # what is added in place is one pass of PyTorch's, too, where it is one block
+        least = _ADDED if len(blocks) > 1 or into[0] is not whole[1] else math.inf
+        _way(least, into[0], whole[1], *(x for _, x in blocks)).add(into[0], whole, *blocks)
 
 
 class Gradients:
