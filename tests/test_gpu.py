@@ -223,8 +223,9 @@ def test_large_blocks_merge_and_add_in_one_pass(dtype):
         for way in (sums._PLAIN, *[sums._way(2**20, view, piece)] * 10):
             mine, its = out.clone(), lse.clone()
             total = torch.empty_like(view, dtype=torch.float32)
-            way.merge(some.of(mine, heads), some.of(its, heads), piece, other)
-            way.add(total, view, piece)
+            into = some.of(mine, heads), some.of(its, heads)
+            way.merge(*into, (0, *into), (0, piece, other), (1, piece[:, :, :-1], other[:, :, 1:]))
+            way.add(total, (0, view), (0, piece), (1, piece[:, :, 1:]))
             found.append((mine, its, total))
         assert way is sums._proofs[out.device] is not None, name
         for again in found[2:]:

@@ -36,8 +36,12 @@ class _Blocks:
 
     def _wait(self, rows: Rows, *block: Tensor) -> None:
         """Let a range of rows wait, until there is as much as three whole blocks."""
-        self.waiting.append((rows.start, *(x if x.shape[1] == 1 else x.flatten(1, 2)[:, None] for x in block)))
-        held = sum(x.shape[2] for _, x, *_ in self.waiting) + (self._COUNTS * self.shape[1] if self.total else 0)
+        if block[0].shape[1] > 1:
+            block = [x.flatten(1, 2)[:, None] for x in block]
+        self.waiting.append((rows.start, *block))
+        held = self._COUNTS * self.shape[1] if self.total else 0
+        for _, x, *_ in self.waiting:
+            held += x.shape[2]
         if held >= 3 * self.shape[1] or self.like.dtype == self.dtype:  # of that dtype it is no smaller than the total
             self._fold(self.dtype)
 
@@ -50,7 +54,8 @@ class _Blocks:
         while blocks:
             some, blocks = blocks[: _AT_ONCE - 1], blocks[_AT_ONCE - 1 :]
             self._pass(some, self.dtype if blocks else dtype)
-        self.total = self.total[0].to(dtype), *self.total[1:]
+        if self.total[0].dtype != dtype:
+            self.total = self.total[0].to(dtype), *self.total[1:]
 
     def _pass(self, blocks: list[tuple], dtype: torch.dtype) -> None:
         first, *rest = self.total
@@ -59,7 +64,7 @@ class _Blocks:
             self._combine(self.total, (0, first, *rest), *blocks)
         else:  # in place, the rows that change
             start, end = min(at for at, *_ in blocks), max(at + x.shape[2] for at, x, *_ in blocks)
-            mine = [x[:, :, start:end] for x in self.total]
+            mine = [_some(x, start, end - start) for x in self.total]
             self._combine(mine, (0, *mine), *((at - start, *block) for at, *block in blocks))
 
 
@@ -100,15 +105,20 @@ def merge(out: Tensor, lse: Tensor, whole: tuple[int, Tensor, Tensor], *blocks: 
     _, mine, own = whole
     total = own.clone()
     for first, _, its in blocks:
-        some = total.narrow(2, first, its.shape[2])
+        some = _some(total, first, its.shape[2])
         torch.logaddexp(some, its, out=some)
     kept = torch.mul(mine, _weight(own, total), out=out if out.dtype == lse.dtype else None)
     for first, piece, its in blocks:
         rows = first, its.shape[2]
-        kept.narrow(2, *rows).addcmul_(piece, _weight(its, total.narrow(2, *rows)))
+        _some(kept, *rows).addcmul_(piece, _weight(its, _some(total, *rows)))
     if kept is not out:
         out.copy_(kept)
     lse.copy_(total)
+
+
+def _some(x: Tensor, first: int, count: int) -> Tensor:
+    """Some rows of b m c h …; a view that shows everything would cost the host for nothing."""
+    return x if count == x.shape[2] else x.narrow(2, first, count)
 
 
 def _weight(lse: Tensor, total: Tensor) -> Tensor:
@@ -124,7 +134,7 @@ def add(total: Tensor, whole: tuple[int, Tensor], *blocks: tuple[int, Tensor]) -
     if mine is not whole[1]:
         mine.copy_(whole[1])
     for first, x in blocks:
-        mine.narrow(2, first, x.shape[2]).add_(x)
+        _some(mine, first, x.shape[2]).add_(x)
     if mine is not total:
         total.copy_(mine)
 

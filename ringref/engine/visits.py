@@ -198,7 +198,8 @@ def regular(heads: range, group: int) -> list[range]:
 
 class Rows:
     """m segments of c rows of some heads of a tensor `b s h …`, seen as `b m c h …`: a strided view
-    where the indices allow it, else a copy. `slant`: how many rows further each next head starts.
+    where the indices allow it, else a copy. `slant`: how many rows further each next head starts. `a_range`: rows one
+    after the other, the same of all heads.
     """
 
     def __init__(self, index: Tensor):
@@ -207,6 +208,7 @@ class Rows:
         self.step = int(index[0, 1] - index[0, 0]) if some and self.c > 1 else 1
         self.hop = int(index[1, 0] - index[0, 0]) if some and self.m > 1 else self.c * self.step
         self.strided = self.step > 0 and self.hop > 0 and torch.equal(self._even(), index)
+        self.a_range = self.strided and self.step == 1 and self.hop == self.c
         self._uneven = None if self.strided else index.clone()  # plans live long: a view needs no indices
         self._on: dict = {}
 
@@ -225,7 +227,7 @@ class Rows:
     def slanted(self, by: int) -> Rows:
         """The same, but each next head starts so many rows further on."""
         other = copy(self)
-        other.slant = by
+        other.slant, other.a_range = by, self.a_range and not by
         return other
 
     def follows(self, other: Rows, by: int = 1) -> bool:
@@ -236,11 +238,6 @@ class Rows:
     def all_of(self, s: int) -> bool:
         """Whether these are rows 0 … s−1 in order."""
         return self.start == 0 and self.m * self.c == s and self.a_range
-
-    @property
-    def a_range(self) -> bool:
-        """Whether these are rows one after the other."""
-        return self.strided and self.step == 1 and self.hop == self.c and not self.slant
 
     def of(self, x: Tensor, heads: slice = slice(None)) -> Tensor:
         if not self.strided:
