@@ -45,6 +45,20 @@ def test_a_function_that_no_module_holds():
     assert launch(cell["fn"], 2) == [0, 3]
 
 
+def test_what_gloo_cannot_send_is_an_error_and_no_crash():
+    """It takes a GPU's address for one of the host's, and the process ends without a word."""
+
+    def fn(ring):
+        class Far(torch.Tensor):
+            device = torch.device("cuda:0")
+
+        with pytest.raises(ValueError, match="tensors on cuda:0 cannot be sent over gloo; the group needs NCCL"):
+            ring.rotate((torch.ones(2).as_subclass(Far),), (torch.empty(2),))
+        return float(ring.rotate((torch.ones(2),), (torch.empty(2),)).wait()[0].sum())
+
+    assert launch(fn, 2) == [2.0, 2.0]
+
+
 def test_a_ring_of_some_ranks_counts_its_own_ranks():
     def fn(ring):
         group = dist.new_group([1, 3])
