@@ -42,7 +42,9 @@ class _Blocks:
         held = self._COUNTS * self.shape[1] if self.total else 0
         for _, x, *_ in self.waiting:
             held += x.shape[2]
-        if held >= 3 * self.shape[1] or self.like.dtype == self.dtype:  # of that dtype it is no smaller than the total
+        more = self.total or len(self.waiting) > 1
+        # of the accumulating dtype what waits is no smaller than the total
+        if held >= 3 * self.shape[1] or (more and self.like.dtype == self.dtype):
             self._fold(self.dtype)
 
     def _fold(self, dtype: torch.dtype) -> None:
