@@ -510,8 +510,12 @@ def test_an_error_of_a_rank_can_be_told_whole():
 
 
 def test_triton_compiles_once_for_all_shapes_and_has_a_barrier():
-    """engine/fused.py: do_not_specialize takes names, and debug_barrier lets a block's threads wait for each other."""
+    """engine/fused.py: do_not_specialize takes names, debug_barrier lets a block's threads wait for each other, and a
+    maximum can be asked to keep NaN.
+    """
     triton = pytest.importorskip("triton")
 
     assert "do_not_specialize" in inspect.signature(triton.jit).parameters
     assert callable(triton.language.debug_barrier)
+    assert "propagate_nan" in inspect.signature(triton.language.maximum).parameters
+    assert triton.language.PropagateNan.ALL is not None

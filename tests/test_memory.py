@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import ringref
 from ringref import Dilation, dense_attention, launch, partition, simulate
-from ringref.engine.sums import Sum
+from ringref.engine.sums import Running, Sum
 from ringref.engine.visits import Rows
 from ringref.lab.memory import measured, predicted, table
 
@@ -235,6 +235,17 @@ def test_blocks_of_some_rows_are_summed_without_a_whole_in_float32():
         result = summed.result()
     assert torch.equal(result, true.bfloat16())
     assert usage.peak <= 3.5 * result.nbytes + 2**9  # three halves, a whole, and the half in float32
+
+
+@pytest.mark.parametrize("level", [0.0, 50.0, 1000.0])
+def test_weights_of_a_merge_add_up_to_one_however_large_the_lse(level):
+    """Weights that are exp(lse − merged lse) miss 1 by what rounding the merged one makes of it, at every hop more."""
+    torch.manual_seed(0)
+    merged = Running((1, 64, 4, 8), torch.empty(0))
+    for _ in range(8):
+        lse = level + torch.randn(1, 1, 64, 4)
+        merged.merge(Rows(torch.arange(64)[None]), slice(0, 4), torch.ones(1, 1, 64, 4, 8), lse)
+    assert (merged.result()[0] - 1).abs().max() < 1e-6
 
 
 def test_a_rings_step_holds_at_most_twelve_shards_however_many_ranks_share_it():

@@ -159,7 +159,7 @@ def test_documents_of_equal_shape_fold_and_many_shapes_are_one_call():
     ends = [0, *itertools.accumulate(lengths)]
     (one,) = planned(ends[-1], ends, (None, 0), ragged=True)
     assert one.kind == "ragged" and one.ragged.lengths.tolist() == [[x, x] for x in lengths]
-    assert (one.ragged.left, one.ragged.right) == (None, 0) and one.queries.all_of(ends[-1])
+    assert (one.ragged.left, one.ragged.right) == (None, 0) and one.queries.a_range and one.queries.c == ends[-1]
     assert len(planned(ends[-1], ends, (None, 0))) == len(set(lengths))  # a launch for each, where no kernel takes them
 
 
@@ -176,7 +176,7 @@ def test_a_window_is_one_call():
     for bounds in ((100, 0), (30, 70)):
         (one,) = planned(4096, [0, 4096], bounds, ragged=True)
         assert (one.kind, one.ragged.left, one.ragged.right) == ("ragged", *bounds)
-        assert one.queries.strided and one.queries.all_of(4096)
+        assert one.queries.a_range and one.queries.c == 4096
         cut = planned(4096, [0, 4096], bounds)
         assert {x.kind for x in cut} <= {"causal", "full"} and len(cut) < 12
 

@@ -56,16 +56,14 @@ def _lse(lse, c, h, some, first, count, x_b, x_m, x_c, x_h, M):
 
 
 @triton.jit
-def _logaddexp(a, b):
-    ahead = b - a
-    both = tl.maximum(a, b) + tl.log(1 + tl.exp(-tl.abs(ahead)))
-    return tl.where(a == b, a + 0.6931471805599453, tl.where(ahead == ahead, both, ahead))
+def _max(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
-def _weight(lse, total):
-    weight = tl.exp(lse - total)  # NaN where nothing was seen: what is 0 whatever it weighs
-    return tl.where(weight == weight, weight, 1.0)[:, None]
+def _weight(lse, top):
+    weight = tl.exp(lse - top)  # NaN where nothing was seen: what is 0 whatever it weighs
+    return tl.where(weight == weight, weight, 1.0)
 
 
 @_once
@@ -81,22 +79,28 @@ def _merge_kernel(
     c, h, d, some, there = _tile(C, H, D, ROWS, WIDTH)
     b0 = _lse(a0, c, h, some, first0, count0, a0_b, a0_m, a0_c, a0_h, M)
     b1 = _lse(a1, c, h, some, first1, count1, a1_b, a1_m, a1_c, a1_h, M)
-    total = _logaddexp(b0, b1)
+    top = _max(b0, b1)
     if N > 2:
         b2 = _lse(a2, c, h, some, first2, count2, a2_b, a2_m, a2_c, a2_h, M)
-        total = _logaddexp(total, b2)
+        top = _max(top, b2)
     if N > 3:
         b3 = _lse(a3, c, h, some, first3, count3, a3_b, a3_m, a3_c, a3_h, M)
-        total = _logaddexp(total, b3)
-    x = _weight(b0, total) * _block(x0, c, h, d, there, first0, count0, x0_b, x0_m, x0_c, x0_h, M)
-    x += _weight(b1, total) * _block(x1, c, h, d, there, first1, count1, x1_b, x1_m, x1_c, x1_h, M)
+        top = _max(top, b3)
+    w0, w1 = _weight(b0, top), _weight(b1, top)
+    share = w0 + w1
+    x = w0[:, None] * _block(x0, c, h, d, there, first0, count0, x0_b, x0_m, x0_c, x0_h, M)
+    x += w1[:, None] * _block(x1, c, h, d, there, first1, count1, x1_b, x1_m, x1_c, x1_h, M)
     if N > 2:
-        x += _weight(b2, total) * _block(x2, c, h, d, there, first2, count2, x2_b, x2_m, x2_c, x2_h, M)
+        w2 = _weight(b2, top)
+        share += w2
+        x += w2[:, None] * _block(x2, c, h, d, there, first2, count2, x2_b, x2_m, x2_c, x2_h, M)
     if N > 3:
-        x += _weight(b3, total) * _block(x3, c, h, d, there, first3, count3, x3_b, x3_m, x3_c, x3_h, M)
+        w3 = _weight(b3, top)
+        share += w3
+        x += w3[:, None] * _block(x3, c, h, d, there, first3, count3, x3_b, x3_m, x3_c, x3_h, M)
     tl.debug_barrier()  # several threads have read one lse: all must have, before one of them writes it
-    tl.store(lse + _places(c, h, l_b, l_m, l_c, l_h, M), total, some)
-    tl.store(out + _places(c, h, o_b, o_m, o_c, o_h, M)[:, None] * _LANES + d, x, there)
+    tl.store(lse + _places(c, h, l_b, l_m, l_c, l_h, M), top + tl.log(share), some)
+    tl.store(out + _places(c, h, o_b, o_m, o_c, o_h, M)[:, None] * _LANES + d, x / share[:, None], there)
 
 
 @_once
@@ -161,12 +165,14 @@ def fault(plain, device: torch.device) -> str | None:
     out, piece = linspace(-3, 3, 2 * 444 * 80).view(2, 2, 2, 37, 3, 80)[..., :72]
     lse, other = linspace(-200, 200, 2 * 444).view(2, 2, 2, 37, 3)
     lse[:, :, :2], other[:, :, 1:3] = -torch.inf, -torch.inf
+    out[:, :, :2], piece[:, :, 1:3] = 0, 0
     found = []
     try:
         for way in (plain, sys.modules[__name__]):
             mine, total = (out.clone(), lse.clone(), piece.bfloat16()), torch.empty_like(out)
-            way.merge(*mine[:2], (0, *mine[:2]), (0, mine[2], other), (5, mine[2][:, :, 5:], other[:, :, :-5]))
-            way.add(total, (0, out), (0, mine[2]), (5, mine[2][:, :, 5:]))
+            late = mine[2][:, :, 5:], other[:, :, 5:]
+            way.merge(*mine[:2], (0, *mine[:2]), (0, mine[2], other), (5, *late), (2, *late))
+            way.add(total, (0, out), (0, mine[2]), (5, late[0]), (2, late[0]))
             found.append((*mine[:2], total))
     except Exception as error:  # whatever a compiler may raise
         return f"{type(error).__name__}: {error}"

@@ -23,7 +23,7 @@ from .visits import Rows
 class _Blocks:
     """What blocks of rows come to, each one tensor `b m c h …` or more: `b s h …` of the first."""
 
-    _COUNTS = 1  # as how many blocks a total in the accumulating dtype counts, where no more than three are held
+    _COUNTS = 1  # as how many of the blocks that are held a total counts
 
     def __init__(self, shape: Sequence[int], like: Tensor):
         self.shape, self.like, self.dtype = tuple(shape), like, wide(like.dtype)
@@ -35,7 +35,7 @@ class _Blocks:
         return rows.a_range and x.shape[3] == self.shape[2]
 
     def _wait(self, rows: Rows, *block: Tensor) -> None:
-        """Let a range of rows wait, until there is as much as three whole blocks."""
+        """Let a range of rows wait, until more than two and a half whole blocks are held."""
         if block[0].shape[1] > 1:
             block = [x.flatten(1, 2)[:, None] for x in block]
         self.waiting.append((rows.start, *block))
@@ -43,8 +43,8 @@ class _Blocks:
         for _, x, *_ in self.waiting:
             held += x.shape[2]
         more = self.total or len(self.waiting) > 1
-        # of the accumulating dtype what waits is no smaller than the total
-        if held >= 3 * self.shape[1] or (more and self.like.dtype == self.dtype):
+        # in the accumulating dtype what waits is no smaller than what comes of it
+        if 2 * held > 5 * self.shape[1] or (more and self.like.dtype == self.dtype):
             self._fold(self.dtype)
 
     def _fold(self, dtype: torch.dtype) -> None:
@@ -105,17 +105,19 @@ def merge(out: Tensor, lse: Tensor, whole: tuple[int, Tensor, Tensor], *blocks: 
     may be where out and lse are.
     """
     _, mine, own = whole
-    total = own.clone()
+    top = own.clone()
     for first, _, its in blocks:
-        some = _some(total, first, its.shape[2])
-        torch.logaddexp(some, its, out=some)
-    kept = torch.mul(mine, _weight(own, total), out=out if out.dtype == lse.dtype else None)
+        some = _some(top, first, its.shape[2])
+        torch.maximum(some, its, out=some)
+    weight = _weight(own, top)
+    kept, share = torch.mul(mine, weight[..., None], out=out if out.dtype == lse.dtype else None), weight
     for first, piece, its in blocks:
         rows = first, its.shape[2]
-        _some(kept, *rows).addcmul_(piece, _weight(its, _some(total, *rows)))
-    if kept is not out:
-        out.copy_(kept)
-    lse.copy_(total)
+        weight = _weight(its, _some(top, *rows))
+        _some(kept, *rows).addcmul_(piece, weight[..., None])
+        _some(share, *rows).add_(weight)
+    torch.div(kept, share[..., None], out=out)
+    torch.add(top, share.log_(), out=lse)
 
 
 def _some(x: Tensor, first: int, count: int) -> Tensor:
@@ -123,9 +125,9 @@ def _some(x: Tensor, first: int, count: int) -> Tensor:
     return x if count == x.shape[2] else x.narrow(2, first, count)
 
 
-def _weight(lse: Tensor, total: Tensor) -> Tensor:
+def _weight(lse: Tensor, top: Tensor) -> Tensor:
     # what saw nothing is 0 whatever it weighs, and what is infinite or no number stays as it is
-    return (lse - total).exp_().nan_to_num_(1.0)[..., None]
+    return (lse - top).exp_().nan_to_num_(1.0)
 
 
 def add(total: Tensor, whole: tuple[int, Tensor], *blocks: tuple[int, Tensor]) -> None:
@@ -180,7 +182,7 @@ def _proved(device: torch.device) -> ModuleType | None:
 class Sum(_Blocks):
     """A running sum of blocks of rows, `b s h d`."""
 
-    _COUNTS = 2  # a backward holds more beside it than a forward
+    _COUNTS = 2  # it is as large as two of bfloat16, and a backward has no room to spare
 
     def __init__(self, shape: Sequence[int], like: Tensor):
         super().__init__(shape, like)

@@ -235,10 +235,6 @@ class Rows:
         mine, its = ((x.step, x.hop, x.m, x.c, x.slant) for x in (self, other))
         return self.strided and other.strided and self.start == other.start + by and mine == its
 
-    def all_of(self, s: int) -> bool:
-        """Whether these are rows 0 … s−1 in order."""
-        return self.start == 0 and self.m * self.c == s and self.a_range
-
     def of(self, x: Tensor, heads: slice = slice(None)) -> Tensor:
         if not self.strided:
             return x[:, :, heads].index_select(1, self.flat(x.device)).unflatten(1, (self.m, self.c))
