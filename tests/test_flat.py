@@ -19,5 +19,5 @@ def test_peak_is_flat_in_p(parts, monkeypatch):
     with in_parts(parts):
         peaks = {p: max(both for _, both in simulate(step, p)) / (S * H * D * 2) for p in (2, 3, 4, 8)}
     # own outputs and gradients are 4; a fused backward's accumulator, 2 / parts, is not seen here
-    assert max(peaks.values()) + 2 / parts < {3: 9.9, 4: 9.7}[parts], peaks
+    assert max(peaks.values()) + 2 / parts < {3: 10.0, 4: 9.8}[parts], peaks
     assert peaks[2] < peaks[3] < peaks[4] and peaks[8] < 1.02 * peaks[4], peaks
