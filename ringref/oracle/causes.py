@@ -266,7 +266,7 @@ def others_rows(s: Scene) -> dict[str, Tensor]:
         "the rank before the keys'": s.theirs - 1,
     }
     ranks |= {"the rank after the queries'": s.mine + 1, "the rank before the queries'": s.mine - 1}
-    return {f"that of {text}": torch.stack(s.case.asks)[rank % s.p, s.here] for text, rank in ranks.items()}
+    return {text: torch.stack(s.case.asks)[rank % s.p, s.here] for text, rank in ranks.items()}
 
 
 def counted(s: Scene) -> Iterator[Change]:
@@ -318,9 +318,9 @@ def pairwise(s: Scene, everywhere: bool = True) -> Iterator[Change]:
         for who, names in {"K and V are": ("K_of", "V_of"), "K is": ("K_of",), "V is": ("V_of",)}.items():
             for text, at in sources.items():
                 wrong[f"{who} {text}"] = dict.fromkeys(names, at)
-        for who, names in {"q is": ("q_of",), "dO is": ("do_of",), "q and dO are": ("q_of", "do_of")}.items():
-            for text, at in others_rows(s).items():
-                wrong[f"{who} {text}"] = dict.fromkeys(names, at)
+        each = {"q is that": ("q_of",), "dO is that": ("do_of",), "q and dO are those": ("q_of", "do_of")}
+        for (who, names), (text, at) in itertools.product(each.items(), others_rows(s).items()):
+            wrong[f"{who} of {text}"] = dict.fromkeys(names, at)
     if s.halved and not everywhere:
         asks, keys = map(s.halves_swapped, (0, 1))
         for name in ("q", "do", "K", "V"):
@@ -642,14 +642,12 @@ def saved(s: Scene, about: list[str], whole: dict[str, Tensor], places: bool = F
             Ls["the lse of the own block is taken for the merged one"] = lses[:1].expand_as(lses)
             of = others_rows(s) if s.even and what == "blocks" else {}
             if s.halved:
-                of["that of the other half of a shard"] = s.halves_swapped(0).flatten()[s.order[0]][:, None]
+                of["the other half of a shard"] = s.halves_swapped(0).flatten()[s.order[0]][:, None]
             for text, at in of.items():
-                stale[f"the lse is {text}"] = L = {"L": merged[..., at]}
-                stale[f"the row sum D is {text}"] = {"D": D[..., at]}
-                stale[f"the row sum D, less the gradient of lse, is {text}"] = both = {
-                    "D": (D - s.dlse)[..., at] + s.dlse[..., None]
-                }
-                stale[f"lse and row sum D are {text}"] = L | both
+                lse, both = {"L": merged[..., at]}, {"D": (D - s.dlse)[..., at] + s.dlse[..., None]}
+                stale[f"the lse is that of {text}"], stale[f"the row sum D is that of {text}"] = lse, {"D": D[..., at]}
+                stale[f"the row sum D, less the gradient of lse, is that of {text}"] = both
+                stale[f"lse and row sum D are those of {text}"] = lse | both
         given = {"times": parts, "L": merged[..., None], "D": D[..., None]}
         some = {text: {name: x[..., None]} for name, xs in {"L": Ls, "D": Ds}.items() for text, x in xs.items() if text}
         for (text, wrong), (where, pairs) in (
