@@ -514,10 +514,30 @@ ALTERED = {  # numbers that a mistake would give, and what they are called
         BRANCHES, lambda s: {"lse": torch.maximum(*s.forward(times=dict(s.parts(s.hop))["branches"])["lse"])}
     ),
     "branches have each other's weights": (BRANCHES, lambda s: {"out": reverse(s)}),
+    "in dq, dk only: the row sum D is that of the keys' rank, on hop 1 only": (
+        FULL, lambda s: gradients(s, "dq", "dk", D=torch.where(s.hop == 1, of_the_keys_rank(s), s.D))
+    ),
+    "rows of K, V are the last rank's on every rank": (
+        FULL, lambda s: seen_with(s, **{x: s.moved(getattr(s, x), lambda y: y[:, -1:].expand_as(y)) for x in "KV"})
+    ),
+    "rows of out are zero for the heads that are left over": (
+        Case("full", p=2, n=12, h=5, g=5), lambda s: {"out": s.O * (torch.arange(5) < 4)[:, None]}
+    ),
+    "key/value heads counted from a rank's first query head (K and V)": (
+        Case("full", p=2, n=12, h=6, g=3),
+        lambda s: seen_with(s, **{x: getattr(s, x)[:, :, [0, 0, 2, 2, 2, 4]] for x in "KV"}),
+    ),
+    "in dk, dv only: without what was added before a hop that is skipped": (
+        CAUSAL, lambda s: gradients(s, "dk", "dv", times=s.times * (s.theirs == 0))
+    ),
     "rows of out are right ones of another rank and head": (
         FULL, lambda s: {"out": s.moved(s.O, lambda y: y.roll((1, 1), (1, 3)))}
     ),
 }  # fmt: skip
+
+
+def of_the_keys_rank(s):
+    return s.D[..., 0][..., torch.stack(s.case.asks)[s.theirs, s.here]]
 
 
 def late(s):
@@ -614,6 +634,10 @@ READ = {  # what no guess says, and the numbers do
     "in dk, dv only: pairs count twice: the query's rank 1": (
         FULL, lambda s: gradients(s, "dk", "dv", times=s.times * (1 + (s.mine == 1).double()))
     ),
+    "in dk, dv only: query heads 0, 3 add nothing": (
+        Case("grouped", p=2, n=12, h=4, g=2),
+        lambda s: gradients(s, "dk", "dv", gather=lambda x: torch.stack([x[:, :, 0, 1], x[:, :, 1, 0]], 2)),
+    ),
     "in dk, dv only: pairs are left out: the last hop; pairs are added to rank r-1: the last hop": (
         FULL, lambda s: added(s, s.hop == 2, 2)
     ),
@@ -634,6 +658,18 @@ READ = {  # what no guess says, and the numbers do
 def test_numbers_that_nobody_guessed_are_read(says):
     told, *_ = causes_of(*READ[says])
     assert told.endswith(says) or f"{says}: everywhere" in told or f"{says} (they add" in told, told
+
+
+@pytest.mark.parametrize("what, names", [("lse", ("L",)), ("row sum D", ("D",)), ("K and V", ("K", "V"))])
+def test_what_the_next_call_overwrites_is_named(what, names):
+    truth, other = (Truth(case, case.data()) for case in (FULL, replace(FULL, seed=1)))
+    kept = {
+        name: getattr(other.scene, name)[..., None] if name == "L" else getattr(other.scene, name) for name in names
+    }
+    wrong = Scene(truth).backward(**kept)
+    got = {name: [truth.part(name, r, truth.whole | wrong) for r in range(FULL.p)] for name in truth.whole}
+    told = diagnose.name(truth, got, list(wrong), [other], [])
+    assert told[0] == f"{diagnose.CALLS} the {what} that one saved is overwritten by the next", told
 
 
 def test_an_out_that_comes_without_its_lse_is_read():
@@ -1006,6 +1042,42 @@ def test_a_float32_lse_is_granted_what_gradients_that_cancel_make_of_it(pool):
     case = Case(name, p=4, n=16, h=8, g=1, d=12, dout="expanded", **told)
     report = check(zoo.build("halves"), only=[case], pool=pool)
     assert report, str(report)
+
+
+class Averaged(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, group):
+        ctx.group = group
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = grad.clone()
+        dist.all_reduce(grad, group=ctx.group)
+        return grad / dist.get_world_size(ctx.group), None
+
+
+def averages_the_sink(q, k, v, *, group, sink, **told):
+    return zoo.build("serving")(q, k, v, group=group, sink=Averaged.apply(sink, group), **told)
+
+
+def test_a_sinks_gradient_that_is_averaged_is_no_share_of_it(pool):
+    case = Case("sink", p=3, n=12, sink=True)
+    assert check(zoo.build("serving"), only=[case], pool=pool)
+    assert check(averages_the_sink, only=[case], pool=pool).diagnosis == "dsink is wrong by a factor 1/p"
+
+
+def scales_what_it_was_given(q, k, v, **told):
+    found = gathering(q, k, v, **told)
+    q.data.transpose(1, 2).contiguous().mul_(0.5)  # no copy where heads come first
+    return found
+
+
+def test_an_input_that_lies_heads_first_is_watched_too(pool):
+    plain = Case("full", p=2, n=8)
+    assert check(scales_what_it_was_given, only=[plain], pool=pool)
+    report = check(scales_what_it_was_given, only=[replace(plain, views="heads first")], pool=pool)
+    assert report.diagnosis == "an input was written to", str(report)
 
 
 def noisy(q, k, v, **told):

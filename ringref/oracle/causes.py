@@ -258,6 +258,17 @@ def sights(s: Scene, everywhere: bool) -> Iterator[Change]:
             yield f"{what} {text}{after}", partial(seen, right, names if view else (), view, rule)
 
 
+def others_rows(s: Scene) -> dict[str, Tensor]:
+    """Of which row what belongs to a query may be where ranks' rows travel, m n."""
+    ranks = {
+        "the keys' rank": s.theirs,
+        "the rank after the keys'": s.theirs + 1,
+        "the rank before the keys'": s.theirs - 1,
+    }
+    ranks |= {"the rank after the queries'": s.mine + 1, "the rank before the queries'": s.mine - 1}
+    return {text: torch.stack(s.case.asks)[rank % s.p, s.here] for text, rank in ranks.items()}
+
+
 def counted(s: Scene) -> Iterator[Change]:
     """Some pairs of query and key that are left out, alone there, or there twice."""
     case, n, p, there = s.case, s.case.n, s.p, s.there
@@ -272,6 +283,8 @@ def counted(s: Scene) -> Iterator[Change]:
     sides = {"": True, " of earlier ranks": s.theirs < s.mine, " of later ranks": s.theirs > s.mine}
     text = "of which one pair is seen: a bound that is off by one skips them"
     some = {f"blocks{side} {text}": corner & pairs for side, pairs in sides.items()}
+    skipped = torch.where(s.seen_in_block() > 0, -1, s.hop).amax(0)  # of a block of keys, the last hop that is
+    some["what was added before a hop that is skipped"] = s.hop < skipped
     some |= s.places() | {"the last key": s.j == n - 1} | {f"hops 0 to {t}": s.hop <= t for t in range(1, p - 1)}
     some |= {f"the block of rank {rank}": s.theirs == rank for rank in range(p)}
     held = torch.tensor([*map(len, case.shards)])[s.theirs]
@@ -305,6 +318,9 @@ def pairwise(s: Scene, everywhere: bool = True) -> Iterator[Change]:
         for who, names in {"K and V are": ("K_of", "V_of"), "K is": ("K_of",), "V is": ("V_of",)}.items():
             for text, at in sources.items():
                 wrong[f"{who} {text}"] = dict.fromkeys(names, at)
+        each = {"q is that": ("q_of",), "dO is that": ("do_of",), "q and dO are those": ("q_of", "do_of")}
+        for (who, names), (text, at) in itertools.product(each.items(), others_rows(s).items()):
+            wrong[f"{who} of {text}"] = dict.fromkeys(names, at)
     if s.halved and not everywhere:
         asks, keys = map(s.halves_swapped, (0, 1))
         for name in ("q", "do", "K", "V"):
@@ -375,6 +391,8 @@ def ingredients(s: Scene) -> Iterator[Change]:
     head = torch.arange(s.case.h)
     keys = {f"shifted by {x}": (head + x * e) % len(head) for x in (1, -1)}
     keys |= {"interleaved": head % g * e, "all 0": head * 0}
+    of_rank = [(some[0] // e + (some - some[0]) // e) * e for some in head.tensor_split(p) if len(some)]
+    keys["counted from a rank's first query head"] = torch.cat(of_rank).clamp(max=len(head) - 1)
     queries = {"interleaved": head.view(e, g).mT.flatten(), "interleaved back": head.view(g, e).mT.flatten()}
     each = [("key/value", *x) for x in itertools.product(pairs, keys.items())]
     each += [("query", *x) for x in itertools.product((("q",), ("do",), ("q", "do")), queries.items())]
@@ -422,6 +440,10 @@ def moves(s: Scene) -> Iterator[tuple[str, Callable]]:
         "lie in the order of an inverse permutation": lambda y: y.flatten(1, 2)[:, dealt[dealt]].view(y.shape),
         "have the batch taken for the ranks": lambda y: y.reshape(s.p, -1, *y.shape[2:]).transpose(0, 1),
         "have the ranks taken for the batch": lambda y: y.transpose(0, 1).reshape(y.shape),
+        "are the last rank's on every rank": lambda y: y[:, -1:].expand_as(y),
+        "are the first rank's on every rank": lambda y: y[:, :1].expand_as(y),
+        "are zero for the heads that are left over, which the ranks do not divide":
+            lambda y: pad(y[:, :, :, : y.shape[3] // s.p * s.p], (0, 0, 0, y.shape[3] % s.p)),
     }.items()  # fmt: skip
 
 
@@ -614,20 +636,25 @@ def saved(s: Scene, about: list[str], whole: dict[str, Tensor], places: bool = F
             f"D = Σ dO·O with out from before the last of the {what}": (sums * share).sum(0).expand_as(sums),
             "D = Σ dO·O with out before it is divided by the sum": D * total,
         }
+        stale: dict[str, dict[str, Tensor]] = {}
         if places:
             Ls["the lse is natural, taken for base 2"] = merged * math.log(2)
             Ls["the lse of the own block is taken for the merged one"] = lses[:1].expand_as(lses)
+            of = others_rows(s) if s.even and what == "blocks" else {}
             if s.halved:
-                other = s.halves_swapped(0).flatten()[s.order[0]]
-                Ls["the lse is that of the other half of a shard"] = merged[..., other]
-                Ds["the row sum D is that of the other half of a shard"] = D[..., other]
-                both = (D - s.dlse)[..., other] + s.dlse
-                Ds["the row sum D, less the gradient of lse, is that of the other half of a shard"] = both
+                of["the other half of a shard"] = s.halves_swapped(0).flatten()[s.order[0]][:, None]
+            for text, at in of.items():
+                lse, both = {"L": merged[..., at]}, {"D": (D - s.dlse)[..., at] + s.dlse[..., None]}
+                stale[f"the lse is that of {text}"], stale[f"the row sum D is that of {text}"] = lse, {"D": D[..., at]}
+                stale[f"the row sum D, less the gradient of lse, is that of {text}"] = both
+                stale[f"lse and row sum D are those of {text}"] = lse | both
         given = {"times": parts, "L": merged[..., None], "D": D[..., None]}
-        for name, (text, x) in [("L", one) for one in Ls.items()] + [("D", one) for one in Ds.items()]:
-            for where, pairs in s.places(True).items() if places and text else ():
-                wrong = given | {name: torch.where(pairs, x[..., None], given[name])}
-                yield in_only(about).format(f"{text}, on {where} only"), partial(s.backward, **wrong)
+        some = {text: {name: x[..., None]} for name, xs in {"L": Ls, "D": Ds}.items() for text, x in xs.items() if text}
+        for (text, wrong), (where, pairs) in (
+            itertools.product((some | stale).items(), s.places(True).items()) if places else ()
+        ):
+            wrong = {name: torch.where(pairs, x, given[name]) for name, x in wrong.items()}
+            yield in_only(about).format(f"{text}, on {where} only"), partial(s.backward, **given | wrong)
         for (a, L), (b, D) in () if places else itertools.product(Ls.items(), Ds.items()):
             if (a and torch.equal(L, merged)) or (b and (about == ["dv"] or torch.equal(D, Ds[""]))):
                 continue  # this part of the sentence would say nothing of the case
@@ -666,6 +693,10 @@ def crossed(s: Scene, truth: Any, others: list) -> Iterator[Guess]:
         o = other.scene
         yield f"{CALLS} what one forward saved is overwritten by the next", partial(o.backward, do=s.do, dlse=s.dlse)
         yield f"{CALLS} it is the other's", partial(dict, other.whole)
+        kept = {"lse": {"L": o.L[..., None]}, "row sum D": {"D": o.D}, "out": {"O": o.O}, "q": {"q": o.q}}
+        kept |= {"K and V": {"K": o.K, "V": o.V}, "lse and row sum D": {"L": o.L[..., None], "D": o.D}}
+        for what, changed in kept.items():
+            yield f"{CALLS} the {what} that one saved is overwritten by the next", partial(s.backward, **changed)
         grads = {n: x for n, x in other.whole.items() if n in GRADS}
         for old in (other.whole, grads, o.backward(times=o.times * (o.hop == 0))):
             added = lambda old=old: {n: truth.whole[n] + x for n, x in old.items()}

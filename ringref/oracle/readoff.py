@@ -47,6 +47,7 @@ def readings(s: Scene, about: list[str], whole: dict[str, Tensor], fine: list[st
     else:
         yield from counts(s, [("{}", gradient_fit(s, about, whole), lambda c: s.backward(times=c))], in_only(about))
         yield from terms(s, about, whole)
+        yield from shares(s, [n for n in about if n in ("dk", "dv")], whole) if s.e > 1 else ()
         yield from weights(s, about, whole) if about[0] == "dq" else ()
         for m in (1, 2) if s.even else ():
             yield from homes(s, [n for n in ("dk", "dv") if n in about], whole, m)
@@ -334,6 +335,30 @@ def terms(s: Scene, about: list[str], whole: dict[str, Tensor]) -> Iterator[Gues
         if any(told):
             text = in_only(about).format("; ".join(filter(None, told)))
             yield text, partial(s.backward, slope=unit / s.scale * a, D=D)
+
+
+def shares(s: Scene, names: list[str], whole: dict[str, Tensor]) -> Iterator[Guess]:
+    """dk and dv to which query heads add more or less than their share, or that of another key/value head."""
+    each, told = s.backward(gather=lambda x: x.flatten(2, 3)), []  # by query head, b n h d
+    right = torch.eye(s.case.g).double().repeat_interleave(s.e, 0)
+    for name in names:
+        parts, got = (x.transpose(2, 3).flatten(0, 2) for x in (each[name], whole[name]))
+        found = right + torch.linalg.pinv(parts, rtol=1e-5) @ (got - parts @ right)
+        found = torch.where((found - found.round()).abs() < 0.05, found.round(), found)
+        told.append(found)
+    if not names or any((x - told[0]).abs().max() > 0.05 for x in told[1:]):
+        return
+    share, wrong = told[0], []
+    for text, heads in {
+        "query heads {} add nothing": (share.abs() < 0.05).all(1),
+        "query heads {} add to another key/value head": ((share > 0.05) & (right == 0)).any(1),
+        "query heads {} add a part of theirs": ((share * right).sum(1) - 1).abs().gt(0.05)
+        & (share.abs() > 0.05).any(1),
+    }.items():
+        wrong += [text.format(", ".join(map(str, heads.nonzero().flatten().tolist())))] if heads.any() else []
+    if wrong:
+        made = lambda: {n: torch.einsum("bnhd,hg->bngd", each[n], share) for n in names}
+        yield in_only(names).format("; ".join(wrong)), made
 
 
 def homes(s: Scene, names: list[str], whole: dict[str, Tensor], m: int) -> Iterator[Guess]:

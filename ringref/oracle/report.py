@@ -71,6 +71,9 @@ class Report:
             equals = (c for c in known if isinstance(c, diagnose.Reading) and votes[c] == votes[best])
             best = next(equals, best)
         unnamed = [f.diagnosis for f in findings if f.causes[0].startswith(vague)]
+        kept = [f.diagnosis for f in findings if f.causes[0] == diagnose.EARLIER]
+        if best and len(kept) > votes[best]:  # what is kept between calls can look like much
+            return kept[0]
         # a cause that explains fewer than half as many findings as have none is not the cause
         return best if best and votes[best] * 2 >= len(unnamed) else unnamed[0] if unnamed else best
 

@@ -470,6 +470,7 @@ def _loaded(fn: bytes) -> Callable:
 def _passes(fn: Callable, job: dict, mask: Any, device: str, result: dict) -> None:
     """Forward and backward passes in the order that the case asks for; were inputs written to?"""
     live: dict[int, tuple] = {}
+    laid: dict[int, dict[str, Tensor]] = {}  # what the candidate was given
     for phase, i in job["program"]:
         given, done = job["steps"][i], result["steps"][i]
         LEDGER.enter(phase)
@@ -480,10 +481,11 @@ def _passes(fn: Callable, job: dict, mask: Any, device: str, result: dict) -> No
             leaves = {name: given[name].to(device, copy=True).requires_grad_(phase == "forward") for name in names}
             with torch.set_grad_enabled(phase == "forward"):
                 qkv = _laid([leaves[name] for name in "qkv"], job.get("views", ""))
+                laid[i] = leaves | dict(zip("qkv", qkv, strict=True))
                 returned = fn(*qkv, **{name: leaves[name] for name in names[3:]})
             live[i] = leaves, *_result(returned, device)
             done |= {"out": _plain(live[i][1]), "lse": _plain(live[i][2])}
-        for name, x in live[i][0].items():
+        for name, x in laid[i].items():
             if not torch.equal(as_bytes(x.cpu()), as_bytes(given[name])) and name not in result["written"]:
                 result["written"].append(name)
     # what a mask keeps is an input too: it holds a copy of each tensor that it gave away
