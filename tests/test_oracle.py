@@ -1080,6 +1080,29 @@ def test_an_input_that_lies_heads_first_is_watched_too(pool):
     assert report.diagnosis == "an input was written to", str(report)
 
 
+class Buffered(torch.autograd.Function):
+    kept: dict = {}
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return Buffered.kept.setdefault((grad.shape, grad.dtype), torch.empty_like(grad)).copy_(grad)
+
+
+def gives_a_buffer_back(q, k, v, **told):
+    return gathering(q, Buffered.apply(k), v, **told)
+
+
+def test_what_a_call_gave_back_is_its_callers(pool):
+    """Autograd copies what is a view or kept elsewhere into a leaf's grad; a layer before it has no such luck."""
+    assert check(gives_a_buffer_back, only=[Case("full", p=2, n=8)], pool=pool)
+    report = check(gives_a_buffer_back, only=[Case("two graphs", p=2, n=8, plan="stacked")], pool=pool)
+    assert report.diagnosis == diagnose.WRITTEN["overwritten"] and "dk" in str(report), str(report)
+
+
 def noisy(q, k, v, **told):
     out, lse = gathering(q, k, v, **told)
     return out * (1 + 1e-7 * torch.randn(())), lse

@@ -56,7 +56,8 @@ TAKES = {  # what a case has that fails no more without it, where no number says
 VAGUE = (UNKNOWN, NOT_FINITE, "it raises", EARLIER, RACE)  # what a finding says when it has nothing better
 # what a mistake gives that a case has no room for
 NO_ROOM = (RuntimeError, IndexError, ValueError, TypeError, KeyError)
-HARMLESS = ("unfinished work", "an input was written to")  # values are worth a look all the same
+WRITTEN = {"written": "an input was written to", "overwritten": "what a call gave back is overwritten by a later one"}
+HARMLESS = ("unfinished work", *WRITTEN.values())  # values are worth a look all the same
 
 
 class Reading(str):

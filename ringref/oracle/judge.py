@@ -323,8 +323,11 @@ class Judge:
             return [tell("crash", "the process died", "a fault in native code, or os._exit", died[0])]
         if any("hang" in r for r in results.values()):
             return [tell("hang", *diagnose.hang(case, results))]
-        written = [(rank, r["written"]) for rank, r in results.items() if r["written"]]
-        return [tell("property", "an input was written to", ", ".join(what), rank) for rank, what in written[:1]]
+        for key, cause in diagnose.WRITTEN.items():
+            for rank, r in results.items():
+                if r[key]:
+                    return [tell("property", cause, ", ".join(r[key]), rank)]
+        return []
 
     def values(self, case: Case, team: int, results: list[dict]) -> list[Finding]:
         """Every tensor of every step on every rank, up to the first step that is wrong."""

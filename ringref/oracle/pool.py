@@ -28,7 +28,7 @@ from .sanitizer import FOREVER, Ledger, Watched, run
 # what a worker finds imported besides: a backward imports sympy by the third, a candidate's test module pytest
 NEEDED, ASKED = ["rich.progress", "rich.table", "torch.fx.experimental.symbolic_shapes"], ["pytest"]
 # what is known of a worker that cannot answer
-SILENT = Ledger().dump() | {"steps": [], "error": None, "written": [], "line": None}
+SILENT = Ledger().dump() | {"steps": [], "error": None, "written": [], "overwritten": [], "line": None}
 
 
 def serve(rank: int, world: int, backend: str, store: tuple[str, int], door: tuple[str, int], key: bytes) -> None:

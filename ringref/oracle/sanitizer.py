@@ -402,7 +402,7 @@ def run(job: dict[str, Any], rank: int, device: str) -> dict[str, Any]:
     """Run one case on this rank; whatever happens becomes part of the result."""
     global LEDGER
     LEDGER = Ledger(job.get("poison", torch.nan))
-    result: dict[str, Any] = {"steps": [{} for _ in job["steps"]], "error": None, "written": []}
+    result: dict[str, Any] = {"steps": [{} for _ in job["steps"]], "error": None, "written": [], "overwritten": []}
     try:
         teams = [(ranks, _team(tuple(ranks))) for ranks in job["groups"]]
         group = next((team for ranks, team in teams if rank in ranks), None)
@@ -468,9 +468,15 @@ def _loaded(fn: bytes) -> Callable:
 
 
 def _passes(fn: Callable, job: dict, mask: Any, device: str, result: dict) -> None:
-    """Forward and backward passes in the order that the case asks for; were inputs written to?"""
+    """Forward and backward passes in the order that the case asks for; were inputs written to, or results later on?"""
     live: dict[int, tuple] = {}
     laid: dict[int, dict[str, Tensor]] = {}  # what the candidate was given
+    back: list[tuple[str, Tensor, Tensor]] = []  # what it gave back, and what that was then
+
+    def keep(name: str, x: Tensor) -> None:
+        if not job.get("measure"):
+            back.append((name, x.detach(), _plain(x)))
+
     for phase, i in job["program"]:
         given, done = job["steps"][i], result["steps"][i]
         LEDGER.enter(phase)
@@ -482,12 +488,18 @@ def _passes(fn: Callable, job: dict, mask: Any, device: str, result: dict) -> No
             with torch.set_grad_enabled(phase == "forward"):
                 qkv = _laid([leaves[name] for name in "qkv"], job.get("views", ""))
                 laid[i] = leaves | dict(zip("qkv", qkv, strict=True))
+                for name in names if phase == "forward" else ():
+                    leaves[name].register_hook(functools.partial(keep, f"d{name}"))
                 returned = fn(*qkv, **{name: leaves[name] for name in names[3:]})
             live[i] = leaves, *_result(returned, device)
+            keep("out", live[i][1])
             done |= {"out": _plain(live[i][1]), "lse": _plain(live[i][2])}
         for name, x in laid[i].items():
             if not torch.equal(as_bytes(x.cpu()), as_bytes(given[name])) and name not in result["written"]:
                 result["written"].append(name)
+    for name, x, then in back:
+        if not torch.equal(as_bytes(x.cpu()), as_bytes(then)) and name not in result["overwritten"]:
+            result["overwritten"].append(name)
     # what a mask keeps is an input too: it holds a copy of each tensor that it gave away
     cells = [cell.cell_contents for cell in getattr(mask, "__closure__", None) or ()]
     kept = [pair for cell in cells if isinstance(cell, dict) for pair in cell.values()]
