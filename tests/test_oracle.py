@@ -327,6 +327,23 @@ def before_last(s):  # of the blocks that a rank meets, the lse
     return {n: x for n, x in s.backward(L=early[..., None]).items() if n in ("dq", "dk", "dv")}
 
 
+def past_the_mod(s):
+    slope = s.scores(s)[1]
+    return gradients(s, "dq", "dk", D=(s.D - s.dlse[..., None]) / slope + s.dlse[..., None])
+
+
+def by_its_own_maximum(s):  # a running softmax over the blocks, in order of hop
+    S, top, total, out = s.scores(s)[0], torch.tensor(-math.inf), torch.zeros(()), 0.0
+    for t in range(s.p):
+        block = S.masked_fill(s.hop != t, -math.inf)
+        own = block.amax(-1)
+        faded, top = (top - own).exp(), torch.maximum(own, top)
+        P = (block - top[..., None]).exp()
+        total = total * faded + P.sum(-1)
+        out = out * rows(faded) + torch.einsum("bhqk,bkhd->bqhd", P, s.V)
+    return {"out": out / rows(total)}
+
+
 def reverse(s):
     outs, lses, _ = s.forward(times=dict(s.parts(s.hop))["branches"]).values()
     return (outs * rows(lses.softmax(0).flip(0))).sum(0)
@@ -517,6 +534,21 @@ ALTERED = {  # numbers that a mistake would give, and what they are called
     "in dq, dk only: the row sum D is that of the keys' rank, on hop 1 only": (
         FULL, lambda s: gradients(s, "dq", "dk", D=torch.where(s.hop == 1, of_the_keys_rank(s), s.D))
     ),
+    "in dq, dk only: the gradient of lse has query heads interleaved": (
+        Case("grouped", p=2, n=12, h=6, g=2, dlse=True),
+        lambda s: gradients(s, "dq", "dk", dlse=s.dlse[:, [0, 3, 1, 4, 2, 5]]),
+    ),
+    "in dq, dk only: the row sum D is that of the first 16 queries, for every 16 of them": (
+        Case("full", p=2, n=40), lambda s: gradients(s, "dq", "dk", D=s.D[:, :, torch.arange(40) % 16])
+    ),
+    "in dq, dk only: the row sum D misses the derivative of score_mod": (
+        Case("softcap", p=2, n=12, causal=True, score_mod="softcap"), past_the_mod
+    ),
+    "in dsink only: the sink's gradient is of the first rank's rows alone": (
+        Case("sink", p=3, n=12, sink=True),
+        lambda s: gradients(s, "dsink", over=lambda x: (x * (s.owner[0] == 0)).sum((0, 2))),
+    ),
+    "what runs is rescaled by exp(old − own maximum)": (FULL, by_its_own_maximum),
     "rows of K, V are the last rank's on every rank": (
         FULL, lambda s: seen_with(s, **{x: s.moved(getattr(s, x), lambda y: y[:, -1:].expand_as(y)) for x in "KV"})
     ),
@@ -538,6 +570,26 @@ ALTERED = {  # numbers that a mistake would give, and what they are called
 
 def of_the_keys_rank(s):
     return s.D[..., 0][..., torch.stack(s.case.asks)[s.theirs, s.here]]
+
+
+def past_the_mod(s):
+    slope = s.scores(s)[1]
+    D = (s.D - s.dlse[..., None]) / slope + s.dlse[..., None]
+    return gradients(s, "dq", "dk", D=D)
+
+
+def by_its_own_maximum(s):  # a running softmax over the blocks, in order of hop
+    S = s.scores(s)[0]
+    top, total, out = -math.inf, 0.0, 0.0
+    for t in range(s.p):
+        block = S.masked_fill(s.hop != t, -math.inf)
+        own = block.amax(-1)
+        new = torch.maximum(own, torch.as_tensor(top))
+        faded, P = (top - own).exp() if t else 0.0, (block - new[..., None]).exp()
+        total = total * faded + P.sum(-1)
+        out = out * (rows(faded) if t else 0.0) + torch.einsum("bhqk,bkhd->bqhd", P, s.V)
+        top = new
+    return {"out": out / rows(total)}
 
 
 def late(s):
@@ -1101,6 +1153,19 @@ def test_what_a_call_gave_back_is_its_callers(pool):
     assert check(gives_a_buffer_back, only=[Case("full", p=2, n=8)], pool=pool)
     report = check(gives_a_buffer_back, only=[Case("two graphs", p=2, n=8, plan="stacked")], pool=pool)
     assert report.diagnosis == diagnose.WRITTEN["overwritten"] and "dk" in str(report), str(report)
+
+
+def remembers_documents(q, k, v, *, causal, group, cu_seqlens=None, kept={}):  # noqa: B006
+    place = ringref.ProcessRing(group)
+    if cu_seqlens is not None:
+        cu_seqlens = kept.setdefault((q.shape[1] * place.size, len(cu_seqlens)), cu_seqlens)
+    shard = ringref.partition(q.shape[1] * place.size, place)
+    return ringref.ring_attention(q, k, v, causal=causal, cu_seqlens=cu_seqlens, shard=shard)
+
+
+def test_documents_that_are_kept_by_their_number_are_found(pool):
+    report = check(remembers_documents, features={"cu_seqlens"}, ranks=2, pool=pool)
+    assert diagnose.EARLIER in report.diagnosis, str(report)
 
 
 def noisy(q, k, v, **told):

@@ -413,6 +413,9 @@ ONCE = (  # what a candidate must be able to do, name, the p it runs at, what di
     ("", "bfloat16 weights", (8,), LOW | {"causal": False, "lead": 6.25}),
     ("causal", "eight ranks", (8,), {}),
     ("uneven", "shorter later", (4,), {"lengths": "shorter later"}),
+    # one after the other: what is kept of the one under the number of documents is wrong for the other
+    ("cu_seqlens", "three documents", (2,), {"cu_seqlens": (0.3, 0.6)}),
+    ("cu_seqlens", "three others", (2,), {"cu_seqlens": (0.2, 0.8)}),
     ("subgroup", "subgroup", (2,), {"groups": ((0, 2), (1, 3))}),
     ("subgroup", "subgroup", (2,), {"groups": ((1, 2),)}),
     ("subgroup", "subgroup", (3,), {"groups": ((1, 2, 4),)}),

@@ -370,6 +370,7 @@ def ingredients(s: Scene) -> Iterator[Change]:
             "the sink is missing in the saved out": {"O": out},
             "the sink is missing in the saved lse and out": {"L": lse[..., None], "O": out},
             "the sink's gradient is of batch 0 alone": {"over": lambda x: x[0].sum(-1)},
+            "the sink's gradient is of the first rank's rows alone": {"over": lambda x: s.over(x * (s.owner[0] == 0))},
             "the sink's gradient is averaged over the batch": {"over": lambda x: x.mean(0).sum(-1)},
             "the sink's gradient is averaged over the queries": {"over": lambda x: x.sum(0).mean(-1)},
             f"the sink is counted {p} times, once a rank": {"sink": s.sink + math.log(p)},
@@ -380,6 +381,9 @@ def ingredients(s: Scene) -> Iterator[Change]:
             "the sink is natural, taken for base 2": {"sink": s.sink * math.log(2)},
             "the sink is base 2, taken for natural": {"sink": s.sink / math.log(2)},
         }
+    for x in (x for x in TILES if x < s.case.m):
+        first = s.D[:, :, torch.arange(s.case.m) % x]
+        wrong[f"the row sum D is that of the first {x} queries, for every {x} of them"] = {"D": first}
     if s.even:
         at, D = torch.stack(s.case.asks), s.D[..., 0] - s.dlse
         there = {"are read along the keys": at[s.mine, s.there], "stay while queries travel": at[s.theirs, s.here]}
@@ -412,6 +416,8 @@ def ingredients(s: Scene) -> Iterator[Change]:
         yield f"dO is read with other strides than it has ({text})", partial(dict, do=lain)
     told = on_ranks(s.dlse.mT[..., None], lambda y: y.transpose(2, 3).reshape(y.shape))[..., 0].mT
     yield "the gradient of lse, b h s, is read as if it were b s h", partial(dict, dlse=told)
+    for text, of in queries.items() if e > 1 else ():
+        yield f"the gradient of lse has query heads {text}", partial(dict, dlse=s.dlse[:, of])
     for names, (text, change) in itertools.product((*pairs, ("q",), ("do",), ("q", "K", "V")), moves(s)):
         moved = lambda names=names, change=change: {x: s.moved(getattr(s, x), change) for x in names}
         yield f"rows of {', '.join(names)} {text}", moved
@@ -543,6 +549,8 @@ def merges(s: Scene) -> Iterator[Guess]:
         finite = lses.masked_fill(~there, 0.0)
         low, top = (x.masked_fill(~there, -1e30) for x in (lses, top))
         running = top.cummax(0)[0]
+        fall = torch.cat([top[1:] - running[:-1], top[:1] * 0])
+        slip = running + fall.flip(0).cumsum(0).flip(0)  # exp(old − own) for every one that comes after it
         alone, late, right, over = ((low - x).exp() for x in (top, running, running[-1], 2 * running - running[-1]))
         for text, weights in {
             f"the outputs of {what} are averaged": there / there.sum(0),
@@ -559,6 +567,9 @@ def merges(s: Scene) -> Iterator[Guess]:
             f"{what} are merged without rescaling to a common maximum": alone / alone.sum(0),
             f"the running denominator is not rescaled when the maximum grows ({what})": right / late.sum(0),
             f"what runs is rescaled by exp(new − old maximum), upside down ({what})": over / over.sum(0),
+            f"what runs is rescaled by exp(old − own maximum), not by the larger of both ({what})": (
+                low - slip
+            ).softmax(0),
             f"the running numerator is not rescaled when the maximum grows ({what})": late / right.sum(0),
         }.items():
             yield text, partial(dict, out=(outs * rows(weights.nan_to_num())).sum(0))
@@ -594,6 +605,9 @@ def backwards(s: Scene, about: list[str], whole: dict[str, Tensor]) -> Iterator[
     yield from tried(s, s.backward, in_only(about))
     if s.mod:
         yield in_only(about).format("the derivative of score_mod is missing"), lambda: s.backward(slope=1.0)
+        D, slope = s.D - s.dlse[..., None], torch.as_tensor(s.scores(s)[1])
+        past = torch.where(slope.abs() > 1e-9, D / slope, D) + s.dlse[..., None]
+        yield in_only(about).format("the row sum D misses the derivative of score_mod"), lambda: s.backward(D=past)
     swap, both = {"dk": "dv", "dv": "dk"}, right["dk"] + (right["dv"] if s.K.shape == s.V.shape else 0)
     for text, change in moves(s):
         moved = lambda change=change: {n: s.moved(x, change) for n, x in right.items() if x.ndim == 4}
