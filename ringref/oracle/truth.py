@@ -46,10 +46,11 @@ class Truth:
         # where each query sees one key, dq and dk cancel everywhere: what rounding leaves of terms as large as dv
         typical = max(0.05 * total if total > 1e-9 * terms else terms, 1e-30) / math.sqrt(self.case.p)
         error, *rough = (_distance(*(y.masked_fill(blind, 0.0) for y in (x, want)), typical) for x in (got, *roughs))
-        # exp(score − lse) can be no better than a float32 lse, which is coarse where it is large
+        # exp(score − lse) can be no better than an lse and a score in float32, coarse where they are large, and the
+        # backward may add the score up in another order
         size = self.part(name, rank, self.terms).square().sum().sqrt().item() if name in self.terms else 0.0
         largest = self.whole["lse"].nan_to_num(neginf=0.0).abs().max().item() * (name != "lse")
-        coarse = torch.finfo(torch.float32).eps * max(0.5 * largest, size / max(want.norm().item(), typical))
+        coarse = torch.finfo(torch.float32).eps * max(largest, size / max(want.norm().item(), typical))
         return error, MULTIPLE[self.case.dtype] * max(*rough, FLOOR[self.case.dtype] * self.eps, coarse)
 
 
