@@ -1121,7 +1121,7 @@ def scales_apart(q, k, v, *, causal, group):
     return ScaledApart.apply(q, k, v)
 
 
-@pytest.mark.parametrize("seed", [19, 60, 99, 115])
+@pytest.mark.parametrize("seed", [9, 12, 18])
 def test_scores_that_are_rounded_in_another_order_are_no_mistake(seed, pool):
     """Where they are near 120, one unit of float32 more or less is 7.6e-6 of every weight."""
     case = Case("one token a rank + scores +120", p=1, n=1, h=2, g=2, d=32, shift=120.0, seed=seed)
