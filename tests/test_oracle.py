@@ -327,6 +327,12 @@ def before_last(s):  # of the blocks that a rank meets, the lse
     return {n: x for n, x in s.backward(L=early[..., None]).items() if n in ("dq", "dk", "dv")}
 
 
+def strided_heads(s):
+    of = torch.tensor([0, 3, 0, 3, 0, 3])
+    mine = {"K": s.K[:, :, of], "V": s.V[:, :, of], "gather": lambda x: x.flatten(2, 3).unflatten(2, (3, 2)).sum(2)}
+    return s.backward(**mine)
+
+
 def past_the_mod(s):
     slope = s.scores(s)[1]
     return gradients(s, "dq", "dk", D=(s.D - s.dlse[..., None]) / slope + s.dlse[..., None])
@@ -537,6 +543,12 @@ ALTERED = {  # numbers that a mistake would give, and what they are called
     "in dq, dk only: the gradient of lse has query heads interleaved": (
         Case("grouped", p=2, n=12, h=6, g=2, dlse=True),
         lambda s: gradients(s, "dq", "dk", dlse=s.dlse[:, [0, 3, 1, 4, 2, 5]]),
+    ),
+    "in the backward only: query head j is worked with key/value head j mod g, and adds to it": (
+        Case("grouped", p=2, n=12, h=6, g=2), strided_heads
+    ),
+    "K and V are those of the other half of a shard, on received blocks only": (
+        QUARTERS, lambda s: seen(s, torch.where(s.theirs < s.mine, 2 * s.there >= s.case.n // s.p, s.j <= s.i))
     ),
     "in dq, dk only: the row sum D is that of the first 16 queries, for every 16 of them": (
         Case("full", p=2, n=40), lambda s: gradients(s, "dq", "dk", D=s.D[:, :, torch.arange(40) % 16])

@@ -323,6 +323,9 @@ def pairwise(s: Scene, everywhere: bool = True) -> Iterator[Change]:
             wrong[f"{who} of {text}"] = dict.fromkeys(names, at)
     if s.halved and not everywhere:
         asks, keys = map(s.halves_swapped, (0, 1))
+        wrong["K and V are those of the other half of a shard"] = dict.fromkeys(
+            ("K_of", "V_of"), keys[s.theirs, s.there]
+        )
         for name in ("q", "do", "K", "V"):
             of = asks[s.mine, s.here] if name in ("q", "do") else keys[s.theirs, s.there]
             wrong[f"{name} is that of the other half of a shard"] = {f"{name}_of": of}
@@ -403,10 +406,13 @@ def ingredients(s: Scene) -> Iterator[Change]:
     for who, names, (text, of) in (x for x in each if not torch.equal(x[-1][1], head)):
         wrong[f"{who} heads {text} ({' and '.join(names)})"] = {x: getattr(s, x)[:, :, of] for x in names}
     if e > 1:
+        strided = lambda x: x.flatten(2, 3).unflatten(2, (e, g)).sum(2)
         wrong |= {
             "only the first query head of a group counts": {"gather": lambda x: x[:, :, :, 0]},
             "the query heads of a group are averaged, not added": {"gather": lambda x: x.mean(3)},
-            "query head j adds to j mod g": {"gather": lambda x: x.flatten(2, 3).unflatten(2, (e, g)).sum(2)},
+            "query head j adds to j mod g": {"gather": strided},
+            "query head j is worked with key/value head j mod g, and adds to it": {"gather": strided}
+            | {x: getattr(s, x)[:, :, head % g * e] for x in ("K", "V")},
         }
     yield from ((text, partial(dict, changed)) for text, changed in wrong.items())
     on_ranks = s.moved if s.even else lambda x, change: change(x[:, None])[:, 0]

@@ -75,7 +75,7 @@ class Report:
         if best and len(kept) > votes[best]:  # what is kept between calls can look like much
             return kept[0]
         # a cause that explains fewer than half as many findings as have none is not the cause
-        return best if best and votes[best] * 2 >= len(unnamed) else unnamed[0] if unnamed else best
+        return best if best and votes[best] * 2 >= len(unnamed) else max(unnamed, key=unnamed.count, default=best)
 
     def to_json(self) -> str:
         """Everything in the report, for machines."""
