@@ -92,6 +92,11 @@ def test_up_to_four_blocks_merge_and_add_in_one_pass(ways, others, dtype):
         whole[2].copy_(lses[0])
 
 
+def test_a_pass_takes_as_many_blocks_as_it_has_arguments_for(ways):
+    sums, fused = ways
+    assert sums._AT_ONCE == len(fused._BLOCKS)
+
+
 def test_what_it_cannot_address_goes_the_plain_way(ways):
     _, fused = ways
     x = torch.empty(1, 2, 8, 4, 64)

@@ -115,10 +115,10 @@ class ProcessRing(Ring):
         return make() if self._peers is None else self._peers.space(make)
 
     def _over_group(self, outgoing, into):
-        far = [x.device for message in outgoing.values() for x in message if x.device.type != "cpu"]
-        if far and self.transport == "gloo":  # it would take their address for one of the host's, and end the process
-            raise ValueError(f"gloo cannot send tensors on {far[0]}; launch(fn, p, 'nccl') makes a group that can")
         sends = [(r, x.contiguous()) for r, message in outgoing.items() for x in message]
+        for device in {x.device for _, x in sends} if self.transport == "gloo" else ():
+            if device.type != "cpu":  # it would take its address for one of the host's, and end the process
+                raise ValueError(f"gloo cannot send tensors on {device}; launch(fn, p, 'nccl') makes a group that can")
         ops = [dist.P2POp(dist.isend, x, self._world_ranks[r], self.group) for r, x in sends]
         ops += [dist.P2POp(dist.irecv, x, self._world_ranks[r], self.group) for r, m in into.items() for x in m]
         works = dist.batch_isend_irecv(ops)

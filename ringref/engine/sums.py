@@ -59,6 +59,11 @@ class _Blocks:
         if self.total[0].dtype != dtype:
             self.total = self.total[0].to(dtype), *self.total[1:]
 
+    def _nothing(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """The total of no block."""
+        b, *rest = self.shape
+        return (self.like.new_zeros((b, 1, *rest), dtype=dtype),)
+
     def _pass(self, blocks: list[tuple], dtype: torch.dtype) -> None:
         first, *rest = self.total
         if first.dtype != dtype:
@@ -91,10 +96,9 @@ class Running(_Blocks):
         out, lse = self.total
         return out[:, 0], lse[:, 0]
 
-    def _nothing(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        b, s, h, d = self.shape
-        out = self.like.new_zeros((b, 1, s, h, d), dtype=dtype)
-        return out, self.like.new_full((b, 1, s, h), -torch.inf, dtype=self.dtype)
+    def _nothing(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        (out,) = super()._nothing(dtype)
+        return out, self.like.new_full(out.shape[:4], -torch.inf, dtype=self.dtype)
 
     def _combine(self, into: Sequence[Tensor], *blocks: tuple) -> None:
         _way(_MERGED, into[0], *(x for _, x, _ in blocks)).merge(*into, *blocks)
@@ -147,7 +151,7 @@ _PLAIN = SimpleNamespace(merge=merge, add=add)
 # elements from which passes over memory cost more than a launch of Triton's, which in the middle of a step takes the
 # host 100 µs, as PyTorch's one pass of a sum in place takes 25
 _MERGED, _ADDED = 2**20, 2**23
-_AT_ONCE = 4  # blocks that one pass takes
+_AT_ONCE = 4  # blocks that one pass takes, as many as fused.py has arguments for
 _proofs: dict[torch.device, ModuleType | None] = {}
 
 
@@ -235,10 +239,6 @@ class Sum(_Blocks):
 
     def _add(self, rows: Rows, heads: slice, x: Tensor) -> None:
         rows.change(self.total[0][:, 0], heads, lambda part: part.add_(x))
-
-    def _nothing(self, dtype: torch.dtype) -> tuple[Tensor]:
-        b, s, h, d = self.shape
-        return (self.like.new_zeros((b, 1, s, h, d), dtype=dtype),)
 
     def _combine(self, into: Sequence[Tensor], whole: tuple, *blocks: tuple) -> None:
         # what is added in place is one pass of PyTorch's, too, where it is one block

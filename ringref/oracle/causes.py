@@ -322,12 +322,9 @@ def pairwise(s: Scene, everywhere: bool = True) -> Iterator[Change]:
         for (who, names), (text, at) in itertools.product(each.items(), others_rows(s).items()):
             wrong[f"{who} of {text}"] = dict.fromkeys(names, at)
     if s.halved and not everywhere:
-        asks, keys = map(s.halves_swapped, (0, 1))
-        wrong["K and V are those of the other half of a shard"] = dict.fromkeys(
-            ("K_of", "V_of"), keys[s.theirs, s.there]
-        )
-        for name in ("q", "do", "K", "V"):
-            of = asks[s.mine, s.here] if name in ("q", "do") else keys[s.theirs, s.there]
+        row, key = s.halves_swapped(0)[s.mine, s.here], s.halves_swapped(1)[s.theirs, s.there]
+        wrong["K and V are those of the other half of a shard"] = {"K_of": key, "V_of": key}
+        for name, of in {"q": row, "do": row, "K": key, "V": key}.items():
             wrong[f"{name} is that of the other half of a shard"] = {f"{name}_of": of}
     if s.K.shape == s.V.shape:
         swaps = {"K is taken for V": ["V_of"], "V is taken for K": ["K_of"], "K and V swap": ["K_of", "V_of"]}
@@ -656,26 +653,25 @@ def saved(s: Scene, about: list[str], whole: dict[str, Tensor], places: bool = F
             f"D = Σ dO·O with out from before the last of the {what}": (sums * share).sum(0).expand_as(sums),
             "D = Σ dO·O with out before it is divided by the sum": D * total,
         }
-        stale: dict[str, dict[str, Tensor]] = {}
+        given = {"times": parts, "L": merged[..., None], "D": D[..., None]}
         if places:
             Ls["the lse is natural, taken for base 2"] = merged * math.log(2)
             Ls["the lse of the own block is taken for the merged one"] = lses[:1].expand_as(lses)
+            each = [("L", one) for one in Ls.items()] + [("D", one) for one in Ds.items()]
+            some = {text: {name: x[..., None]} for name, (text, x) in each if text}
             of = others_rows(s) if s.even and what == "blocks" else {}
             if s.halved:
                 of["the other half of a shard"] = s.halves_swapped(0).flatten()[s.order[0]][:, None]
             for text, at in of.items():
                 lse, both = {"L": merged[..., at]}, {"D": (D - s.dlse)[..., at] + s.dlse[..., None]}
-                stale[f"the lse is that of {text}"], stale[f"the row sum D is that of {text}"] = lse, {"D": D[..., at]}
-                stale[f"the row sum D, less the gradient of lse, is that of {text}"] = both
-                stale[f"lse and row sum D are those of {text}"] = lse | both
-        given = {"times": parts, "L": merged[..., None], "D": D[..., None]}
-        some = {text: {name: x[..., None]} for name, xs in {"L": Ls, "D": Ds}.items() for text, x in xs.items() if text}
-        for (text, wrong), (where, pairs) in (
-            itertools.product((some | stale).items(), s.places(True).items()) if places else ()
-        ):
-            wrong = {name: torch.where(pairs, x, given[name]) for name, x in wrong.items()}
-            yield in_only(about).format(f"{text}, on {where} only"), partial(s.backward, **given | wrong)
-        for (a, L), (b, D) in () if places else itertools.product(Ls.items(), Ds.items()):
+                some[f"the lse is that of {text}"], some[f"the row sum D is that of {text}"] = lse, {"D": D[..., at]}
+                some[f"the row sum D, less the gradient of lse, is that of {text}"] = both
+                some[f"lse and row sum D are those of {text}"] = lse | both
+            for (text, wrong), (where, pairs) in itertools.product(some.items(), s.places(True).items()):
+                wrong = {name: torch.where(pairs, x, given[name]) for name, x in wrong.items()}
+                yield in_only(about).format(f"{text}, on {where} only"), partial(s.backward, **given | wrong)
+            continue
+        for (a, L), (b, D) in itertools.product(Ls.items(), Ds.items()):
             if (a and torch.equal(L, merged)) or (b and (about == ["dv"] or torch.equal(D, Ds[""]))):
                 continue  # this part of the sentence would say nothing of the case
             given |= {"L": L[..., None], "D": D[..., None]}

@@ -404,9 +404,10 @@ class Judge:
                 if why:
                     return [_finding(case, "value", why, rank=rank, tensor=name, error=math.inf, budget=0.0)]
             got[name] = [x.double() for x in given]
-            one, *rest = got[name]
-            if name == "dsink" and any((x - one).norm() > 1e-2 * one.norm() for x in rest):
-                got[name] = [sum(got[name])] * len(mine)  # each of its own rows, where it is not summed already
+            if name == "dsink":  # each of its own rows, where it is not summed already
+                one, *others = got[name]
+                apart = any((x - one).norm() > 1e-2 * one.norm() for x in others)
+                got[name] = [sum(got[name])] * len(mine) if apart else got[name]
             for rank, x in enumerate(got[name]):
                 error, budget = truth.error(name, rank, x)
                 worst = max(worst, (error / budget, error, budget, rank))

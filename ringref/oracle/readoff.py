@@ -129,6 +129,15 @@ def solved(fit: Fit, now: Tensor, base: Tensor, row: Tensor, col: Tensor, alone:
     return now + base * more[:, row][:, :, col].repeat_interleave(now.shape[1] // len(more), 0)
 
 
+def least_change(parts: Tensor, got: Tensor, usual: Tensor) -> Tensor:
+    """The x nearest to the usual one for which parts x = got, whole numbers where it is near to them."""
+    return whole_where_near(usual + torch.linalg.pinv(parts, rtol=1e-5) @ (got - parts @ usual))
+
+
+def whole_where_near(x: Tensor) -> Tensor:
+    return torch.where((x - x.round()).abs() < 0.05, x.round(), x)
+
+
 def pursued(a: Tensor, y: Tensor) -> Tensor:
     """The few x that make a x = y, found one after the other (orthogonal matching pursuit)."""
     x = a.new_zeros(a.shape[0], a.shape[2])
@@ -156,7 +165,7 @@ def counts(s: Scene, fits: Iterator[tuple], words: str) -> Iterator[Guess]:
                 ratio = (c / s.times).where(s.times > 0, 0.0)
                 usual = ratio.where(ratio > 0.1 * ratio.amax(-1, True), math.nan).nanmedian(-1, True)[0]
                 c = c / usual.nan_to_num(1.0)
-            c = torch.where((c - c.round()).abs() < 0.05, c.round(), c)
+            c = whole_where_near(c)
             if left(c) < 0.1 * left(s.times) and (told := differs(s, c)):
                 told = words.format(text.format(told))
                 yield f"{UNKNOWN}: {told}" if SOME in told else told, partial(made, c)
@@ -343,9 +352,7 @@ def shares(s: Scene, names: list[str], whole: dict[str, Tensor]) -> Iterator[Gue
     right = torch.eye(s.case.g).double().repeat_interleave(s.e, 0)
     for name in names:
         parts, got = (x.transpose(2, 3).flatten(0, 2) for x in (each[name], whole[name]))
-        found = right + torch.linalg.pinv(parts, rtol=1e-5) @ (got - parts @ right)
-        found = torch.where((found - found.round()).abs() < 0.05, found.round(), found)
-        told.append(found)
+        told.append(least_change(parts, got, right))
     if not names or any((x - told[0]).abs().max() > 0.05 for x in told[1:]):
         return
     share, wrong = told[0], []
@@ -370,8 +377,7 @@ def homes(s: Scene, names: list[str], whole: dict[str, Tensor], m: int) -> Itera
     lay = lambda x: cut(x[:, torch.stack(s.case.shards)]).movedim(1, -1).flatten(0, -2)
     parts = torch.cat([lay(x[names[0]]) for x in each], 1)  # columns are whose queries gave it, for which keys
     home = torch.eye(m * s.p).double().repeat(s.p, 1)
-    to = home + torch.linalg.pinv(parts, rtol=1e-5) @ (lay(whole[names[0]]) - parts @ home)
-    to = torch.where((to - to.round()).abs() < 0.05, to.round(), to).view(s.p, m * s.p, -1)
+    to = least_change(parts, lay(whole[names[0]]), home).view(s.p, m * s.p, -1)
     half, seen, told = m * s.there // size, s.times > 0, []
     count = lambda k, f: to[s.mine, m * s.theirs + half, m * ((s.theirs + k) % s.p) + (half + f) % m]
     for k, f in itertools.product(range(s.p), range(m)):
